@@ -1,0 +1,7 @@
+//! Laneway moves customer events from the apps where they happen to the tools that need them, over partitioned topics.
+#![warn(clippy::dbg_macro, clippy::todo, clippy::unimplemented, clippy::unwrap_used)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod clock;
+pub mod log;
+pub mod model;

@@ -1,0 +1,121 @@
+//! Between librdkafka's types and ours, and what its errors mean for the caller.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use rdkafka::Message;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+use rdkafka::message::{BorrowedMessage, Header, Headers as _, OwnedHeaders};
+use rdkafka::topic_partition_list::Offset as RawOffset;
+
+use crate::clock::Timestamp;
+use crate::log::LogError;
+use crate::model::record::{Headers, Offset, Partition, Record, header};
+
+pub fn record(message: &BorrowedMessage<'_>) -> Record {
+    let mut headers = Headers::new();
+    if let Some(raw) = message.headers() {
+        for header in raw.iter() {
+            headers.push(name(header.key), Bytes::copy_from_slice(header.value.unwrap_or_default()));
+        }
+    }
+    Record {
+        partition: Partition(message.partition().max(0) as u32),
+        offset: offset(message.offset()),
+        timestamp: Timestamp::from_millis(message.timestamp().to_millis().unwrap_or(0)),
+        key: message.key().map(Bytes::copy_from_slice),
+        value: message.payload().map(Bytes::copy_from_slice),
+        headers,
+    }
+}
+
+/// Our own header names need no allocation.
+fn name(key: &str) -> Cow<'static, str> {
+    const KNOWN: [&str; 9] = [
+        header::SOURCE,
+        header::WORKSPACE,
+        header::DESTINATION,
+        header::USER,
+        header::MESSAGE_ID,
+        header::DELIVERY_ID,
+        header::CONTENT_TYPE,
+        header::TRACEPARENT,
+        header::JOB_RUN,
+    ];
+    match KNOWN.iter().find(|known| **known == key) {
+        Some(known) => Cow::Borrowed(known),
+        None => Cow::Owned(key.to_owned()),
+    }
+}
+
+pub fn headers(headers: &Headers) -> OwnedHeaders {
+    let mut out = OwnedHeaders::new_with_capacity(headers.len());
+    for (key, value) in headers.iter() {
+        out = out.insert(Header { key, value: Some(value.as_ref()) });
+    }
+    out
+}
+
+pub fn offset(raw: i64) -> Offset {
+    Offset::new(raw.max(0) as u128)
+}
+
+pub fn raw_offset(offset: Offset) -> RawOffset {
+    match i64::try_from(offset.raw()) {
+        // Before every record: wherever the log begins now.
+        Ok(0) => RawOffset::Beginning,
+        Ok(raw) => RawOffset::Offset(raw),
+        Err(_) => RawOffset::End,
+    }
+}
+
+pub fn partition(number: Partition) -> i32 {
+    i32::try_from(number.0).unwrap_or(i32::MAX)
+}
+
+/// What a failed call means for the caller.
+pub fn error(error: KafkaError) -> LogError {
+    let code = match &error {
+        KafkaError::Transaction(failed) => Some(failed.code()),
+        other => other.rdkafka_error_code(),
+    };
+    let fatal = match &error {
+        KafkaError::Transaction(failed) => failed.is_fatal(),
+        KafkaError::MessageConsumptionFatal(_) => true,
+        _ => false,
+    };
+    match code {
+        Some(code) if is_refusal(code) => LogError::fatal(format!("the broker refuses us: {error}")),
+        Some(
+            Code::FencedInstanceId | Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch,
+        ) => LogError::fenced(error),
+        // Whatever else is fatal to a client can be mended by a new one.
+        _ if fatal => LogError::fenced(error),
+        None if matches!(error, KafkaError::ClientConfig(..) | KafkaError::ClientCreation(_)) => LogError::fatal(error),
+        _ => LogError::transient(error),
+    }
+}
+
+/// No retry helps against these; a person has to give rights or mend the configuration.
+fn is_refusal(code: Code) -> bool {
+    matches!(
+        code,
+        Code::TopicAuthorizationFailed
+            | Code::GroupAuthorizationFailed
+            | Code::ClusterAuthorizationFailed
+            | Code::TransactionalIdAuthorizationFailed
+            | Code::SaslAuthenticationFailed
+            | Code::Authentication
+            | Code::InvalidGroupId
+    )
+}
+
+/// librdkafka's own log lines and errors, in ours.
+pub fn log(level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
+    use rdkafka::config::RDKafkaLogLevel as Level;
+    match level {
+        Level::Emerg | Level::Alert | Level::Critical | Level::Error => tracing::error!(facility, "{message}"),
+        Level::Warning => tracing::warn!(facility, "{message}"),
+        _ => tracing::debug!(facility, "{message}"),
+    }
+}

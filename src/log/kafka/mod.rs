@@ -1,0 +1,70 @@
+//! The log on a Kafka cluster, through librdkafka: the reference for every promise in [`crate::log`].
+//!
+//! librdkafka's calls block, so each session has two threads of its own: one polls the consumer and answers rebalances
+//! (`consume`), one runs transactions (`transact`). A reader has one. Async code only ever waits on channels.
+//!
+//! What this adapter settles for the engine, each point seen on a real broker:
+//! - every delivery report is awaited before `commit_transaction` is called: its own flush waits 100 ms otherwise;
+//! - an assignment is answered at once, paused and with explicit offsets, since until then *all* partitions stand still;
+//! - a commit takes the group's metadata under the same lock under which partitions are lost, so that a member which has
+//!   rejoined cannot commit for what it lost;
+//! - static members do not leave on close: closing unsubscribes first, so that a shutdown hands over at once.
+
+mod admin;
+mod config;
+mod consume;
+mod convert;
+mod publisher;
+mod reader;
+mod session;
+mod transact;
+
+use crate::log::{Backend, LogError, Member};
+use crate::model::record::{Offset, Partition, Topic};
+
+pub use admin::KafkaAdmin;
+pub use config::KafkaConfig;
+pub use publisher::KafkaPublisher;
+pub use reader::KafkaReader;
+pub use session::KafkaSession;
+
+/// A Kafka cluster, by its configuration. Connections are made by what it hands out.
+#[derive(Clone, Debug)]
+pub struct Kafka {
+    config: KafkaConfig,
+}
+
+impl Kafka {
+    pub fn new(config: KafkaConfig) -> Self {
+        Self { config }
+    }
+}
+
+impl Backend for Kafka {
+    type Session = KafkaSession;
+    type Publisher = KafkaPublisher;
+    type Reader = KafkaReader;
+    type Admin = KafkaAdmin;
+
+    async fn session(&self, member: Member) -> Result<KafkaSession, LogError> {
+        KafkaSession::join(&self.config, member).await
+    }
+
+    fn publisher(&self) -> Result<KafkaPublisher, LogError> {
+        KafkaPublisher::new(&self.config)
+    }
+
+    async fn reader(&self, topic: &Topic, partition: Partition, from: Offset) -> Result<KafkaReader, LogError> {
+        KafkaReader::open(&self.config, topic, partition, from)
+    }
+
+    fn admin(&self) -> Result<KafkaAdmin, LogError> {
+        KafkaAdmin::new(&self.config)
+    }
+}
+
+/// Starts a thread of this adapter.
+fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), LogError> {
+    let started = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+    started.map(drop).map_err(|error| LogError::fatal(format!("no thread for the kafka client: {error}")))
+}

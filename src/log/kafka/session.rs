@@ -1,0 +1,124 @@
+//! A group member on Kafka: the async face of the two threads.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::log::{Commit, Guarantee, Limit, LogError, Member, Polled, Session};
+use crate::model::record::{Offset, Partition};
+
+use super::config::KafkaConfig;
+use super::consume::{self, Command, Limits, Owned, Rebalances};
+use super::transact::{self, Order, Receipts, TransactionalProducer};
+use super::{convert, thread};
+
+/// Batches that wait for the runtime: with librdkafka's own queue behind them, more would only be memory.
+const BATCHES: usize = 2;
+
+pub struct KafkaSession {
+    ends: consume::Ends,
+    orders: Sender<Order>,
+    limits: Arc<Limits>,
+    /// Partitions were revoked; the next poll says that they are released.
+    owes_release: bool,
+}
+
+impl KafkaSession {
+    pub(super) async fn join(config: &KafkaConfig, member: Member) -> Result<Self, LogError> {
+        let (polled_in, polled) = mpsc::channel(BATCHES);
+        let (released, released_in) = channel();
+        let (commands, commands_in) = channel();
+        let (orders, orders_in) = channel();
+        let owned = Owned::default();
+        let topic = config.topic(&member.topic);
+        // Beyond the drain there must be time for the commit that follows it.
+        let wait = member.revoke_drain + Duration::from_secs(5);
+        let context = Rebalances::new(topic.clone(), polled_in, Arc::clone(&owned), released_in, wait);
+        let consumer: BaseConsumer<Rebalances> =
+            config.consumer(&member).create_with_context(context).map_err(convert::error)?;
+        let producer: TransactionalProducer =
+            config.transactional(&member).create_with_context(Receipts::default()).map_err(convert::error)?;
+        let consumer = Arc::new(consumer);
+        let limits = Arc::new(Limits { records: AtomicUsize::new(500), bytes: AtomicUsize::new(1 << 20) });
+
+        let (ready, is_ready) = oneshot::channel();
+        let (config, half, topic_name) = (config.clone(), Arc::clone(&consumer), topic.clone());
+        thread("kafka-transact", move || {
+            let begun = transact::begin_life(&producer);
+            let alive = begun.is_ok();
+            let _ = ready.send(begun);
+            if alive {
+                transact::run(&config, &producer, &half, &topic_name, &owned, &orders_in);
+            }
+        })?;
+        is_ready.await.map_err(|_| LogError::transient("the kafka client ended"))??;
+
+        let bounds = Arc::clone(&limits);
+        let (joined, has_joined) = oneshot::channel();
+        thread("kafka-consume", move || {
+            let subscribed = consumer.subscribe(&[&topic]).map_err(convert::error);
+            let alive = subscribed.is_ok();
+            let _ = joined.send(subscribed);
+            if alive {
+                consume::run(&consumer, &commands_in, &bounds);
+            }
+        })?;
+        has_joined.await.map_err(|_| LogError::transient("the kafka client ended"))??;
+        let ends = consume::Ends { commands, released, polled };
+        Ok(Self { ends, orders, limits, owes_release: false })
+    }
+
+    fn command(&self, command: Command) -> Result<(), LogError> {
+        self.ends.commands.send(command).map_err(|_| LogError::fenced("the kafka consumer has ended"))
+    }
+}
+
+impl Session for KafkaSession {
+    const GUARANTEE: Guarantee = Guarantee::ExactlyOnce;
+
+    async fn poll(&mut self, limit: Limit) -> Result<Polled, LogError> {
+        if std::mem::take(&mut self.owes_release) {
+            // The consumer has given up waiting, or ended: either is told in line.
+            let _ = self.ends.released.send(());
+        }
+        self.limits.records.store(limit.records, Ordering::Relaxed);
+        self.limits.bytes.store(limit.bytes, Ordering::Relaxed);
+        let polled = self.ends.polled.recv().await;
+        let polled = polled.unwrap_or_else(|| Err(LogError::fenced("the kafka consumer has ended")))?;
+        self.owes_release = matches!(polled, Polled::Revoked(_));
+        Ok(polled)
+    }
+
+    fn seek(&mut self, partition: Partition, to: Offset) -> Result<(), LogError> {
+        self.command(Command::Seek(partition, to))
+    }
+
+    fn pause(&mut self, partitions: &[Partition]) -> Result<(), LogError> {
+        self.command(Command::Pause(partitions.to_vec()))
+    }
+
+    fn resume(&mut self, partitions: &[Partition]) -> Result<(), LogError> {
+        self.command(Command::Resume(partitions.to_vec()))
+    }
+
+    async fn commit(&mut self, commit: Arc<Commit>) -> Result<(), LogError> {
+        let (done, answer) = oneshot::channel();
+        let ended = || LogError::fenced("the kafka producer has ended");
+        self.orders.send((commit, done)).map_err(|_| ended())?;
+        answer.await.map_err(|_| ended())?
+    }
+
+    async fn close(self) {
+        let Self { ends, orders, .. } = self;
+        drop(orders);
+        let (done, closed) = oneshot::channel();
+        if ends.commands.send(Command::Close(done)).is_ok() {
+            // Dropped, not sent, when the group has been left.
+            let _ = closed.await;
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! The log: partitioned topics on a broker cluster or in a file, behind one small port. It is the only queue there is.
+//!
+//! A [`Backend`] hands out four kinds of objects:
+//!
+//! | object | for | owner |
+//! |---|---|---|
+//! | [`Session`] | one group member and the producer bound to it | exactly one driver task |
+//! | [`Publisher`] | writing without reading: returns when the log has it on all replicas | shared |
+//! | [`Reader`] | reading a partition from any offset, without a group | one per use |
+//! | [`Admin`] | topics, offsets, watermarks | start-up, the command line |
+//!
+//! What every backend promises, and the contract suite in `tests/it/log_contract.rs` proves: a partition's records come in their order, each once per reading;
+//! only committed records are ever seen; a [`Commit`] is visible as a whole or not at all; a partition has one owner, and
+//! whoever lost it cannot commit for it; rebalances arrive in line with the records, so that one loop sees everything in
+//! order; a position outside the log resumes at the earliest record, never silently at the end.
+//!
+//! What it does not do: choose partitions (`partitioner`), decide what to retry (the runtimes), create topics by itself.
+
+pub mod embedded;
+#[cfg(feature = "kafka")]
+pub mod kafka;
+pub mod partitioner;
+pub mod topic;
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::clock::Timestamp;
+use crate::log::topic::TopicSpec;
+use crate::model::id::InstanceId;
+use crate::model::record::{Addressed, Epoch, Offset, Partition, Record, Topic};
+
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What goes wrong with the log, by what the caller does next.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// Do the same again, later. A commit is repeated with the same content.
+    #[error("the log did not take it, to be tried again: {0}")]
+    Transient(BoxError),
+    /// Somebody else owns what this session owned: drop it, build a new one and restore.
+    #[error("another owner has taken over: {0}")]
+    Fenced(BoxError),
+    /// Nothing will help but a person: stop the process and say what to mend.
+    #[error("{0}")]
+    Fatal(BoxError),
+}
+
+impl LogError {
+    pub fn transient(error: impl Into<BoxError>) -> Self {
+        LogError::Transient(error.into())
+    }
+
+    pub fn fenced(error: impl Into<BoxError>) -> Self {
+        LogError::Fenced(error.into())
+    }
+
+    pub fn fatal(error: impl Into<BoxError>) -> Self {
+        LogError::Fatal(error.into())
+    }
+}
+
+/// What a backend's commits promise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guarantee {
+    /// Outputs and offsets become visible together: exactly once from topic to topic.
+    ExactlyOnce,
+    /// Outputs are stored before inputs are acknowledged: after a crash they may come twice.
+    AtLeastOnce,
+}
+
+/// Who a session is.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// The consumer group without prefix: `laneway.<stage>`.
+    pub group: String,
+    /// Stable over restarts, unique among the members of the group.
+    pub instance: InstanceId,
+    /// The input topic.
+    pub topic: Topic,
+    /// A member that is silent for so long loses its partitions.
+    pub session_timeout: Duration,
+    /// How long a revoke waits for the owner to finish and commit.
+    pub revoke_drain: Duration,
+}
+
+/// How much one `poll` may bring.
+#[derive(Clone, Copy, Debug)]
+pub struct Limit {
+    pub records: usize,
+    pub bytes: usize,
+}
+
+/// A partition given to this session, paused. What was committed for it last, if anything was.
+#[derive(Clone, Debug)]
+pub struct Assignment {
+    pub partition: Partition,
+    pub epoch: Epoch,
+    pub committed: Option<Committed>,
+}
+
+/// A committed position and the small text stored with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Committed {
+    pub offset: Offset,
+    pub metadata: String,
+}
+
+/// What a poll brings, in the order in which it happened.
+#[derive(Debug)]
+pub enum Polled {
+    Records(Vec<Record>),
+    /// They are ours and paused, to be sought and resumed when the stage is ready for them.
+    Assigned(Vec<Assignment>),
+    /// They are still ours until the next `poll`: finish, commit, release.
+    Revoked(Vec<Partition>),
+    /// They are gone: drop everything of theirs, commit nothing for them.
+    Lost(Vec<Partition>),
+    Idle,
+}
+
+/// Outputs and input positions that become visible together.
+#[derive(Clone, Debug, Default)]
+pub struct Commit {
+    pub outputs: Vec<Addressed>,
+    /// Where each partition of the input topic is to be read from next.
+    pub offsets: BTreeMap<Partition, (Epoch, Committed)>,
+}
+
+/// One membership in a consumer group together with the producer that belongs to it. No clones: `&mut self` is the ordering
+/// guarantee.
+pub trait Session: Send + 'static {
+    const GUARANTEE: Guarantee;
+
+    /// Waits for what comes next, or returns [`Polled::Idle`] after a while. Cancel-safe.
+    fn poll(&mut self, limit: Limit) -> impl Future<Output = Result<Polled, LogError>> + Send;
+
+    /// The next record of a paused partition will be the first one at or above `to`.
+    fn seek(&mut self, partition: Partition, to: Offset) -> Result<(), LogError>;
+
+    fn pause(&mut self, partitions: &[Partition]) -> Result<(), LogError>;
+
+    fn resume(&mut self, partitions: &[Partition]) -> Result<(), LogError>;
+
+    /// Makes outputs and positions visible as one. After [`LogError::Transient`] nothing of it is visible and it may be called
+    /// again, with other content too; a doubt about its fate is settled inside, or ends as [`LogError::Fenced`].
+    fn commit(&mut self, commit: Arc<Commit>) -> impl Future<Output = Result<(), LogError>> + Send;
+
+    /// Leaves the group at once, so that others take over without waiting for a time-out.
+    fn close(self) -> impl Future<Output = ()> + Send;
+}
+
+/// For those who only write.
+pub trait Publisher: Clone + Send + Sync + 'static {
+    /// Returns once every record is on all replicas. After an error some of them may be.
+    fn publish(&self, records: Vec<Addressed>) -> impl Future<Output = Result<(), LogError>> + Send;
+}
+
+/// What a reader brings.
+#[derive(Debug)]
+pub enum Read {
+    Records(Vec<Record>),
+    /// Everything that is visible now has been read.
+    End,
+}
+
+/// Reads one partition from any offset, without a group, committed records only.
+pub trait Reader: Send + 'static {
+    /// Waits a moment for records; [`Read::End`] where there are none yet. Cancel-safe.
+    fn read(&mut self, limit: Limit) -> impl Future<Output = Result<Read, LogError>> + Send;
+
+    fn seek(&mut self, to: Offset) -> impl Future<Output = Result<(), LogError>> + Send;
+}
+
+/// The bounds of a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watermarks {
+    /// The earliest record that is still there, or `end`.
+    pub start: Offset,
+    /// Below it everything is decided: committed or aborted.
+    pub stable: Offset,
+    /// Behind the last record, decided or not.
+    pub end: Offset,
+}
+
+/// A topic as the log has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicInfo {
+    pub topic: Topic,
+    pub partitions: u32,
+    pub config: BTreeMap<String, String>,
+}
+
+pub trait Admin: Send + Sync + 'static {
+    /// The topics under the configured prefix.
+    fn topics(&self) -> impl Future<Output = Result<Vec<TopicInfo>, LogError>> + Send;
+
+    /// Creates a topic; one that exists is left as it is.
+    fn create(&self, topic: &TopicSpec) -> impl Future<Output = Result<(), LogError>> + Send;
+
+    /// Sets configuration entries of a topic that exists.
+    fn configure(
+        &self,
+        topic: &Topic,
+        config: &BTreeMap<String, String>,
+    ) -> impl Future<Output = Result<(), LogError>> + Send;
+
+    fn watermarks(&self, topic: &Topic, partition: Partition) -> impl Future<Output = Result<Watermarks, LogError>> + Send;
+
+    /// The first record at or after a time; the end where there is none.
+    fn offset_at(
+        &self,
+        topic: &Topic,
+        partition: Partition,
+        at: Timestamp,
+    ) -> impl Future<Output = Result<Offset, LogError>> + Send;
+
+    /// What a group has committed for a topic.
+    fn committed(
+        &self,
+        group: &str,
+        topic: &Topic,
+    ) -> impl Future<Output = Result<BTreeMap<Partition, Committed>, LogError>> + Send;
+}
+
+/// One of the logs, connected.
+pub trait Backend: Clone + Send + Sync + 'static {
+    type Session: Session;
+    type Publisher: Publisher;
+    type Reader: Reader;
+    type Admin: Admin;
+
+    /// Joins a group. An earlier session of the same instance is fenced.
+    fn session(&self, member: Member) -> impl Future<Output = Result<Self::Session, LogError>> + Send;
+
+    fn publisher(&self) -> Result<Self::Publisher, LogError>;
+
+    /// Reads from the first record at or above `from`.
+    fn reader(
+        &self,
+        topic: &Topic,
+        partition: Partition,
+        from: Offset,
+    ) -> impl Future<Output = Result<Self::Reader, LogError>> + Send;
+
+    fn admin(&self) -> Result<Self::Admin, LogError>;
+}

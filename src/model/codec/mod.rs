@@ -1,0 +1,300 @@
+//! Values in a topic: Avro single-object encoding (two magic bytes, the schema's fingerprint, the value), written and read
+//! by hand for speed and checked against the `apache-avro` crate in the tests below.
+//!
+//! A value of an older or newer schema is recognised by its fingerprint; only the current ones are known so far, anything
+//! else is an error that says which fingerprint was found.
+
+mod avro;
+mod delivery;
+mod event;
+mod failure;
+mod progress;
+
+use std::sync::LazyLock;
+
+use apache_avro::Schema;
+use apache_avro::rabin::Rabin;
+
+pub use avro::Unreadable;
+
+/// A type with a schema of its own on a topic.
+pub trait Value: Sized {
+    fn schema() -> &'static KnownSchema;
+    fn write(&self, out: &mut avro::Writer);
+    fn read(input: &mut avro::Reader<'_>) -> Result<Self, Unreadable>;
+}
+
+/// A schema with its fingerprint, computed once.
+pub struct KnownSchema {
+    pub name: &'static str,
+    /// The schema document, as in `schemas/`.
+    pub text: &'static str,
+    fingerprint: [u8; 8],
+}
+
+impl KnownSchema {
+    fn new(name: &'static str, text: &'static str) -> Self {
+        let schema = Schema::parse_str(text).expect("a compiled-in schema parses");
+        let bytes = schema.fingerprint::<Rabin>().bytes;
+        let fingerprint = bytes.try_into().expect("a Rabin fingerprint has eight bytes");
+        Self { name, text, fingerprint }
+    }
+}
+
+macro_rules! schemas {
+    ($($name:ident = $file:literal;)*) => {
+        $(pub(crate) static $name: LazyLock<KnownSchema> =
+            LazyLock::new(|| KnownSchema::new($file, include_str!(concat!("../../../schemas/", $file, ".avsc"))));)*
+    };
+}
+
+schemas! {
+    EVENT = "event";
+    DELIVERY = "delivery";
+    FAILURE = "failure";
+    PROGRESS = "progress";
+}
+
+const MAGIC: [u8; 2] = [0xC3, 0x01];
+
+/// The value as it is stored.
+pub fn encode<V: Value>(value: &V) -> Vec<u8> {
+    let mut out = avro::Writer::with_capacity(512);
+    out.raw(&MAGIC);
+    out.raw(&V::schema().fingerprint);
+    value.write(&mut out);
+    out.into_bytes()
+}
+
+/// Reads what [`encode`] wrote.
+///
+/// # Errors
+/// [`Unreadable`] says what is wrong and at which byte: another encoding, another schema, or broken content.
+pub fn decode<V: Value>(bytes: &bytes::Bytes) -> Result<V, Unreadable> {
+    let schema = V::schema();
+    match bytes.as_ref() {
+        [0xC3, 0x01, found @ ..] if found.len() >= 8 => {
+            if found[..8] != schema.fingerprint {
+                let found = u64::from_le_bytes(found[..8].try_into().expect("eight bytes"));
+                let known = u64::from_le_bytes(schema.fingerprint);
+                return Err(Unreadable::new(
+                    2,
+                    format!("fingerprint {found:016x} is not that of schema {} ({known:016x})", schema.name),
+                ));
+            }
+        }
+        [0, ..] => return Err(Unreadable::new(0, "confluent wire format, but no schema registry is configured".into())),
+        _ => return Err(Unreadable::new(0, "neither avro single-object nor confluent encoding".into())),
+    }
+    let mut input = avro::Reader::new(bytes, 10);
+    let value = V::read(&mut input)?;
+    input.finish()?;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use apache_avro::types::Value as Oracle;
+    use bytes::Bytes;
+    use std::collections::BTreeMap;
+
+    use crate::clock::Timestamp;
+    use crate::model::delivery::{BodyFormat, Delivery, HttpRequest, Payload, TransformAt};
+    use crate::model::event::{Channel, Event};
+    use crate::model::failure::{Failure, Try};
+    use crate::model::outcome::Reason;
+    use crate::model::progress::{
+        Drain, Head, KeyProgress, Lane, LaneProgress, Ledger, PartitionProgress, Progress, Run,
+    };
+    use crate::model::record::{Offset, Partition, Topic};
+
+    fn event() -> Event {
+        Event {
+            workspace: "ws-1".into(),
+            source: "src-1".into(),
+            write_key: "wk-1".into(),
+            user: Some("anon-1".into()),
+            message_id: "m-1".into(),
+            event_type: "track".into(),
+            received_at: Timestamp::from_micros(1_767_225_602_000_000),
+            request_ip: "10.0.0.1".into(),
+            job_run: None,
+            task_run: Some("t".into()),
+            channel: Channel::Publish,
+            payload: Bytes::from_static("{\"n\":12345678901234567890,\"é\":1}".as_bytes()),
+        }
+    }
+
+    fn delivery(payload: Payload) -> Delivery {
+        Delivery {
+            delivery_id: "00ff".into(),
+            workspace: "ws-1".into(),
+            source: "src-1".into(),
+            destination: "dst-1".into(),
+            destination_type: "WEBHOOK".into(),
+            user: None,
+            message_id: "m-1".into(),
+            event_type: "track".into(),
+            event_name: Some("Order Completed".into()),
+            received_at: Timestamp::from_micros(-1),
+            job_run: Some("run".into()),
+            task_run: None,
+            record_id: Some(Bytes::from_static(b"7")),
+            transform_at: TransformAt::Nowhere,
+            payload,
+        }
+    }
+
+    fn request() -> Payload {
+        Payload::Request(HttpRequest {
+            method: "POST".into(),
+            url: "http://127.0.0.1/x".into(),
+            headers: vec![("a".into(), "1".into()), ("a".into(), "2".into())],
+            params: vec![],
+            body_format: BodyFormat::JsonArray,
+            body: Bytes::from_static(b"[]"),
+        })
+    }
+
+    fn failure() -> Failure {
+        let last = Try { at: Timestamp::from_micros(9), code: 500, message: "no".into() };
+        Failure {
+            stage: "router".into(),
+            reason: Reason::Rejected,
+            attempts: 3,
+            first: None,
+            last: Some(last),
+            topic: Topic::DELIVERIES,
+            partition: Partition(3),
+            offset: Offset::new(99),
+            timestamp: Timestamp::from_micros(8),
+            key: None,
+            value: Some(Bytes::from_static(b"v")),
+            headers: vec![("h".into(), Bytes::from_static(b"x"))],
+            destination: Some("d".into()),
+            source: None,
+        }
+    }
+
+    fn progress() -> Vec<Progress> {
+        let lane = Lane { destination: "d".into(), replay: Some("r".into()) };
+        let run = |first, last| Run { first: Offset::new(first), last: Offset::new(last) };
+        let head = Head {
+            offset: Offset::new(300),
+            attempts: 2,
+            first_failed_at: Timestamp::from_micros(1),
+            next_try_at: Timestamp::from_micros(2),
+            first_code: 500,
+            first_message: "a".into(),
+            last_code: 0,
+            last_message: "b".into(),
+        };
+        vec![
+            Progress::Partition(PartitionProgress {
+                seq: 7,
+                epoch: 2,
+                base: Offset::new(256),
+                runs: vec![run(257, 257), run(400, 70_000)],
+                live: Offset::new(1 << 70),
+                clean_stop: true,
+                drains: vec![Drain { id: "i".into(), target: "t".into(), bound: Offset::START }],
+            }),
+            Progress::Lane(LaneProgress {
+                tail: Offset::new(1),
+                done: vec![],
+                pending: 5,
+                pending_bytes: 6,
+                oldest: Timestamp::from_micros(3),
+            }),
+            Progress::Key(KeyProgress {
+                lane: lane.clone(),
+                user: "u".into(),
+                head: Some(head),
+                followers: vec![Offset::new(301), Offset::new(1_000_000)],
+                parked: Some(Offset::new(2_000_000)),
+            }),
+            Progress::Ledger(lane, Ledger { taken: 4, delivered: 1, filtered: 1, aborted: 1, drained: 1 }),
+        ]
+    }
+
+    /// What the crate reads from our bytes, and that it writes the same bytes again.
+    fn oracle(schema: &KnownSchema, bytes: &[u8]) -> BTreeMap<String, Oracle> {
+        let parsed = Schema::parse_str(schema.text).expect("a schema");
+        let value = apache_avro::from_avro_datum(&parsed, &mut &bytes[10..], None).expect("the crate reads our bytes");
+        let again = apache_avro::to_avro_datum(&parsed, value.clone()).expect("the crate writes it");
+        assert_eq!(again, &bytes[10..], "the crate writes the same bytes");
+        match value {
+            Oracle::Record(fields) => fields.into_iter().collect(),
+            other => panic!("not a record: {other:?}"),
+        }
+    }
+
+    fn round_trip<V: Value + PartialEq + std::fmt::Debug>(value: &V) -> Vec<u8> {
+        let bytes = encode(value);
+        assert_eq!(&decode::<V>(&Bytes::from(bytes.clone())).expect("readable"), value);
+        for cut in 0..bytes.len() {
+            assert!(decode::<V>(&Bytes::copy_from_slice(&bytes[..cut])).is_err(), "cut at {cut} is noticed");
+        }
+        bytes
+    }
+
+    #[test]
+    fn events_are_what_the_avro_crate_reads() {
+        let fields = oracle(&EVENT, &round_trip(&event()));
+        assert_eq!(fields["channel"], Oracle::Enum(3, "publish".into()));
+        assert_eq!(fields["user"], Oracle::Union(1, Box::new(Oracle::String("anon-1".into()))));
+        assert_eq!(fields["received_at"], Oracle::TimestampMicros(1_767_225_602_000_000));
+    }
+
+    #[test]
+    fn deliveries_are_what_the_avro_crate_reads() {
+        for payload in [request(), Payload::Event(Bytes::from_static(b"{}"))] {
+            let fields = oracle(&DELIVERY, &round_trip(&delivery(payload)));
+            assert_eq!(fields["transform_at"], Oracle::Enum(2, "none".into()));
+        }
+    }
+
+    #[test]
+    fn failures_are_what_the_avro_crate_reads() {
+        let fields = oracle(&FAILURE, &round_trip(&failure()));
+        assert_eq!(fields["reason"], Oracle::String("rejected".into()));
+    }
+
+    #[test]
+    fn progress_is_what_the_avro_crate_reads() {
+        for value in progress() {
+            oracle(&PROGRESS, &round_trip(&value));
+        }
+    }
+
+    /// Golden bytes: stored records must stay readable, so a change here needs a new schema version.
+    #[test]
+    fn the_bytes_are_the_golden_ones() {
+        let mut found = vec![
+            ("event", encode(&event())),
+            ("delivery of a request", encode(&delivery(request()))),
+            ("delivery of an event", encode(&delivery(Payload::Event(Bytes::from_static(b"{}"))))),
+            ("failure", encode(&failure())),
+        ];
+        let names = ["progress of a partition", "progress of a lane", "progress of a key", "ledger"];
+        found.extend(names.into_iter().zip(progress().iter().map(encode)));
+        let found: BTreeMap<&str, String> = found
+            .into_iter()
+            .map(|(name, bytes)| (name, bytes.iter().map(|byte| format!("{byte:02x}")).collect()))
+            .collect();
+        let golden: BTreeMap<&str, String> =
+            serde_json::from_str(include_str!("../../../tests/fixtures/golden_bytes.json")).expect("a readable fixture");
+        assert_eq!(found, golden, "found: {}", serde_json::to_string_pretty(&found).unwrap_or_default());
+    }
+
+    #[test]
+    fn foreign_values_are_refused_with_the_reason() {
+        let text = |bytes: &'static [u8]| decode::<Event>(&Bytes::from_static(bytes)).unwrap_err().to_string();
+        assert!(text(b"").contains("neither avro"));
+        assert!(text(b"{\"a\":1}").contains("neither avro"));
+        assert!(text(b"\0\0\0\0\x01x").contains("schema registry"));
+        let other = encode(&delivery(request()));
+        assert!(decode::<Event>(&Bytes::from(other)).unwrap_err().to_string().contains("fingerprint"));
+    }
+}

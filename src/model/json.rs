@@ -1,0 +1,384 @@
+//! Looking into a customer's JSON object and splicing into it without touching any other byte: numbers, key order, duplicate
+//! keys and escapes stay as they came. On a key that occurs more than once the first occurrence counts.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::de::{DeserializeSeed, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+
+/// Deeper nesting than this is refused: no SDK produces it, and whoever reads the event later may recurse.
+pub const MAX_DEPTH: usize = 512;
+
+/// What is wrong with a JSON text.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum JsonError {
+    #[error("not valid json: {0}")]
+    Invalid(String),
+    #[error("not a json object")]
+    NotAnObject,
+    #[error("nested deeper than {MAX_DEPTH} levels")]
+    TooDeep,
+}
+
+/// One member of an object.
+#[derive(Debug, Clone)]
+pub struct Member<'a> {
+    pub key: Cow<'a, str>,
+    /// The value's text, as it stands in the object.
+    pub value: &'a str,
+}
+
+/// The members of an object in their order, borrowed from its text.
+#[derive(Debug, Clone)]
+pub struct Object<'a> {
+    text: &'a str,
+    members: Vec<Member<'a>>,
+}
+
+impl<'a> Object<'a> {
+    /// Reads the top level of `text`. The whole text is checked to be JSON.
+    ///
+    /// # Errors
+    /// [`JsonError`] where it is not JSON, or JSON but not an object.
+    pub fn parse(text: &'a str) -> Result<Self, JsonError> {
+        if !text.trim_start().starts_with('{') {
+            serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(invalid)?;
+            return Err(JsonError::NotAnObject);
+        }
+        let mut input = serde_json::Deserializer::from_str(text);
+        let members = serde::Deserializer::deserialize_map(&mut input, Members).map_err(invalid)?;
+        input.end().map_err(invalid)?;
+        Ok(Self { text: text.trim(), members })
+    }
+
+    /// The object's own text, without what is around it.
+    pub fn text(&self) -> &'a str {
+        self.text
+    }
+
+    /// The raw value of the first member with this key.
+    pub fn get(&self, key: &str) -> Option<&'a str> {
+        self.members.iter().find(|member| member.key == key).map(|member| member.value)
+    }
+
+    pub fn members(&self) -> &[Member<'a>] {
+        &self.members
+    }
+
+    /// The member as text: a string's content, nothing for null or absent, the JSON text of anything else.
+    pub fn text_of(&self, key: &str) -> Cow<'a, str> {
+        self.get(key).map_or(Cow::Borrowed(""), text_of)
+    }
+
+    fn position(&self, part: &str) -> usize {
+        part.as_ptr() as usize - self.text.as_ptr() as usize
+    }
+}
+
+/// A raw value as text: a string's content, nothing for null, the JSON text of anything else.
+pub fn text_of(raw: &str) -> Cow<'_, str> {
+    match raw.as_bytes() {
+        b"null" => Cow::Borrowed(""),
+        [b'"', inner @ .., b'"'] if !inner.contains(&b'\\') => Cow::Borrowed(&raw[1..raw.len() - 1]),
+        [b'"', ..] => serde_json::from_str::<String>(raw).map_or(Cow::Borrowed(raw), Cow::Owned),
+        _ => Cow::Borrowed(raw),
+    }
+}
+
+/// The content of a raw value that is a string.
+pub fn string_of(raw: &str) -> Option<Cow<'_, str>> {
+    raw.starts_with('"').then(|| text_of(raw))
+}
+
+/// The elements of a JSON array, each as it stands.
+///
+/// # Errors
+/// [`JsonError::Invalid`] where `text` is not an array.
+pub fn elements(text: &str) -> Result<Vec<&str>, JsonError> {
+    let raw: Elements<'_> = serde_json::from_str(text).map_err(invalid)?;
+    Ok(raw.0)
+}
+
+/// A JSON string with `text` as its content.
+pub fn quote(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// Refuses what nests deeper than [`MAX_DEPTH`].
+///
+/// # Errors
+/// [`JsonError::TooDeep`].
+pub fn check_depth(text: &str) -> Result<(), JsonError> {
+    let opening = text.bytes().filter(|byte| matches!(byte, b'{' | b'[')).count();
+    if opening <= MAX_DEPTH {
+        return Ok(());
+    }
+    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'{' | b'[' if !in_string => {
+                depth += 1;
+                if depth > MAX_DEPTH {
+                    return Err(JsonError::TooDeep);
+                }
+            }
+            b'}' | b']' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Collects edits of an object and applies them in one copy.
+pub struct Splice<'o, 'a> {
+    object: &'o Object<'a>,
+    edits: Vec<Edit>,
+}
+
+struct Edit {
+    at: usize,
+    until: usize,
+    text: String,
+}
+
+impl<'o, 'a> Splice<'o, 'a> {
+    pub fn new(object: &'o Object<'a>) -> Self {
+        Self { object, edits: Vec::new() }
+    }
+
+    /// Replaces a value that [`Object::get`] gave, of this object or of one inside it.
+    pub fn replace(&mut self, value: &'a str, with: String) {
+        let at = self.object.position(value);
+        self.edits.push(Edit { at, until: at + value.len(), text: with });
+    }
+
+    /// Sets a top-level member: its first occurrence is replaced, or it is added at the end.
+    pub fn set(&mut self, key: &str, value: String) {
+        match self.object.get(key) {
+            Some(old) => self.replace(old, value),
+            None => self.add(key, &value),
+        }
+    }
+
+    /// Adds a member at the end of the object.
+    pub fn add(&mut self, key: &str, value: &str) {
+        self.add_inside(self.object.text, self.object.members.is_empty(), key, value);
+    }
+
+    /// Adds a member at the end of an object inside this one, given by its text.
+    pub fn add_inside(&mut self, object: &'a str, empty: bool, key: &str, value: &str) {
+        let at = self.object.position(object) + object.len() - 1;
+        let first = empty && !self.edits.iter().any(|edit| edit.at == at);
+        let text = format!("{}{}:{value}", if first { "" } else { "," }, quote(key));
+        self.edits.push(Edit { at, until: at, text });
+    }
+
+    /// Takes out every member with one of these keys. Not to be mixed with [`Splice::add`] on an object that this leaves empty.
+    pub fn remove(&mut self, keys: &[&str]) {
+        let mut leading = true;
+        let mut previous_end = 1;
+        for member in &self.object.members {
+            let end = self.object.position(member.value) + member.value.len();
+            if keys.contains(&member.key.as_ref()) {
+                let mut until = end;
+                if leading {
+                    // Nothing stands before it, so the comma behind it goes instead of the one before.
+                    let rest = &self.object.text[end..];
+                    let space = rest.len() - rest.trim_start().len();
+                    until = if rest[space..].starts_with(',') { end + space + 1 } else { end };
+                }
+                self.edits.push(Edit { at: previous_end, until, text: String::new() });
+                previous_end = until;
+            } else {
+                leading = false;
+                previous_end = end;
+            }
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.edits.is_empty()
+    }
+
+    /// The edited text.
+    pub fn finish(mut self) -> String {
+        self.edits.sort_by_key(|edit| edit.at);
+        let added: usize = self.edits.iter().map(|edit| edit.text.len()).sum();
+        let mut out = String::with_capacity(self.object.text.len() + added);
+        let mut at = 0;
+        for edit in &self.edits {
+            out.push_str(&self.object.text[at..edit.at]);
+            out.push_str(&edit.text);
+            at = edit.until;
+        }
+        out.push_str(&self.object.text[at..]);
+        out
+    }
+}
+
+fn invalid(error: serde_json::Error) -> JsonError {
+    JsonError::Invalid(error.to_string())
+}
+
+struct Members;
+
+impl<'de> Visitor<'de> for Members {
+    type Value = Vec<Member<'de>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut members = Vec::with_capacity(16);
+        while let Some(key) = map.next_key_seed(Key)? {
+            let value: &'de RawValue = map.next_value()?;
+            members.push(Member { key, value: value.get() });
+        }
+        Ok(members)
+    }
+}
+
+/// A key, read as bytes: a lone surrogate escape is legal JSON but no Rust string.
+struct Key;
+
+impl<'de> DeserializeSeed<'de> for Key {
+    type Value = Cow<'de, str>;
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, input: D) -> Result<Self::Value, D::Error> {
+        input.deserialize_bytes(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Key {
+    type Value = Cow<'de, str>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_borrowed_bytes<E>(self, bytes: &'de [u8]) -> Result<Self::Value, E> {
+        Ok(String::from_utf8_lossy(bytes))
+    }
+
+    fn visit_bytes<E>(self, bytes: &[u8]) -> Result<Self::Value, E> {
+        Ok(Cow::Owned(String::from_utf8_lossy(bytes).into_owned()))
+    }
+}
+
+struct Elements<'a>(Vec<&'a str>);
+
+impl<'de: 'a, 'a> serde::Deserialize<'de> for Elements<'a> {
+    fn deserialize<D: serde::Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
+        struct List;
+        impl<'de> Visitor<'de> for List {
+            type Value = Vec<&'de str>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+                let mut elements = Vec::new();
+                while let Some(raw) = list.next_element::<&'de RawValue>()? {
+                    elements.push(raw.get());
+                }
+                Ok(elements)
+            }
+        }
+        input.deserialize_seq(List).map(Elements)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn object(text: &str) -> Object<'_> {
+        Object::parse(text).expect("an object")
+    }
+
+    #[test]
+    fn untouched_bytes_stay() {
+        let text = " {\"big\": 123456789012345678901234567890 , \"a\":1.0,\"a\":2, \"\\u00e9\":\"\\ud800\", \"z\":\"é\u{2028}\"} ";
+        let object = object(text);
+        let mut splice = Splice::new(&object);
+        splice.set("a", "3".into());
+        splice.set("new", quote("x\"y"));
+        assert_eq!(
+            splice.finish(),
+            "{\"big\": 123456789012345678901234567890 , \"a\":3,\"a\":2, \"\\u00e9\":\"\\ud800\", \"z\":\"é\u{2028}\",\"new\":\"x\\\"y\"}"
+        );
+    }
+
+    #[test]
+    fn members_are_added_to_empty_and_nested_objects() {
+        let outer = object("{}");
+        let mut splice = Splice::new(&outer);
+        splice.add("a", "1");
+        splice.add("b", "2");
+        assert_eq!(splice.finish(), r#"{"a":1,"b":2}"#);
+
+        let outer = object(r#"{"context":{ },"x":{"y":1}}"#);
+        let mut splice = Splice::new(&outer);
+        splice.add_inside(outer.get("context").expect("there"), true, "ip", "\"::1\"");
+        splice.add_inside(outer.get("x").expect("there"), false, "ip", "2");
+        splice.add("z", "3");
+        assert_eq!(splice.finish(), r#"{"context":{ "ip":"::1"},"x":{"y":1,"ip":2},"z":3}"#);
+    }
+
+    #[test]
+    fn members_are_removed_wherever_they_stand() {
+        let cases = [
+            (r#"{"a":1,"b":2,"c":3}"#, vec!["a"], r#"{"b":2,"c":3}"#),
+            (r#"{"a":1,"b":2,"c":3}"#, vec!["b"], r#"{"a":1,"c":3}"#),
+            (r#"{"a":1,"b":2,"c":3}"#, vec!["c"], r#"{"a":1,"b":2}"#),
+            (r#"{"a":1 , "b":2,"c":3}"#, vec!["a", "b"], r#"{"c":3}"#),
+            (r#"{"a":1,"b":2,"a":3}"#, vec!["a"], r#"{"b":2}"#),
+            (r#"{"a":1,"b":2}"#, vec!["a", "b"], r#"{}"#),
+            (r#"{ "a":1 }"#, vec!["a"], r#"{ }"#),
+        ];
+        for (text, keys, expected) in cases {
+            let object = object(text);
+            let mut splice = Splice::new(&object);
+            splice.remove(&keys);
+            let found = splice.finish();
+            assert_eq!(found, expected, "{text} without {keys:?}");
+            serde_json::from_str::<serde_json::Value>(&found).expect("still JSON");
+        }
+    }
+
+    #[test]
+    fn ids_of_any_type_are_read_as_text() {
+        let object = object(r#"{"s":"a\nb","n":12345678901234567890,"o":{"x":[1]},"z":null,"u":"\ud800"}"#);
+        assert_eq!(object.text_of("s"), "a\nb");
+        assert_eq!(object.text_of("n"), "12345678901234567890");
+        assert_eq!(object.text_of("o"), r#"{"x":[1]}"#);
+        assert_eq!(object.text_of("z"), "");
+        assert_eq!(object.text_of("missing"), "");
+        assert_eq!(object.text_of("u"), r#""\ud800""#, "a lone surrogate stays as it is written");
+    }
+
+    #[test]
+    fn broken_texts_are_told_from_other_json() {
+        for text in ["", "{", "{\"a\":}", "{\"a\":1}x", "[1", "nul"] {
+            assert!(matches!(Object::parse(text), Err(JsonError::Invalid(_))), "{text}");
+        }
+        for text in ["[]", "1", "\"a\"", "null"] {
+            assert_eq!(Object::parse(text).unwrap_err(), JsonError::NotAnObject, "{text}");
+        }
+    }
+
+    #[test]
+    fn deep_nesting_is_refused_and_strings_do_not_count() {
+        let deep = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+        assert_eq!(check_depth(&deep(MAX_DEPTH)), Ok(()));
+        assert_eq!(check_depth(&deep(MAX_DEPTH + 1)), Err(JsonError::TooDeep));
+        assert_eq!(check_depth(&format!("[\"\\\"{}\"]", "[".repeat(9_000))), Ok(()));
+        assert!(Object::parse(&format!("{{\"a\":{}}}", deep(100_000))).is_ok(), "no recursion on the way");
+    }
+}

@@ -1,0 +1,78 @@
+//! How a record ends: one outcome from a closed list, with a reason from a closed list.
+
+use crate::model::record::Addressed;
+
+/// Why something was not delivered. The texts are part of the interface: metrics, headers and failures carry them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reason {
+    /// The record's value could not be decoded.
+    Unreadable,
+    /// The stage itself failed on it.
+    Panicked,
+    /// Its source is not in the workspace configuration.
+    UnknownSource,
+    /// Its source is switched off.
+    SourceDisabled,
+    /// Its destination is not in the workspace configuration, or is switched off.
+    DestinationGone,
+    /// No enabled destination wants it (`integrations`, connections).
+    NoDestination,
+    /// The destination does not take this type of event.
+    MessageType,
+    /// The destination's transform refused it.
+    Transform,
+    /// No request could be built from it.
+    BadRequest,
+    /// The address is one that is never connected to.
+    BlockedAddress,
+    /// The destination refused it for good.
+    Rejected,
+    /// The destination did not take it within the retry window.
+    RetriesExhausted,
+}
+
+impl Reason {
+    pub const ALL: [Reason; 12] = [
+        Reason::Unreadable,
+        Reason::Panicked,
+        Reason::UnknownSource,
+        Reason::SourceDisabled,
+        Reason::DestinationGone,
+        Reason::NoDestination,
+        Reason::MessageType,
+        Reason::Transform,
+        Reason::BadRequest,
+        Reason::BlockedAddress,
+        Reason::Rejected,
+        Reason::RetriesExhausted,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Reason::Unreadable => "unreadable",
+            Reason::Panicked => "panicked",
+            Reason::UnknownSource => "unknown_source",
+            Reason::SourceDisabled => "source_disabled",
+            Reason::DestinationGone => "destination_gone",
+            Reason::NoDestination => "no_destination",
+            Reason::MessageType => "message_type",
+            Reason::Transform => "transform",
+            Reason::BadRequest => "bad_request",
+            Reason::BlockedAddress => "blocked_address",
+            Reason::Rejected => "rejected",
+            Reason::RetriesExhausted => "retries_exhausted",
+        }
+    }
+}
+
+/// How one input of a transform stage ended. There is no variant for "nothing happened".
+#[must_use]
+#[derive(Debug)]
+pub enum Outcome {
+    /// It became these records: deliveries, and failures of single destinations.
+    Produced(Vec<Addressed>),
+    /// Nobody wants it, for this reason. Not a failure.
+    Filtered(Reason),
+    /// It could not be processed: `failure` goes to `proc-errors`.
+    Failed { reason: Reason, failure: Addressed },
+}

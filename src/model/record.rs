@@ -1,0 +1,193 @@
+//! What lies in a topic, and how a place in it is named.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use bytes::Bytes;
+
+use crate::clock::Timestamp;
+
+/// The logical name of a topic, without the configured prefix.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Topic(Cow<'static, str>);
+
+impl Topic {
+    pub const EVENTS: Topic = Topic(Cow::Borrowed("events"));
+    pub const DELIVERIES: Topic = Topic(Cow::Borrowed("deliveries"));
+    pub const PROGRESS_ROUTER: Topic = Topic(Cow::Borrowed("progress.router"));
+    pub const PROC_ERRORS: Topic = Topic(Cow::Borrowed("proc-errors"));
+    pub const DEAD_LETTERS: Topic = Topic(Cow::Borrowed("dead-letters"));
+
+    pub fn new(name: impl Into<String>) -> Self {
+        Topic(Cow::Owned(name.into()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Topic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Topic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A partition's number inside its topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Partition(pub u32);
+
+impl fmt::Display for Partition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A place in a partition. Ordered and opaque: offsets have gaps, so none is computed from another.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Offset(u128);
+
+impl Offset {
+    /// Before every record.
+    pub const START: Offset = Offset(0);
+
+    pub const fn new(raw: u128) -> Self {
+        Offset(raw)
+    }
+
+    pub const fn raw(self) -> u128 {
+        self.0
+    }
+
+    /// The place directly behind this record: above it, and not above any later record. It is a position to read from, not
+    /// the offset of anything.
+    pub const fn just_after(self) -> Offset {
+        Offset(self.0.saturating_add(1))
+    }
+
+    pub fn parse(text: &str) -> Option<Offset> {
+        text.parse().ok().map(Offset)
+    }
+}
+
+impl fmt::Display for Offset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for Offset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Which assignment of a partition something belongs to. A new one is given at each assignment; what an older one still
+/// brings is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Epoch(pub u64);
+
+/// Record headers in their order. Names repeat where the sender repeated them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Headers(Vec<(Cow<'static, str>, Bytes)>);
+
+impl Headers {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub fn push(&mut self, name: impl Into<Cow<'static, str>>, value: impl Into<Bytes>) {
+        self.0.push((name.into(), value.into()));
+    }
+
+    pub fn push_text(&mut self, name: &'static str, value: &str) {
+        self.0.push((Cow::Borrowed(name), Bytes::copy_from_slice(value.as_bytes())));
+    }
+
+    /// The first header of this name as text.
+    pub fn text(&self, name: &str) -> Option<&str> {
+        self.iter().find(|(key, _)| *key == name).and_then(|(_, value)| std::str::from_utf8(value).ok())
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Bytes)> {
+        self.0.iter().map(|(name, value)| (name.as_ref(), value))
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.iter().map(|(name, value)| name.len() + value.len()).sum()
+    }
+}
+
+/// A record as read from a partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub partition: Partition,
+    pub offset: Offset,
+    pub timestamp: Timestamp,
+    pub key: Option<Bytes>,
+    /// `None` is a tombstone.
+    pub value: Option<Bytes>,
+    pub headers: Headers,
+}
+
+impl Record {
+    /// What it costs to keep in memory, in bytes: content, and a flat share for the structures around it.
+    pub fn weight(&self) -> usize {
+        128 + self.key.as_ref().map_or(0, Bytes::len) + self.value.as_ref().map_or(0, Bytes::len) + self.headers.bytes()
+    }
+}
+
+/// A record on its way to a partition that its sender has chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Addressed {
+    pub topic: Topic,
+    pub partition: Partition,
+    pub key: Option<Bytes>,
+    /// `None` is a tombstone.
+    pub value: Option<Bytes>,
+    pub headers: Headers,
+}
+
+impl Addressed {
+    /// Its size in the log, about, in bytes.
+    pub fn size(&self) -> usize {
+        64 + self.key.as_ref().map_or(0, Bytes::len) + self.value.as_ref().map_or(0, Bytes::len) + self.headers.bytes()
+    }
+}
+
+/// The names of the headers (topics/README.md).
+pub mod header {
+    pub const SOURCE: &str = "lw-source";
+    pub const WORKSPACE: &str = "lw-workspace";
+    pub const DESTINATION: &str = "lw-destination";
+    pub const USER: &str = "lw-user";
+    pub const MESSAGE_ID: &str = "lw-message-id";
+    pub const DELIVERY_ID: &str = "lw-delivery-id";
+    pub const JOB_RUN: &str = "lw-job-run";
+    pub const REPLAY_ID: &str = "lw-replay-id";
+    pub const TRACEPARENT: &str = "traceparent";
+    pub const CONTENT_TYPE: &str = "content-type";
+    pub const STAGE: &str = "lw-stage";
+    pub const REASON: &str = "lw-reason";
+    pub const CODE: &str = "lw-code";
+    pub const ATTEMPTS: &str = "lw-attempts";
+    pub const FIRST_FAILED_AT: &str = "lw-first-failed-at";
+    pub const LAST_FAILED_AT: &str = "lw-last-failed-at";
+
+    /// `content-type` of an Avro single-object value.
+    pub const AVRO: &str = "application/avro";
+}

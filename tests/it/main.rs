@@ -1,0 +1,4 @@
+//! The integration tests: one binary, driving the engine over HTTP and topics. See tests/README.md.
+
+mod log_contract;
+mod support;

@@ -1,0 +1,33 @@
+//! What the tests share: services, waiting for conditions, topics of their own.
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+/// Where the test Kafka listens; `deploy/services up kafka` starts it.
+pub fn kafka_address() -> String {
+    let port = std::env::var("LANEWAY_KAFKA_PORT").unwrap_or_else(|_| "19092".into());
+    let address = format!("127.0.0.1:{port}");
+    let socket = address.parse().expect("LANEWAY_KAFKA_PORT is a port");
+    if let Err(error) = std::net::TcpStream::connect_timeout(&socket, Duration::from_secs(2)) {
+        panic!("this test needs a Kafka on {address} ({error}): start it with `deploy/services up kafka`");
+    }
+    address
+}
+
+/// A name that no other test uses.
+pub fn unique(stem: &str) -> String {
+    format!("{stem}-{}", &uuid::Uuid::new_v4().simple().to_string()[..8])
+}
+
+/// Waits until the condition holds; fails with `what` after the deadline.
+pub async fn eventually<F, Fut>(what: &str, deadline: Duration, mut condition: F)
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = bool>,
+{
+    let until = Instant::now() + deadline;
+    while !condition().await {
+        assert!(Instant::now() < until, "did not happen within {deadline:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
