@@ -5,3 +5,8 @@
 pub mod clock;
 pub mod log;
 pub mod model;
+pub mod delivery;
+pub mod runtime;
+pub mod telemetry;
+pub mod control;
+pub mod transform;

@@ -29,10 +29,12 @@ pub enum Reason {
     Rejected,
     /// The destination did not take it within the retry window.
     RetriesExhausted,
+    /// The log had deleted it before it could be delivered.
+    Retention,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 12] = [
+    pub const ALL: [Reason; 13] = [
         Reason::Unreadable,
         Reason::Panicked,
         Reason::UnknownSource,
@@ -45,6 +47,7 @@ impl Reason {
         Reason::BlockedAddress,
         Reason::Rejected,
         Reason::RetriesExhausted,
+        Reason::Retention,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -61,6 +64,7 @@ impl Reason {
             Reason::BlockedAddress => "blocked_address",
             Reason::Rejected => "rejected",
             Reason::RetriesExhausted => "retries_exhausted",
+            Reason::Retention => "retention",
         }
     }
 }

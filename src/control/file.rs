@@ -1,0 +1,87 @@
+//! The workspace configuration from a file, read again when it changes. A version that cannot be used is reported, and the one
+//! in force stays.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::clock::Clock;
+use crate::control::Current;
+use crate::control::workspace::{Workspace, WorkspaceError};
+use crate::telemetry::metrics::metrics;
+
+/// How soon a change is seen.
+const LOOK: Duration = Duration::from_secs(1);
+
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    #[error("workspace file {path}: {error}")]
+    Unreadable { path: PathBuf, error: std::io::Error },
+    #[error("workspace file {path}: {error}")]
+    Refused { path: PathBuf, error: WorkspaceError },
+}
+
+/// Follows a file.
+pub struct FileWatch {
+    path: PathBuf,
+    text: String,
+    sender: watch::Sender<Arc<Workspace>>,
+}
+
+impl FileWatch {
+    /// # Errors
+    /// [`FileError`]: a start needs a usable configuration.
+    pub async fn open(path: &Path) -> Result<Self, FileError> {
+        let text = read(path).await?;
+        let workspace = parse(path, &text)?;
+        metrics().config_loads.with_label_values(&["applied"]).inc();
+        Ok(Self { path: path.to_owned(), text, sender: watch::Sender::new(Arc::new(workspace)) })
+    }
+
+    pub fn current(&self) -> Current {
+        Current::new(self.sender.subscribe())
+    }
+
+    /// Looks for changes until nobody wants them any more.
+    pub async fn follow(mut self, clock: Clock) {
+        let mut complained = String::new();
+        loop {
+            clock.sleep(LOOK).await;
+            let result = match read(&self.path).await {
+                Ok(text) if text == self.text => "unchanged",
+                Ok(text) => match parse(&self.path, &text) {
+                    Ok(workspace) => {
+                        tracing::info!(path = %self.path.display(), "workspace configuration changed");
+                        self.sender.send_replace(Arc::new(workspace));
+                        self.text = text;
+                        complained.clear();
+                        "applied"
+                    }
+                    Err(error) => complain(&mut complained, &error),
+                },
+                Err(error) => complain(&mut complained, &error),
+            };
+            metrics().config_loads.with_label_values(&[result]).inc();
+        }
+    }
+}
+
+/// Says what is wrong, once for each problem.
+fn complain(last: &mut String, error: &FileError) -> &'static str {
+    let text = error.to_string();
+    if *last != text {
+        tracing::error!(error = %text, "workspace configuration not usable, the last good one stays in force");
+        *last = text;
+    }
+    "refused"
+}
+
+async fn read(path: &Path) -> Result<String, FileError> {
+    tokio::fs::read_to_string(path).await.map_err(|error| FileError::Unreadable { path: path.to_owned(), error })
+}
+
+fn parse(path: &Path, text: &str) -> Result<Workspace, FileError> {
+    Workspace::parse(text).map_err(|error| FileError::Refused { path: path.to_owned(), error })
+}

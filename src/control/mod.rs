@@ -1,0 +1,29 @@
+//! What the operator has configured: the workspace with its sources and destinations, as every stage sees it.
+
+pub mod file;
+pub mod workspace;
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use workspace::Workspace;
+
+/// The workspace in force. Clones see the same one; a change applies to whatever is begun after it.
+#[derive(Clone)]
+pub struct Current(watch::Receiver<Arc<Workspace>>);
+
+impl Current {
+    pub fn new(receiver: watch::Receiver<Arc<Workspace>>) -> Self {
+        Self(receiver)
+    }
+
+    /// One that never changes.
+    pub fn fixed(workspace: Workspace) -> Self {
+        Self(watch::Sender::new(Arc::new(workspace)).subscribe())
+    }
+
+    pub fn get(&self) -> Arc<Workspace> {
+        Arc::clone(&self.0.borrow())
+    }
+}

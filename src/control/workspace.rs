@@ -1,0 +1,297 @@
+//! The workspace configuration in RudderStack's JSON, read into what the stages need. Unknown fields are ignored, so that a
+//! file exported from there works as it is.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::model::id::{DestinationId, DestinationType, SourceId, WorkspaceId, WriteKey};
+
+/// Which of an event's ids keeps what in order (topics/README.md).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OrderBy {
+    /// `anonymousId`, else `userId`: one device's events stay in order over login.
+    #[default]
+    AnonymousId,
+    /// `userId`, else `anonymousId`: one person's events stay in order over devices once they are known.
+    UserId,
+    /// Both together: the finest spread; the order is kept while neither changes.
+    Both,
+}
+
+#[derive(Debug)]
+pub struct Source {
+    pub id: SourceId,
+    pub name: String,
+    pub write_key: WriteKey,
+    pub enabled: bool,
+    pub workspace: WorkspaceId,
+    pub order_by: OrderBy,
+    /// Those that are enabled and connected.
+    pub destinations: Vec<Arc<Destination>>,
+}
+
+#[derive(Debug)]
+pub struct Destination {
+    pub id: DestinationId,
+    pub name: String,
+    pub kind: DestinationType,
+    /// What an event's `integrations` calls it.
+    pub display_name: String,
+    /// The message types it takes; all where it does not say.
+    pub message_types: Option<Vec<String>>,
+    pub config: Value,
+}
+
+/// A workspace with its indexes.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    pub id: WorkspaceId,
+    by_write_key: HashMap<WriteKey, Arc<Source>>,
+    by_source: HashMap<SourceId, Arc<Source>>,
+    by_destination: HashMap<DestinationId, Arc<Destination>>,
+}
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkspaceError {
+    #[error("not a workspace configuration: {0}")]
+    Json(#[from] serde_json::Error),
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl Workspace {
+    /// # Errors
+    /// [`WorkspaceError`] says what and where: the line and column of a JSON error, or the ids that contradict each other.
+    pub fn parse(text: &str) -> Result<Self, WorkspaceError> {
+        let raw: RawWorkspace = serde_json::from_str(text)?;
+        let mut workspace = Workspace { id: raw.workspace_id.as_str().into(), ..Workspace::default() };
+        for source in &raw.sources {
+            workspace.add(source, &raw)?;
+        }
+        Ok(workspace)
+    }
+
+    pub fn by_write_key(&self, key: &str) -> Option<&Arc<Source>> {
+        self.by_write_key.get(key)
+    }
+
+    pub fn source(&self, id: &SourceId) -> Option<&Arc<Source>> {
+        self.by_source.get(id)
+    }
+
+    /// An enabled destination.
+    pub fn destination(&self, id: &DestinationId) -> Option<&Arc<Destination>> {
+        self.by_destination.get(id)
+    }
+
+    pub fn sources(&self) -> impl Iterator<Item = &Arc<Source>> {
+        self.by_source.values()
+    }
+
+    fn add(&mut self, source: &RawSource, raw: &RawWorkspace) -> Result<(), WorkspaceError> {
+        let refused = |what: String| Err(WorkspaceError::Refused(what));
+        if source.id.is_empty() || source.write_key.is_empty() {
+            return refused(format!("source {:?} ({:?}) needs an id and a writeKey", source.id, source.name));
+        }
+        let disconnected = |destination: &RawDestination| {
+            raw.connections.values().any(|connection| {
+                connection.source_id == source.id && connection.destination_id == destination.id && !connection.enabled
+            })
+        };
+        let mut destinations = Vec::new();
+        for destination in &source.destinations {
+            if destination.id.is_empty() {
+                return refused(format!("a destination of source {:?} has no id", source.id));
+            }
+            if destination.enabled && destination.is_processor_enabled && !disconnected(destination) {
+                destinations.push(self.destination_of(destination)?);
+            }
+        }
+        let workspace = if source.workspace_id.is_empty() { &raw.workspace_id } else { &source.workspace_id };
+        let order_by = match source.config.get("orderBy") {
+            None | Some(Value::Null) => OrderBy::default(),
+            Some(value) => OrderBy::deserialize(value).map_err(|error| {
+                WorkspaceError::Refused(format!("config.orderBy of source {:?}: {error}", source.id))
+            })?,
+        };
+        let built = Arc::new(Source {
+            id: source.id.as_str().into(),
+            name: source.name.clone(),
+            write_key: source.write_key.as_str().into(),
+            enabled: source.enabled,
+            workspace: workspace.as_str().into(),
+            order_by,
+            destinations,
+        });
+        if let Some(other) = self.by_write_key.insert(built.write_key.clone(), Arc::clone(&built)) {
+            return refused(format!("sources {:?} and {:?} have the same writeKey", other.id, built.id));
+        }
+        if self.by_source.insert(built.id.clone(), built).is_some() {
+            return refused(format!("source id {:?} occurs twice", source.id));
+        }
+        Ok(())
+    }
+
+    fn destination_of(&mut self, raw: &RawDestination) -> Result<Arc<Destination>, WorkspaceError> {
+        if let Some(known) = self.by_destination.get(raw.id.as_str()) {
+            // The same destination under several sources is one destination.
+            return Ok(Arc::clone(known));
+        }
+        let definition = &raw.destination_definition;
+        let mut message_types: Option<Vec<String>> = match definition.config.get("supportedMessageTypes") {
+            Some(Value::Array(types)) => {
+                Some(types.iter().filter_map(Value::as_str).map(|kind| kind.trim().to_lowercase()).collect())
+            }
+            // Newer definitions list them for each way of connecting; deliveries go the cloud's way.
+            Some(Value::Object(ways)) => ways.get("cloud").and_then(Value::as_array).map(|types| {
+                types.iter().filter_map(Value::as_str).map(|kind| kind.trim().to_lowercase()).collect()
+            }),
+            _ => None,
+        };
+        if raw.config.get("enableServerSideIdentify") == Some(&Value::Bool(false))
+            && let Some(types) = &mut message_types
+        {
+            types.retain(|kind| kind != "identify");
+        }
+        let destination = Arc::new(Destination {
+            id: raw.id.as_str().into(),
+            name: raw.name.clone(),
+            kind: definition.name.as_str().into(),
+            display_name: if definition.display_name.is_empty() {
+                definition.name.clone()
+            } else {
+                definition.display_name.clone()
+            },
+            message_types,
+            config: raw.config.clone(),
+        });
+        self.by_destination.insert(destination.id.clone(), Arc::clone(&destination));
+        Ok(destination)
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawWorkspace {
+    #[serde(default, alias = "WorkspaceID", alias = "workspaceID")]
+    workspace_id: String,
+    #[serde(alias = "Sources")]
+    sources: Vec<RawSource>,
+    #[serde(default, alias = "Connections")]
+    connections: HashMap<String, RawConnection>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawSource {
+    #[serde(default, alias = "ID")]
+    id: String,
+    #[serde(default, alias = "Name")]
+    name: String,
+    #[serde(default, alias = "WriteKey")]
+    write_key: String,
+    #[serde(default = "yes", alias = "Enabled")]
+    enabled: bool,
+    #[serde(default, alias = "WorkspaceID", alias = "workspaceID")]
+    workspace_id: String,
+    #[serde(default, alias = "Config")]
+    config: Value,
+    #[serde(default, alias = "Destinations")]
+    destinations: Vec<RawDestination>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawDestination {
+    #[serde(default, alias = "ID")]
+    id: String,
+    #[serde(default, alias = "Name")]
+    name: String,
+    #[serde(default = "yes", alias = "Enabled")]
+    enabled: bool,
+    #[serde(default = "yes", alias = "IsProcessorEnabled")]
+    is_processor_enabled: bool,
+    #[serde(default, alias = "Config")]
+    config: Value,
+    #[serde(alias = "DestinationDefinition")]
+    destination_definition: RawDefinition,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawDefinition {
+    #[serde(alias = "Name")]
+    name: String,
+    #[serde(default, alias = "DisplayName")]
+    display_name: String,
+    #[serde(default, alias = "Config")]
+    config: Value,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawConnection {
+    #[serde(default)]
+    source_id: String,
+    #[serde(default)]
+    destination_id: String,
+    #[serde(default = "yes")]
+    enabled: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(source: &str, destination: &str) -> String {
+        format!(
+            r#"{{"workspaceId":"ws-1","unknown":1,"sources":[{{"id":"src-1","writeKey":"wk-1"{source},"destinations":[
+            {{"id":"dst-1","name":"Hook"{destination},"destinationDefinition":{{"name":"WEBHOOK","displayName":"Webhook",
+            "config":{{"supportedMessageTypes":["Identify","track"]}}}}}}]}}]}}"#
+        )
+    }
+
+    #[test]
+    fn sources_and_destinations_are_found() {
+        let workspace = Workspace::parse(&text("", "")).expect("valid");
+        let source = workspace.by_write_key("wk-1").expect("there");
+        assert_eq!((source.workspace.as_str(), source.enabled, source.order_by), ("ws-1", true, OrderBy::AnonymousId));
+        let destination = &source.destinations[0];
+        assert_eq!((destination.kind.as_str(), destination.display_name.as_str()), ("WEBHOOK", "Webhook"));
+        assert_eq!(destination.message_types.as_deref(), Some(&["identify".to_owned(), "track".to_owned()][..]));
+        assert!(workspace.destination(&"dst-1".into()).is_some());
+    }
+
+    #[test]
+    fn disabled_and_disconnected_destinations_are_left_out() {
+        for destination in [r#","enabled":false"#, r#","isProcessorEnabled":false"#] {
+            let workspace = Workspace::parse(&text("", destination)).expect("valid");
+            assert!(workspace.by_write_key("wk-1").expect("there").destinations.is_empty(), "{destination}");
+        }
+        let disconnected = text("", "").replacen(
+            "\"sources\"",
+            r#""connections":{"c":{"sourceId":"src-1","destinationId":"dst-1","enabled":false}},"sources""#,
+            1,
+        );
+        let workspace = Workspace::parse(&disconnected).expect("valid");
+        assert!(workspace.by_write_key("wk-1").expect("there").destinations.is_empty());
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let twice = r#"{"sources":[{"id":"a","writeKey":"k"},{"id":"b","writeKey":"k"}]}"#;
+        assert!(Workspace::parse(twice).unwrap_err().to_string().contains("\"a\" and \"b\""));
+        let order = text(r#","config":{"orderBy":"email"}"#, "");
+        assert!(Workspace::parse(&order).unwrap_err().to_string().contains("orderBy of source \"src-1\""));
+        assert!(Workspace::parse("{\"sources\":[}").unwrap_err().to_string().contains("line 1 column 13"));
+    }
+}

@@ -1,0 +1,4 @@
+//! Getting a delivery to its destination, and what the destination's answer means.
+
+pub mod http;
+pub mod verdict;

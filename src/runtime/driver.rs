@@ -1,0 +1,133 @@
+//! The driver: one loop that polls a session, feeds the workers, and commits what they have finished.
+//!
+//! It never waits for a worker. Records are try-sent; what does not go in stays in one bounded stash, and that partition is
+//! paused. Workers never push results: the driver asks each for its changes. So neither can block the other. What has been
+//! collected stays here until a commit has succeeded: a failed one is repeated with it, without partitions that were lost, and
+//! nothing is done again.
+
+mod own;
+mod pending;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use crate::clock::Clock;
+use crate::log::{Assignment, Backend, Committed, LogError, Member};
+use crate::model::record::{Addressed, Offset, Record};
+use crate::runtime::shutdown::Shutdown;
+use crate::telemetry::events;
+use crate::telemetry::server::Ready;
+
+/// Batches that wait in front of a worker. More would be memory without more speed.
+const INBOX_BATCHES: usize = 4;
+/// Fenced twice in this time: two processes use one instance id, and a person must choose another.
+const FENCED_AGAIN: Duration = Duration::from_secs(300);
+const RETRY: Duration = Duration::from_millis(500);
+
+/// What a worker is asked.
+pub enum Ask {
+    /// What has changed since the last time, if anything.
+    Collect(oneshot::Sender<Option<Changes>>),
+    /// What was collected so far is committed.
+    Committed,
+    /// Start nothing new; answer when nothing is under way.
+    Drain(oneshot::Sender<()>),
+}
+
+/// What a worker has finished since it was asked last.
+#[derive(Debug)]
+pub struct Changes {
+    pub outputs: Vec<Addressed>,
+    /// Written behind everything else of the transaction: the partition's progress record.
+    pub last: Option<Addressed>,
+    pub position: Committed,
+}
+
+/// A worker's end of the driver.
+pub struct Inbox {
+    pub records: mpsc::Receiver<Vec<Record>>,
+    pub asks: mpsc::UnboundedReceiver<Ask>,
+    /// Takes the offset to read from, once, when the worker is ready for records.
+    pub ready: oneshot::Sender<Offset>,
+    pub bell: Arc<Bell>,
+}
+
+/// How a worker gets the driver's attention.
+#[derive(Default)]
+pub struct Bell(Notify);
+
+impl Bell {
+    /// There is room again, or there are changes.
+    pub fn ring(&self) {
+        self.0.notify_one();
+    }
+}
+
+/// What runs in a worker.
+pub trait Work: Send + Sync + 'static {
+    /// Runs a partition until its inbox closes. Aborted at any await when the assignment is lost.
+    fn run(self: Arc<Self>, assignment: Assignment, inbox: Inbox) -> impl Future<Output = Result<(), LogError>> + Send;
+}
+
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub member: Member,
+    /// Commits are at least so far apart.
+    pub commit_interval: Duration,
+    /// The stage's name in metrics and log lines.
+    pub stage: &'static str,
+}
+
+/// Runs a stage's session until shutdown, building a new one whenever it has to.
+///
+/// # Errors
+/// [`LogError::Fatal`], with what a person has to mend.
+pub async fn run<B: Backend, W: Work>(
+    backend: B,
+    work: Arc<W>,
+    settings: Settings,
+    clock: Clock,
+    shutdown: Shutdown,
+    mut ready: Ready,
+) -> Result<(), LogError> {
+    let mut fenced_at = None;
+    let mut cause = "start";
+    while !shutdown.has_begun() {
+        events::session(settings.stage, cause);
+        let ended = match backend.session(settings.member.clone()).await {
+            Ok(session) => {
+                own::Driver::new(session, Arc::clone(&work), &settings, &clock).run(&shutdown, &mut ready).await
+            }
+            Err(error) => Err(error),
+        };
+        ready.set(false);
+        match ended {
+            Ok(()) => return Ok(()),
+            Err(LogError::Fatal(error)) => return Err(LogError::Fatal(error)),
+            Err(LogError::Fenced(error)) => {
+                let again = fenced_at.is_some_and(|at: tokio::time::Instant| at.elapsed() < FENCED_AGAIN);
+                if again {
+                    return Err(LogError::fatal(format!(
+                        "fenced twice within five minutes ({error}): is instance.id {:?} in use by two processes?",
+                        settings.member.instance.as_str()
+                    )));
+                }
+                fenced_at = Some(clock.instant());
+                cause = "fenced";
+                events::session_ended(settings.stage, &error);
+            }
+            Err(LogError::Transient(error)) => {
+                cause = "transient";
+                events::session_ended(settings.stage, &error);
+            }
+        }
+        tokio::select! {
+            () = shutdown.begun() => {}
+            () = clock.sleep(RETRY) => {}
+        }
+    }
+    Ok(())
+}

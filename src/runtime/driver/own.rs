@@ -1,0 +1,360 @@
+//! One session's life: from its first assignment until it ends.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
+
+use crate::clock::Clock;
+use crate::log::{Assignment, Limit, LogError, Polled, Session};
+use crate::model::record::{Epoch, Offset, Partition, Record};
+use crate::runtime::shutdown::Shutdown;
+use crate::telemetry::events;
+use crate::telemetry::server::Ready;
+
+use super::pending::Pending;
+use super::{Ask, Bell, Changes, INBOX_BATCHES, Inbox, Settings, Work};
+
+const POLL: Limit = Limit { records: 1_000, bytes: 4 << 20 };
+/// A failed commit is repeated after this, doubling up to the second.
+const REPEAT: Duration = Duration::from_millis(50);
+const REPEAT_CAP: Duration = Duration::from_secs(1);
+/// Workers answer between two of their steps; one that does not within this joins the next commit.
+const COLLECT: Duration = Duration::from_millis(200);
+/// A session without any assignment for so long still counts as ready: others may own everything.
+const SETTLED: Duration = Duration::from_secs(10);
+
+/// A partition that is ours.
+struct Slot {
+    epoch: Epoch,
+    records: mpsc::Sender<Vec<Record>>,
+    asks: mpsc::UnboundedSender<Ask>,
+    stash: Vec<Record>,
+    /// Its worker has been asked and has not answered yet.
+    asked: bool,
+    restored: bool,
+    worker: AbortHandle,
+}
+
+type Answer<T> = Pin<Box<dyn Future<Output = (Partition, Epoch, Option<T>)> + Send>>;
+
+pub struct Driver<'a, S: Session, W: Work> {
+    session: S,
+    work: Arc<W>,
+    settings: &'a Settings,
+    clock: &'a Clock,
+    slots: BTreeMap<Partition, Slot>,
+    workers: JoinSet<(Partition, Epoch, Result<(), LogError>)>,
+    restoring: FuturesUnordered<Answer<Offset>>,
+    answers: FuturesUnordered<Answer<Option<Changes>>>,
+    pending: Pending,
+    bell: Arc<Bell>,
+    /// When the next commit may begin; none while nothing has changed.
+    due: Option<Instant>,
+    last_commit: Instant,
+    repeat: Duration,
+}
+
+impl<'a, S: Session, W: Work> Driver<'a, S, W> {
+    pub fn new(session: S, work: Arc<W>, settings: &'a Settings, clock: &'a Clock) -> Self {
+        Self {
+            session,
+            work,
+            settings,
+            clock,
+            slots: BTreeMap::new(),
+            workers: JoinSet::new(),
+            restoring: FuturesUnordered::new(),
+            answers: FuturesUnordered::new(),
+            pending: Pending::default(),
+            bell: Arc::default(),
+            due: None,
+            last_commit: clock.instant(),
+            repeat: REPEAT,
+        }
+    }
+
+    /// Runs until shutdown (and closes the session) or until the session has to be rebuilt.
+    pub async fn run(mut self, shutdown: &Shutdown, ready: &mut Ready) -> Result<(), LogError> {
+        let ended = self.serve(shutdown, ready).await;
+        if ended.is_ok() {
+            let all: Vec<Partition> = self.slots.keys().copied().collect();
+            self.release(&all, shutdown.budget).await;
+        }
+        self.workers.shutdown().await;
+        events::owned(self.settings.stage, 0);
+        match ended {
+            Ok(()) => self.session.close().await,
+            Err(_) => drop(self.session),
+        }
+        ended
+    }
+
+    async fn serve(&mut self, shutdown: &Shutdown, ready: &mut Ready) -> Result<(), LogError> {
+        let opened = self.clock.instant();
+        while !shutdown.has_begun() {
+            ready.set(match self.slots.is_empty() {
+                true => opened.elapsed() > SETTLED,
+                false => self.slots.values().all(|slot| slot.restored),
+            });
+            let due = self.due.unwrap_or_else(|| self.clock.instant() + Duration::from_secs(3_600));
+            let bell = Arc::clone(&self.bell);
+            tokio::select! {
+                biased;
+                () = shutdown.begun() => {}
+                Some(answer) = self.restoring.next() => self.start_reading(answer)?,
+                Some(answer) = self.answers.next() => {
+                    self.take(answer);
+                    if self.answers.is_empty() {
+                        self.commit().await?;
+                    }
+                }
+                Some(ended) = self.workers.join_next() => self.worker_ended(ended)?,
+                () = bell.0.notified() => self.answer_bell()?,
+                () = self.clock.sleep_until(due) => self.collect_or_commit().await?,
+                polled = self.session.poll(POLL) => self.react(polled?).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn react(&mut self, polled: Polled) -> Result<(), LogError> {
+        match polled {
+            Polled::Records(records) => self.feed(records),
+            Polled::Assigned(given) => {
+                let numbers: Vec<Partition> = given.iter().map(|assignment| assignment.partition).collect();
+                events::rebalanced(self.settings.stage, "assigned", &numbers);
+                for assignment in given {
+                    self.begin(assignment);
+                }
+                events::owned(self.settings.stage, self.slots.len());
+                Ok(())
+            }
+            Polled::Revoked(taken) => {
+                events::rebalanced(self.settings.stage, "revoked", &taken);
+                self.release(&taken, self.settings.member.revoke_drain).await;
+                self.forget(&taken);
+                Ok(())
+            }
+            Polled::Lost(gone) => {
+                events::rebalanced(self.settings.stage, "lost", &gone);
+                self.forget(&gone);
+                Ok(())
+            }
+            Polled::Idle => Ok(()),
+        }
+    }
+
+    fn begin(&mut self, assignment: Assignment) {
+        let (partition, epoch) = (assignment.partition, assignment.epoch);
+        let (records, inbox_records) = mpsc::channel(INBOX_BATCHES);
+        let (asks, inbox_asks) = mpsc::unbounded_channel();
+        let (ready, restored) = oneshot::channel();
+        let inbox = Inbox { records: inbox_records, asks: inbox_asks, ready, bell: Arc::clone(&self.bell) };
+        let work = Arc::clone(&self.work);
+        let worker = self.workers.spawn(async move { (partition, epoch, work.run(assignment, inbox).await) });
+        self.restoring.push(Box::pin(async move { (partition, epoch, restored.await.ok()) }));
+        let slot = Slot { epoch, records, asks, stash: Vec::new(), asked: false, restored: false, worker };
+        if let Some(old) = self.slots.insert(partition, slot) {
+            old.worker.abort();
+        }
+    }
+
+    fn start_reading(&mut self, (partition, epoch, from): (Partition, Epoch, Option<Offset>)) -> Result<(), LogError> {
+        let Some(slot) = self.slots.get_mut(&partition).filter(|slot| slot.epoch == epoch) else { return Ok(()) };
+        // A worker that ended before it was ready says why when it is joined.
+        let Some(from) = from else { return Ok(()) };
+        slot.restored = true;
+        self.session.seek(partition, from)?;
+        self.session.resume(&[partition])
+    }
+
+    fn feed(&mut self, records: Vec<Record>) -> Result<(), LogError> {
+        let mut by_partition: BTreeMap<Partition, Vec<Record>> = BTreeMap::new();
+        for record in records {
+            by_partition.entry(record.partition).or_default().push(record);
+        }
+        for (partition, batch) in by_partition {
+            let Some(slot) = self.slots.get_mut(&partition) else { continue };
+            if slot.stash.is_empty() {
+                match slot.records.try_send(batch) {
+                    Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => continue,
+                    Err(mpsc::error::TrySendError::Full(batch)) => slot.stash = batch,
+                }
+                self.session.pause(&[partition])?;
+            } else {
+                // Polled before the pause took effect.
+                slot.stash.extend(batch);
+            }
+        }
+        Ok(())
+    }
+
+    /// A worker has room, or has changes.
+    fn answer_bell(&mut self) -> Result<(), LogError> {
+        for (partition, slot) in &mut self.slots {
+            if slot.stash.is_empty() {
+                continue;
+            }
+            match slot.records.try_send(std::mem::take(&mut slot.stash)) {
+                Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => self.session.resume(&[*partition])?,
+                Err(mpsc::error::TrySendError::Full(batch)) => slot.stash = batch,
+            }
+        }
+        let earliest = self.last_commit + self.settings.commit_interval;
+        self.due.get_or_insert(earliest.max(self.clock.instant()));
+        Ok(())
+    }
+
+    async fn collect_or_commit(&mut self) -> Result<(), LogError> {
+        self.due = None;
+        if self.pending.is_empty() {
+            let all: Vec<Partition> = self.slots.keys().copied().collect();
+            self.ask(&all);
+            if self.answers.is_empty() { Ok(()) } else { self.gather().await }
+        } else {
+            self.commit().await
+        }
+    }
+
+    fn ask(&mut self, partitions: &[Partition]) {
+        for partition in partitions {
+            let Some(slot) = self.slots.get_mut(partition).filter(|slot| !slot.asked && slot.restored) else { continue };
+            let (answer, answered) = oneshot::channel();
+            if slot.asks.send(Ask::Collect(answer)).is_ok() {
+                slot.asked = true;
+                let (partition, epoch) = (*partition, slot.epoch);
+                self.answers.push(Box::pin(async move { (partition, epoch, answered.await.ok()) }));
+            }
+        }
+    }
+
+    /// Waits a moment for the answers: workers answer between two steps, so almost always at once.
+    async fn gather(&mut self) -> Result<(), LogError> {
+        self.take_answers(COLLECT).await;
+        self.commit().await
+    }
+
+    async fn take_answers(&mut self, patience: Duration) {
+        let until = self.clock.instant() + patience;
+        while !self.answers.is_empty() {
+            tokio::select! {
+                Some(answer) = self.answers.next() => self.take(answer),
+                () = self.clock.sleep_until(until) => return,
+            }
+        }
+    }
+
+    fn take(&mut self, (partition, epoch, changes): (Partition, Epoch, Option<Option<Changes>>)) {
+        let Some(slot) = self.slots.get_mut(&partition).filter(|slot| slot.epoch == epoch) else { return };
+        slot.asked = false;
+        if let Some(Some(changes)) = changes {
+            self.pending.add(partition, epoch, changes);
+        }
+    }
+
+    /// Commits what is pending. A failure that can pass leaves it pending and tries again later.
+    async fn commit(&mut self) -> Result<(), LogError> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let began = self.clock.instant();
+        self.last_commit = began;
+        match self.session.commit(Arc::new(self.pending.commit())).await {
+            Ok(()) => {
+                events::committed(self.settings.stage, began.elapsed());
+                for partition in self.pending.partitions() {
+                    if let Some(slot) = self.slots.get(&partition) {
+                        // A worker that has ended is told by its join.
+                        let _ = slot.asks.send(Ask::Committed);
+                    }
+                }
+                self.pending.clear();
+                self.repeat = REPEAT;
+                Ok(())
+            }
+            Err(LogError::Transient(error)) => {
+                events::commit_failed(self.settings.stage, &error);
+                self.due = Some(self.clock.instant() + self.repeat);
+                self.repeat = (self.repeat * 2).min(REPEAT_CAP);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Lets partitions finish and commits them, within `budget`. They are still ours.
+    async fn release(&mut self, partitions: &[Partition], budget: Duration) {
+        let until = self.clock.instant() + budget;
+        let mut drained = FuturesUnordered::new();
+        for partition in partitions {
+            if let Some(slot) = self.slots.get_mut(partition).filter(|slot| slot.restored) {
+                slot.stash.clear();
+                let (done, is_done) = oneshot::channel();
+                if slot.asks.send(Ask::Drain(done)).is_ok() {
+                    drained.push(is_done);
+                }
+            }
+        }
+        loop {
+            // Commits go on while the drain lasts: who is killed in it repeats no more than usual.
+            let next = self.clock.instant() + self.settings.commit_interval;
+            tokio::select! {
+                next = drained.next() => if next.is_none() { break },
+                () = self.clock.sleep_until(until) => break,
+                () = self.clock.sleep_until(next) => if !self.settle(partitions).await { return },
+            }
+        }
+        for _ in 0..5 {
+            if !self.settle(partitions).await || self.pending.is_empty() {
+                return;
+            }
+            self.clock.sleep(REPEAT).await;
+        }
+    }
+
+    /// Collects and commits; false where the session cannot commit any more.
+    async fn settle(&mut self, partitions: &[Partition]) -> bool {
+        self.take_answers(COLLECT).await;
+        self.ask(partitions);
+        self.take_answers(COLLECT).await;
+        match self.commit().await {
+            Ok(()) => true,
+            Err(error) => {
+                events::commit_failed(self.settings.stage, &error);
+                false
+            }
+        }
+    }
+
+    fn forget(&mut self, partitions: &[Partition]) {
+        for partition in partitions {
+            if let Some(slot) = self.slots.remove(partition) {
+                slot.worker.abort();
+            }
+        }
+        self.pending.forget(partitions);
+        events::owned(self.settings.stage, self.slots.len());
+    }
+
+    fn worker_ended(
+        &self,
+        ended: Result<(Partition, Epoch, Result<(), LogError>), tokio::task::JoinError>,
+    ) -> Result<(), LogError> {
+        match ended {
+            Ok((partition, epoch, result)) => {
+                let current = self.slots.get(&partition).is_some_and(|slot| slot.epoch == epoch);
+                // The end of a worker whose partition is gone is expected, however it ended.
+                if current { result } else { Ok(()) }
+            }
+            Err(error) if error.is_cancelled() => Ok(()),
+            Err(error) => Err(LogError::transient(format!("a worker crashed: {error}"))),
+        }
+    }
+}

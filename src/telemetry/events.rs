@@ -1,0 +1,64 @@
+//! Internal events: what happened, told once, as a log line and its metrics together.
+
+use std::time::Duration;
+
+use tracing::{debug, error, info, warn};
+
+use crate::model::record::Partition;
+use crate::telemetry::metrics::metrics;
+
+/// Partitions came or went.
+pub fn rebalanced(stage: &str, kind: &'static str, partitions: &[Partition]) {
+    let numbers: Vec<u32> = partitions.iter().map(|partition| partition.0).collect();
+    info!(stage, kind, partitions = ?numbers, "partitions changed hands");
+    metrics().rebalances.with_label_values(&[stage, kind]).inc_by(partitions.len() as u64);
+}
+
+pub fn owned(stage: &str, partitions: usize) {
+    metrics().partitions.with_label_values(&[stage]).set(partitions as i64);
+}
+
+pub fn committed(stage: &str, took: Duration) {
+    metrics().commits.with_label_values(&[stage, "ok"]).inc();
+    metrics().commit_seconds.with_label_values(&[stage]).observe(took.as_secs_f64());
+}
+
+pub fn commit_failed(stage: &str, error: &dyn std::fmt::Display) {
+    warn!(stage, %error, "commit failed, it will be repeated");
+    metrics().commits.with_label_values(&[stage, "failed"]).inc();
+}
+
+/// A session is opened, and why.
+pub fn session(stage: &str, cause: &'static str) {
+    debug!(stage, cause, "opening a session");
+    metrics().sessions.with_label_values(&[stage, cause]).inc();
+}
+
+pub fn session_ended(stage: &str, error: &dyn std::fmt::Display) {
+    warn!(stage, %error, "session ended, building a new one");
+}
+
+pub fn restored(stage: &str, partition: Partition, bytes: usize, held: usize, took: Duration) {
+    debug!(stage, partition = partition.0, bytes, held, "partition restored");
+    metrics().restored_bytes.with_label_values(&[stage]).inc_by(bytes as u64);
+    metrics().restore_seconds.with_label_values(&[stage]).observe(took.as_secs_f64());
+}
+
+/// Progress does not fit the committed offset, so it is not used: somebody reset the offset or lost the topic.
+pub fn progress_missing(stage: &str, partition: Partition) {
+    error!(stage, partition = partition.0, "progress does not belong to the committed offset; reading on from there, repeats are possible");
+}
+
+/// A partition begins or ends waiting on purpose.
+pub fn waiting(stage: &str, partition: Partition, reason: &'static str, begins: bool) {
+    if begins {
+        warn!(stage, partition = partition.0, reason, "partition waits: its bound is full");
+    } else {
+        info!(stage, partition = partition.0, reason, "partition goes on");
+    }
+    metrics().waiting.with_label_values(&[stage, reason]).add(if begins { 1 } else { -1 });
+}
+
+pub fn panicked(stage: &str, partition: Partition, offset: &dyn std::fmt::Display) {
+    error!(stage, partition = partition.0, %offset, "the stage panicked on a record; it goes to proc-errors");
+}

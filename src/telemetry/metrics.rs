@@ -1,0 +1,137 @@
+//! Every metric of the engine: name, kind, meaning, labels. The catalogue in the documentation is printed from here
+//! (`laneway metrics`), and a test compares it with what is served. Labels never hold user or message ids.
+
+use std::sync::LazyLock;
+
+use prometheus::{
+    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder, exponential_buckets,
+};
+
+/// One row of the catalogue.
+#[derive(Clone, Copy, Debug)]
+pub struct Described {
+    pub name: &'static str,
+    pub kind: &'static str,
+    pub labels: &'static [&'static str],
+    pub meaning: &'static str,
+}
+
+macro_rules! catalogue {
+    ($($field:ident: $kind:ident $name:literal [$($label:literal),*] $meaning:literal;)*) => {
+        /// The metrics, by field.
+        pub struct Metrics {
+            registry: Registry,
+            $(#[doc = $meaning] pub $field: $kind,)*
+        }
+
+        /// The catalogue, in its order.
+        pub const CATALOGUE: &[Described] = &[$(Described {
+            name: $name,
+            kind: stringify!($kind),
+            labels: &[$($label),*],
+            meaning: $meaning,
+        }),*];
+
+        impl Metrics {
+            fn new() -> Self {
+                let registry = Registry::new();
+                $(let $field = <$kind as Registered>::register(&registry, $name, $meaning, &[$($label),*]);)*
+                Self { registry, $($field),* }
+            }
+        }
+    };
+}
+
+catalogue! {
+    gateway_requests: IntCounterVec "laneway_gateway_requests_total" ["code"] "Requests answered, by status code.";
+    gateway_events: IntCounterVec "laneway_gateway_events_total" ["source"] "Events that the log has taken.";
+    gateway_seconds: HistogramVec "laneway_gateway_request_seconds" [] "Time to answer a request to an ingest endpoint, in seconds.";
+    gateway_open: IntGaugeVec "laneway_gateway_open_requests" [] "Requests that are being answered.";
+    processor_events: IntCounterVec "laneway_processor_events_total" ["outcome"] "Events processed: produced, filtered or failed.";
+    processor_reasons: IntCounterVec "laneway_processor_reasons_total" ["outcome", "reason"] "Why events were filtered or failed.";
+    processor_deliveries: IntCounterVec "laneway_processor_deliveries_total" ["destination"] "Deliveries made ready.";
+    router_outcomes: IntCounterVec "laneway_router_outcomes_total" ["destination", "outcome"] "Final outcomes: delivered, filtered, aborted.";
+    router_aborted: IntCounterVec "laneway_router_aborted_total" ["destination", "reason"] "Deliveries given up, by reason.";
+    router_attempts: IntCounterVec "laneway_router_attempts_total" ["destination", "code"] "Requests sent, by status code (0: no answer).";
+    router_attempt_seconds: HistogramVec "laneway_router_attempt_seconds" [] "Time of one request to a destination, in seconds.";
+    router_latency_seconds: HistogramVec "laneway_router_latency_seconds" [] "Time from receiving an event to having delivered it, in seconds.";
+    router_in_flight: IntGaugeVec "laneway_router_in_flight_requests" [] "Requests to destinations that are under way.";
+    lane_pending: IntGaugeVec "laneway_router_pending_deliveries" ["partition"] "Deliveries taken and not final.";
+    lane_held: IntGaugeVec "laneway_router_held_keys" ["partition"] "Users whose next delivery waits for a retry, by partition.";
+    lane_bytes: IntGaugeVec "laneway_router_window_bytes" ["partition"] "Deliveries kept in memory, in bytes.";
+    commits: IntCounterVec "laneway_runtime_commits_total" ["stage", "result"] "Commits: ok, or failed and repeated.";
+    commit_seconds: HistogramVec "laneway_runtime_commit_seconds" ["stage"] "Time of one commit, in seconds.";
+    partitions: IntGaugeVec "laneway_runtime_partitions" ["stage"] "Partitions that this process owns.";
+    rebalances: IntCounterVec "laneway_runtime_rebalances_total" ["stage", "kind"] "Partitions assigned, revoked and lost.";
+    waiting: IntGaugeVec "laneway_runtime_waiting_partitions" ["stage", "reason"] "Partitions that take nothing on purpose: memory, holes or window.";
+    restored_bytes: IntCounterVec "laneway_runtime_restored_bytes_total" ["stage"] "Progress read to restore partitions, in bytes.";
+    restore_seconds: HistogramVec "laneway_runtime_restore_seconds" ["stage"] "Time to restore a partition, in seconds.";
+    sessions: IntCounterVec "laneway_runtime_sessions_total" ["stage", "cause"] "Sessions opened: start, transient or fenced.";
+    config_loads: IntCounterVec "laneway_control_workspace_loads_total" ["result"] "Workspace configurations read: applied, unchanged or refused.";
+}
+
+/// The process's metrics.
+pub fn metrics() -> &'static Metrics {
+    static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
+    &METRICS
+}
+
+impl Metrics {
+    /// The Prometheus text format.
+    pub fn render(&self) -> String {
+        let mut out = Vec::new();
+        // Encoding our own families into memory cannot fail; if it did, an empty page says so.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut out);
+        String::from_utf8(out).unwrap_or_default()
+    }
+}
+
+/// A kind of metric that can be made and registered.
+trait Registered: Sized {
+    fn register(registry: &Registry, name: &str, meaning: &str, labels: &[&str]) -> Self;
+}
+
+macro_rules! registered {
+    ($kind:ty, $options:expr) => {
+        impl Registered for $kind {
+            fn register(registry: &Registry, name: &str, meaning: &str, labels: &[&str]) -> Self {
+                let options = $options(name, meaning);
+                let family = <$kind>::new(options, labels).expect("the catalogue's names and labels are valid");
+                registry.register(Box::new(family.clone())).expect("the catalogue has no name twice");
+                family
+            }
+        }
+    };
+}
+
+registered!(IntCounterVec, Opts::new::<&str, &str>);
+registered!(IntGaugeVec, Opts::new::<&str, &str>);
+registered!(HistogramVec, |name: &str, meaning: &str| {
+    HistogramOpts::new(name, meaning).buckets(exponential_buckets(0.001, 2.0, 18).expect("valid buckets"))
+});
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_catalogue_is_what_is_served_and_named_by_the_rules() {
+        let metrics = Metrics::new();
+        metrics.gateway_requests.with_label_values(&["200"]).inc();
+        metrics.gateway_open.with_label_values::<&str>(&[]).set(1);
+        metrics.commit_seconds.with_label_values(&["router"]).observe(0.1);
+        let page = metrics.render();
+        for name in ["laneway_gateway_requests_total", "laneway_gateway_open_requests", "laneway_runtime_commit_seconds"] {
+            assert!(page.contains(&format!("# HELP {name} ")), "{name} is missing in {page}");
+        }
+        let mut names: Vec<&str> = CATALOGUE.iter().map(|row| row.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), CATALOGUE.len());
+        for row in CATALOGUE {
+            assert!(row.name.starts_with("laneway_") && row.meaning.ends_with('.'), "{row:?}");
+            assert_eq!(row.kind == "IntCounterVec", row.name.ends_with("_total"), "{row:?}");
+            assert!(!row.labels.iter().any(|label| ["user", "message"].contains(label)), "{row:?}");
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! What the engine tells about itself: metrics in one catalogue, internal events that are a log line and its metrics in one,
+//! the admin listener that serves them.
+
+pub mod events;
+pub mod metrics;
+pub mod server;
+pub mod tracing;

@@ -1,0 +1,3 @@
+//! Transforms that need no other process.
+
+pub mod webhook;

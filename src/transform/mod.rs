@@ -1,0 +1,3 @@
+//! Making an event ready for a type of destination.
+
+pub mod builtin;
