@@ -10,3 +10,7 @@ pub mod runtime;
 pub mod telemetry;
 pub mod control;
 pub mod transform;
+pub mod stages;
+pub mod app;
+pub mod cli;
+pub mod config;

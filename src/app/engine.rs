@@ -1,0 +1,281 @@
+//! The stages of one process, running.
+
+use std::collections::BTreeMap;
+use std::future::IntoFuture;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use axum::Router as HttpRouter;
+use axum::serve::ListenerExt;
+use tokio::net::TcpListener;
+
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::control::Current;
+use crate::delivery::http::{Client, ClientSettings, Guard};
+use crate::log::partitioner::Placement;
+use crate::log::topic::Topics;
+use crate::log::{Admin, Backend, Member};
+use crate::model::id::InstanceId;
+use crate::model::record::Topic;
+use crate::runtime::deliver::{Bounds, DeliverSettings, DeliverWork, Permits, RetryPolicy};
+use crate::runtime::driver;
+use crate::runtime::failure::FailureTopic;
+use crate::runtime::shutdown::Shutdown;
+use crate::runtime::supervisor::Supervisor;
+use crate::runtime::transform::TransformWork;
+use crate::stages::gateway::{self, Admission, Gateway, GatewaySettings};
+use crate::stages::processor::Processor;
+use crate::stages::router::Router;
+use crate::telemetry::server::{self, Readiness};
+
+/// A part of the flow that a process can run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    Gateway,
+    Processor,
+    Router,
+}
+
+impl Stage {
+    pub const ALL: [Stage; 3] = [Stage::Gateway, Stage::Processor, Stage::Router];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Stage::Gateway => "gateway",
+            Stage::Processor => "processor",
+            Stage::Router => "router",
+        }
+    }
+}
+
+/// Everything that the stages are built from.
+pub struct Parts<B> {
+    pub log: B,
+    pub config: Config,
+    pub topics: Topics,
+    pub workspace: Current,
+    pub instance: String,
+    pub clock: Clock,
+    pub shutdown: Shutdown,
+}
+
+/// Where the process listens.
+#[derive(Clone, Copy, Debug)]
+pub struct Listening {
+    pub admin: SocketAddr,
+    pub gateway: Option<SocketAddr>,
+}
+
+/// Listeners, bound before anything else starts: a taken port is told at once.
+pub struct Listeners {
+    admin: TcpListener,
+    gateway: Option<TcpListener>,
+}
+
+impl Listeners {
+    /// # Errors
+    /// Which address cannot be listened on, and why.
+    pub async fn bind(config: &Config, stages: &[Stage]) -> anyhow::Result<Self> {
+        let bind = async |what: &str, address: SocketAddr| {
+            TcpListener::bind(address).await.with_context(|| format!("{what}.listen {address}"))
+        };
+        let admin = bind("admin", config.admin.listen).await?;
+        let gateway = match stages.contains(&Stage::Gateway) {
+            true => Some(bind("gateway", config.gateway.listen).await?),
+            false => None,
+        };
+        Ok(Self { admin, gateway })
+    }
+
+    /// # Errors
+    /// Where the system does not tell.
+    pub fn addresses(&self) -> std::io::Result<Listening> {
+        let gateway = self.gateway.as_ref().map(TcpListener::local_addr).transpose()?;
+        Ok(Listening { admin: self.admin.local_addr()?, gateway })
+    }
+}
+
+/// Runs the stages until the shutdown has ended. `extra` are more routes for the admin listener.
+///
+/// # Errors
+/// What made the first failing part fail.
+pub async fn run<B: Backend>(
+    parts: Parts<B>,
+    stages: &[Stage],
+    listeners: Listeners,
+    extra: HttpRouter,
+) -> anyhow::Result<()> {
+    let readiness = Readiness::default();
+    let placements = placements(&parts).await?;
+    let mut supervisor = Supervisor::new(parts.shutdown.clone());
+    let admin = server::routes(readiness.clone()).merge(extra);
+    // The admin listener goes last: it tells how the others are doing.
+    let admin_down = Shutdown::new(parts.shutdown.budget);
+    let admin_part = serve(listeners.admin, admin, admin_down.clone());
+    let admin_task = tokio::spawn(admin_part);
+    if let Some(listener) = listeners.gateway {
+        let mut ready = readiness.part();
+        let gateway = Gateway {
+            admission: Admission::new(parts.log.publisher()?, placements[&Topic::EVENTS]),
+            workspace: parts.workspace.clone(),
+            clock: parts.clock.clone(),
+            settings: GatewaySettings { trust_forwarded_for: parts.config.gateway.trust_forwarded_for },
+        };
+        let served = serve(listener, gateway::routes(gateway), parts.shutdown.clone());
+        supervisor.start("gateway", async move {
+            ready.set(true);
+            served.await
+        });
+    }
+    if stages.contains(&Stage::Processor) {
+        start_processor(&parts, &placements, &readiness, &mut supervisor);
+    }
+    if stages.contains(&Stage::Router) {
+        start_router(&parts, &placements, &readiness, &mut supervisor)?;
+    }
+    let ended = supervisor.join().await;
+    admin_down.begin();
+    // It has no requests of its own to lose.
+    let _ = admin_task.await;
+    ended.map_err(|error| anyhow::anyhow!(error))
+}
+
+type Placements = BTreeMap<Topic, Placement>;
+
+/// How each topic is placed, after a check that the log has the topics as declared.
+async fn placements<B: Backend>(parts: &Parts<B>) -> anyhow::Result<Placements> {
+    let found = parts.log.admin()?.topics().await.context("the log cannot be asked for its topics")?;
+    let mut placements = Placements::new();
+    for spec in parts.topics.iter() {
+        let topic = spec.topic();
+        match found.iter().find(|info| info.topic == topic) {
+            None => bail!("there is no topic {topic}; create the topics with `laneway topics apply`"),
+            Some(info) if info.partitions != spec.partitions => bail!(
+                "topic {topic} has {} partitions and is declared with {}: users would move while their deliveries wait; \
+                 declare what is there (topics.dir)",
+                info.partitions,
+                spec.partitions
+            ),
+            Some(_) => drop(placements.insert(topic, spec.placement())),
+        }
+    }
+    Ok(placements)
+}
+
+fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings {
+    let runtime = &parts.config.runtime;
+    driver::Settings {
+        member: Member {
+            group: group(stage),
+            instance: InstanceId::from(parts.instance.as_str()),
+            topic,
+            session_timeout: runtime.session_timeout,
+            revoke_drain: runtime.revoke_drain,
+        },
+        commit_interval: match stage {
+            Stage::Router => runtime.deliver_commit_interval,
+            _ => runtime.transform_commit_interval,
+        },
+        stage: stage.as_str(),
+    }
+}
+
+fn group(stage: Stage) -> String {
+    format!("laneway.{}", stage.as_str())
+}
+
+fn failures(placements: &Placements, stage: Stage, input: Topic, topic: Topic) -> FailureTopic {
+    FailureTopic { placement: placements[&topic], topic, stage: stage.as_str(), input, group: group(stage) }
+}
+
+fn start_processor<B: Backend>(
+    parts: &Parts<B>,
+    placements: &Placements,
+    readiness: &Readiness,
+    supervisor: &mut Supervisor,
+) {
+    let processor = Processor {
+        workspace: parts.workspace.clone(),
+        deliveries: placements[&Topic::DELIVERIES],
+        failures: failures(placements, Stage::Processor, Topic::EVENTS, Topic::PROC_ERRORS),
+    };
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let running = driver::run(
+        parts.log.clone(),
+        Arc::new(TransformWork::new(processor, cores)),
+        settings(parts, Stage::Processor, Topic::EVENTS),
+        parts.clock.clone(),
+        parts.shutdown.clone(),
+        readiness.part(),
+    );
+    supervisor.start("processor", running);
+}
+
+fn start_router<B: Backend>(
+    parts: &Parts<B>,
+    placements: &Placements,
+    readiness: &Readiness,
+    supervisor: &mut Supervisor,
+) -> anyhow::Result<()> {
+    let (router, runtime) = (&parts.config.router, &parts.config.runtime);
+    let client = ClientSettings {
+        timeout: router.timeout,
+        guard: Guard { block_private: router.block_private_ips },
+        ..ClientSettings::default()
+    };
+    let stage = Router {
+        client: Client::new(client, parts.clock.clone()).context("the HTTP client")?,
+        workspace: parts.workspace.clone(),
+        clock: parts.clock.clone(),
+    };
+    let deliver = DeliverSettings {
+        input: Topic::DELIVERIES,
+        progress: Topic::PROGRESS_ROUTER,
+        failures: failures(placements, Stage::Router, Topic::DELIVERIES, Topic::DEAD_LETTERS),
+        retry: RetryPolicy {
+            first: router.retry_first,
+            cap: router.retry_cap,
+            window: router.retry_window,
+            min_attempts: router.retry_min_attempts,
+            ..RetryPolicy::default()
+        },
+        bounds: Bounds {
+            process_bytes: runtime.process_memory,
+            partition_bytes: runtime.partition_memory,
+            ..Bounds::default()
+        },
+        stage: Stage::Router.as_str(),
+    };
+    let permits = Permits::new(router.in_flight, router.in_flight_per_destination);
+    let running = driver::run(
+        parts.log.clone(),
+        Arc::new(DeliverWork::new(parts.log.clone(), stage, deliver, permits, parts.clock.clone())),
+        settings(parts, Stage::Router, Topic::DELIVERIES),
+        parts.clock.clone(),
+        parts.shutdown.clone(),
+        readiness.part(),
+    );
+    supervisor.start("router", running);
+    Ok(())
+}
+
+/// Serves until shutdown, then lets open requests end within the budget.
+async fn serve(listener: TcpListener, routes: HttpRouter, shutdown: Shutdown) -> std::io::Result<()> {
+    let listener = listener.tap_io(|stream| {
+        // Answers are small; waiting to join packets would only delay them.
+        let _ = stream.set_nodelay(true);
+    });
+    let service = routes.into_make_service_with_connect_info::<SocketAddr>();
+    let (stop, over) = (shutdown.clone(), shutdown.clone());
+    let serving = axum::serve(listener, service).with_graceful_shutdown(async move { stop.begun().await });
+    let budget = async move {
+        over.begun().await;
+        Clock::system().sleep(over.budget).await;
+    };
+    tokio::select! {
+        ended = serving.into_future() => ended,
+        () = budget => Ok(()),
+    }
+}

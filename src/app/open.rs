@@ -1,0 +1,94 @@
+//! From configuration to a log.
+
+use anyhow::{Context, bail};
+
+use crate::clock::Clock;
+use crate::config::{BackendKind, Config};
+use crate::log::embedded::memory::Faults;
+use crate::log::embedded::{Access, Embedded};
+#[cfg(feature = "kafka")]
+use crate::log::kafka::{Kafka, KafkaConfig};
+use crate::log::topic::Topics;
+
+/// One of the logs. What is generic over a backend is called through [`with_log`](crate::with_log).
+pub enum AnyLog {
+    Embedded(Embedded),
+    #[cfg(feature = "kafka")]
+    Kafka(Kafka),
+}
+
+/// Runs an expression with whichever log there is.
+#[macro_export]
+macro_rules! with_log {
+    ($log:expr, $name:ident => $body:expr) => {
+        match $log {
+            $crate::app::open::AnyLog::Embedded($name) => $body,
+            #[cfg(feature = "kafka")]
+            $crate::app::open::AnyLog::Kafka($name) => $body,
+        }
+    };
+}
+
+impl AnyLog {
+    /// # Errors
+    /// Where the configured log cannot be opened, or was not built in.
+    pub async fn open(config: &Config, access: Access, clock: &Clock) -> anyhow::Result<Self> {
+        match config.log.backend {
+            BackendKind::Embedded => {
+                let folder = &config.log.embedded.data_dir;
+                Ok(AnyLog::Embedded(Embedded::open(folder, access, clock.clone()).await?))
+            }
+            BackendKind::Memory => Ok(AnyLog::Embedded(Embedded::in_memory(Faults::none(), clock.clone()).await?)),
+            #[cfg(feature = "kafka")]
+            BackendKind::Kafka => Ok(AnyLog::Kafka(Kafka::new(KafkaConfig {
+                bootstrap_servers: config.log.kafka.bootstrap_servers.clone(),
+                prefix: config.log.topic_prefix.clone(),
+                properties: config.log.kafka.properties.clone(),
+            }))),
+            #[cfg(not(feature = "kafka"))]
+            BackendKind::Kafka => bail!("this laneway was built without the feature kafka"),
+        }
+    }
+
+    /// Closes what has to be closed.
+    pub async fn close(self) {
+        if let AnyLog::Embedded(log) = self {
+            log.close().await;
+        }
+    }
+}
+
+/// The declared topics, with the configured overrides.
+///
+/// # Errors
+/// What is wrong in which file.
+pub fn topics(config: &Config) -> anyhow::Result<Topics> {
+    let folder = &config.topics.dir;
+    let folder = (!folder.as_os_str().is_empty()).then_some(folder.as_path());
+    Topics::load(folder).context("topic declarations")
+}
+
+/// Which process of its stage this one is.
+///
+/// # Errors
+/// Where the configured id cannot be part of a Kafka id.
+pub fn instance_id(config: &Config) -> anyhow::Result<String> {
+    let id = config.instance.id.trim();
+    if !id.is_empty() {
+        let is_plain = |character: char| character.is_ascii_alphanumeric() || "._-".contains(character);
+        if !id.chars().all(is_plain) {
+            bail!("instance.id {id:?} may hold letters, digits, dots, dashes and underscores only");
+        }
+        return Ok(id.to_owned());
+    }
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .ok()
+        .map(|name| name.trim().to_owned())
+        .or_else(|| std::env::var("HOSTNAME").ok())
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "laneway".into());
+    Ok(match config.admin.listen.port() {
+        0 => format!("{host}-{}", uuid::Uuid::new_v4().simple()),
+        port => format!("{host}-{port}"),
+    })
+}

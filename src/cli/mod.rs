@@ -1,0 +1,121 @@
+//! The command line: one file for each command.
+
+mod dev;
+mod load;
+mod metrics;
+mod output;
+mod publish;
+mod run;
+mod tail;
+mod topics;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, ConfigError};
+
+/// Customer events in over HTTP, ordered deliveries out: a streaming engine on Kafka, or on one file.
+#[derive(Parser)]
+#[command(name = "laneway", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Everything in one process on the embedded log, with a sample workspace and an inbox to look into.
+    Dev(dev::Dev),
+    /// Run one stage, several (comma-separated), or `all`.
+    Run(run::Run),
+    /// Look at the flow's topics, or create them.
+    Topics(topics::TopicsCommand),
+    /// Publish events (one JSON object a line: an event, or a batch) to the `events` topic, checked as the gateway does.
+    Publish(publish::Publish),
+    /// Follow a topic.
+    Tail(tail::Tail),
+    /// Send a realistic load to a gateway and, with --sink, be the destination and judge what arrives.
+    Load(load::Load),
+    /// Print the catalogue of metrics.
+    Metrics(metrics::MetricsCommand),
+}
+
+/// How to find the configuration.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ConfigArgs {
+    /// TOML file; `deploy/laneway.toml` shows every key.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Set a key, over file and environment: --set log.backend=kafka. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+/// An error of the caller's: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(String);
+
+impl ConfigArgs {
+    fn load(&self, flags: &[(&str, String)]) -> anyhow::Result<Config> {
+        let mut all: Vec<(&str, String)> = Vec::new();
+        for pair in &self.set {
+            let (key, value) = pair.split_once('=').ok_or_else(|| Usage(format!("--set {pair}: expected KEY=VALUE")))?;
+            all.push((key, value.to_owned()));
+        }
+        all.extend(flags.iter().cloned());
+        Ok(Config::load(self.config.as_deref(), std::env::vars(), &all)?)
+    }
+}
+
+/// Parses the arguments, runs the command, and turns its end into an exit code: 0 done, 1 failed, 2 usage or configuration.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let ended = match runtime {
+        Ok(runtime) => runtime.block_on(dispatch(cli.command)),
+        Err(error) => Err(error.into()),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("laneway: {error:#}");
+            let is_usage = error.chain().any(|cause| cause.is::<ConfigError>() || cause.is::<Usage>());
+            ExitCode::from(if is_usage { 2 } else { 1 })
+        }
+    }
+}
+
+async fn dispatch(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Dev(dev) => dev.run().await,
+        Command::Run(run) => run.run().await,
+        Command::Topics(topics) => topics.run().await,
+        Command::Publish(publish) => publish.run().await,
+        Command::Tail(tail) => tail.run().await,
+        Command::Load(load) => load.run().await,
+        Command::Metrics(metrics) => metrics.run(),
+    }
+}
+
+/// Waits for SIGTERM or SIGINT. A second one ends the process at once.
+async fn signalled() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        eprintln!("laneway: ended without draining");
+        std::process::exit(1);
+    });
+}

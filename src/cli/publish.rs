@@ -1,0 +1,118 @@
+//! `laneway publish`: events to the topic, through the gateway's own admission.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
+
+use super::output::Output;
+use super::{ConfigArgs, Usage};
+use crate::app::open::{self, AnyLog};
+use crate::clock::Clock;
+use crate::control::file::FileWatch;
+use crate::log::embedded::Access;
+use crate::log::{Admin, Backend};
+use crate::model::event::{Channel, Event};
+use crate::model::record::Topic;
+use crate::stages::gateway::Admission;
+use crate::stages::gateway::request::{Call, Facts, admit};
+use crate::with_log;
+
+/// Events given to the log at a time.
+const CHUNK: usize = 500;
+
+#[derive(Args)]
+pub struct Publish {
+    /// The source that the events are of.
+    #[arg(long, value_name = "KEY")]
+    write_key: String,
+    /// One JSON object a line: an event with its `type`, or {"batch": […]}. Default: standard input.
+    file: Option<PathBuf>,
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+impl Publish {
+    pub async fn run(&self) -> anyhow::Result<()> {
+        let config = self.config.load(&[])?;
+        let clock = Clock::system();
+        let workspace = FileWatch::open(&config.control.workspace_file).await?.current().get();
+        let unknown = || Usage(format!("no source has this write key in {}", config.control.workspace_file.display()));
+        let source = std::sync::Arc::clone(workspace.by_write_key(&self.write_key).ok_or_else(unknown)?);
+        let mut topics = open::topics(&config)?;
+        let any = AnyLog::open(&config, Access::Command, &clock).await?;
+        let admit_line = |line: &str| {
+            let facts = Facts {
+                received_at: clock.now(),
+                client_ip: String::new(),
+                channel: Channel::Publish,
+                job_run: None,
+                task_run: None,
+            };
+            // An event by itself is a batch of one: its type is its own.
+            let is_batch = crate::model::json::Object::parse(line).is_ok_and(|object| object.get("batch").is_some());
+            let body = if is_batch { line.to_owned() } else { format!("{{\"batch\":[{line}]}}") };
+            admit(&source, Call::Batch, body.as_bytes(), &facts)
+        };
+        let count = with_log!(&any, log => {
+            if let Some(partitions) = partitions(log).await? {
+                topics = topics.with_partitions(partitions);
+            }
+            let spec = topics.get(&Topic::EVENTS).context("events is not declared")?;
+            let admission = Admission::new(log.publisher()?, spec.placement());
+            match &self.file {
+                Some(path) => {
+                    let file = tokio::fs::File::open(path).await.with_context(|| path.display().to_string())?;
+                    publish(BufReader::new(file), &admission, admit_line).await
+                }
+                None => publish(BufReader::new(tokio::io::stdin()), &admission, admit_line).await,
+            }
+        })?;
+        any.close().await;
+        match self.output {
+            Output::Table => println!("{count} events published"),
+            Output::Json => println!("{}", serde_json::json!({"published": count})),
+        }
+        Ok(())
+    }
+}
+
+/// How many partitions `events` really has: a `dev` log has its own number.
+async fn partitions<B: Backend>(log: &B) -> anyhow::Result<Option<u32>> {
+    let found = log.admin()?.topics().await?;
+    Ok(found.iter().find(|info| info.topic == Topic::EVENTS).map(|info| info.partitions))
+}
+
+async fn publish<P: crate::log::Publisher>(
+    input: impl AsyncBufRead + Unpin,
+    admission: &Admission<P>,
+    admit_line: impl Fn(&str) -> Result<Vec<Event>, crate::stages::gateway::request::Refusal>,
+) -> anyhow::Result<usize> {
+    let mut lines = input.lines();
+    let (mut number, mut published) = (0_usize, 0_usize);
+    let mut waiting: Vec<Event> = Vec::new();
+    while let Some(line) = lines.next_line().await? {
+        number += 1;
+        if line.trim().is_empty() {
+            continue;
+        }
+        match admit_line(&line) {
+            Ok(events) => waiting.extend(events),
+            Err(refusal) => {
+                admission.publish(&waiting, None).await?;
+                published += waiting.len();
+                bail!("line {number}: {refusal}; the {published} events before it are published, nothing from it on");
+            }
+        }
+        if waiting.len() >= CHUNK {
+            admission.publish(&waiting, None).await?;
+            published += waiting.len();
+            waiting.clear();
+        }
+    }
+    admission.publish(&waiting, None).await?;
+    Ok(published + waiting.len())
+}

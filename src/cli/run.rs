@@ -1,0 +1,96 @@
+//! `laneway run`: stages of the flow in this process.
+
+use anyhow::{Context, bail};
+use clap::Args;
+
+use super::{ConfigArgs, Usage, signalled};
+use crate::app::engine::{self, Listeners, Parts, Stage};
+use crate::app::open::{self, AnyLog};
+use crate::clock::Clock;
+use crate::config::{BackendKind, Config};
+use crate::control::file::FileWatch;
+use crate::log::embedded::Access;
+use crate::log::{Admin, Backend};
+use crate::runtime::shutdown::Shutdown;
+use crate::telemetry;
+use crate::with_log;
+
+#[derive(Args)]
+pub struct Run {
+    /// gateway, processor, router; several separated by commas; or all.
+    #[arg(value_name = "STAGE[,STAGE…]")]
+    stages: String,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+impl Run {
+    pub async fn run(&self) -> anyhow::Result<()> {
+        telemetry::tracing::start("info");
+        let config = self.config.load(&[])?;
+        let stages = parse_stages(&self.stages)?;
+        if config.log.backend != BackendKind::Kafka && stages.len() < Stage::ALL.len() {
+            bail!(Usage(
+                "the embedded log belongs to one process: run all stages in it (`laneway run all`), or use log.backend = \"kafka\""
+                    .into()
+            ));
+        }
+        let clock = Clock::system();
+        let watch = FileWatch::open(&config.control.workspace_file).await?;
+        let workspace = watch.current();
+        let listeners = Listeners::bind(&config, &stages).await?;
+        let shutdown = shutdown_on_signal(&config);
+        let following = tokio::spawn(watch.follow(clock.clone()));
+        let topics = open::topics(&config)?;
+        let instance = open::instance_id(&config)?;
+        let any = AnyLog::open(&config, Access::Engine, &clock).await?;
+        let ended = with_log!(&any, log => {
+            if config.log.backend != BackendKind::Kafka {
+                apply(log, &topics).await?;
+            }
+            let log = log.clone();
+            let parts = Parts { log, config, topics, workspace, instance, clock, shutdown };
+            engine::run(parts, &stages, listeners, axum::Router::new()).await
+        });
+        following.abort();
+        any.close().await;
+        ended
+    }
+}
+
+/// Creates the topics of a log that belongs to this process alone.
+pub async fn apply<B: Backend>(log: &B, topics: &crate::log::topic::Topics) -> anyhow::Result<()> {
+    let admin = log.admin()?;
+    for spec in topics.iter() {
+        admin.create(spec).await.with_context(|| format!("topic {}", spec.name))?;
+    }
+    Ok(())
+}
+
+/// A shutdown that SIGTERM and SIGINT begin.
+pub fn shutdown_on_signal(config: &Config) -> Shutdown {
+    let shutdown = Shutdown::new(config.runtime.drain_timeout);
+    let begin = shutdown.clone();
+    tokio::spawn(async move {
+        signalled().await;
+        tracing::info!("stopping: no new events, what is under way is finished");
+        begin.begin();
+    });
+    shutdown
+}
+
+fn parse_stages(text: &str) -> Result<Vec<Stage>, Usage> {
+    if text == "all" {
+        return Ok(Stage::ALL.to_vec());
+    }
+    let names = || Stage::ALL.map(Stage::as_str).join(", ");
+    let mut stages = Vec::new();
+    for name in text.split(',').map(str::trim) {
+        match Stage::ALL.iter().find(|stage| stage.as_str() == name) {
+            Some(stage) if !stages.contains(stage) => stages.push(*stage),
+            Some(_) => {}
+            None => return Err(Usage(format!("there is no stage {name:?}; there are: {}, all", names()))),
+        }
+    }
+    Ok(stages)
+}

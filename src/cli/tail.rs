@@ -1,0 +1,162 @@
+//! `laneway tail`: follows a topic.
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::output::Output;
+use super::{ConfigArgs, Usage, signalled};
+use crate::app::open::AnyLog;
+use crate::clock::Clock;
+use crate::log::embedded::Access;
+use crate::log::{Admin, Backend, Limit, LogError, Read, Reader};
+use crate::model::codec;
+use crate::model::delivery::{Delivery, Payload};
+use crate::model::event::Event;
+use crate::model::failure::Failure;
+use crate::model::progress::Progress;
+use crate::model::record::{Offset, Partition, Record, Topic};
+use crate::with_log;
+
+#[derive(Args)]
+pub struct Tail {
+    /// events, deliveries, progress.router, dead-letters or proc-errors.
+    topic: String,
+    /// Begin with the earliest record, instead of what comes from now on.
+    #[arg(long)]
+    from_start: bool,
+    /// End when everything that is there now has been shown.
+    #[arg(long)]
+    until_end: bool,
+    /// A line for each record, or a JSON object for each.
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+impl Tail {
+    pub async fn run(&self) -> anyhow::Result<()> {
+        let config = self.config.load(&[])?;
+        let any = AnyLog::open(&config, Access::Command, &Clock::system()).await?;
+        let ended = with_log!(&any, log => self.follow(log).await);
+        any.close().await;
+        ended
+    }
+
+    async fn follow<B: Backend>(&self, log: &B) -> anyhow::Result<()> {
+        let admin = log.admin()?;
+        let topic = Topic::new(self.topic.clone());
+        let topics = admin.topics().await?;
+        let Some(info) = topics.iter().find(|info| info.topic == topic) else {
+            let names: Vec<&str> = topics.iter().map(|info| info.topic.as_str()).collect();
+            anyhow::bail!(Usage(format!("there is no topic {topic}; there are: {}", names.join(", "))));
+        };
+        let mut tasks = tokio::task::JoinSet::new();
+        let (lines, mut printed) = tokio::sync::mpsc::channel::<Record>(256);
+        for number in 0..info.partitions {
+            let partition = Partition(number);
+            let marks = admin.watermarks(&topic, partition).await?;
+            let from = if self.from_start { Offset::START } else { marks.end };
+            let reader = log.reader(&topic, partition, from).await?;
+            tasks.spawn(read(reader, lines.clone(), self.until_end));
+        }
+        drop(lines);
+        let mut stop = std::pin::pin!(signalled());
+        loop {
+            tokio::select! {
+                record = printed.recv() => match record {
+                    Some(record) => self.print(&record),
+                    None => break,
+                },
+                () = &mut stop => return Ok(()),
+            }
+        }
+        while let Some(ended) = tasks.join_next().await {
+            ended??;
+        }
+        Ok(())
+    }
+
+    fn print(&self, record: &Record) {
+        let text = |bytes: &bytes::Bytes| String::from_utf8_lossy(bytes).into_owned();
+        let key = record.key.as_ref().map(text);
+        let value = record.value.as_ref().map(|value| show(&self.topic, value));
+        match self.output {
+            Output::Table => println!(
+                "{}/{}  {}  {}  {}",
+                record.partition,
+                record.offset,
+                record.timestamp,
+                key.as_deref().unwrap_or("-"),
+                value.map_or_else(|| "(tombstone)".to_owned(), |value| value.to_string())
+            ),
+            Output::Json => {
+                let headers: Vec<Value> =
+                    record.headers.iter().map(|(name, value)| json!({"name": name, "value": text(value)})).collect();
+                println!(
+                    "{}",
+                    json!({
+                        "topic": self.topic, "partition": record.partition.0, "offset": record.offset.to_string(),
+                        "timestamp": record.timestamp.to_string(), "key": key, "headers": headers, "value": value,
+                    })
+                );
+            }
+        }
+    }
+}
+
+async fn read<R: Reader>(
+    mut reader: R,
+    lines: tokio::sync::mpsc::Sender<Record>,
+    until_end: bool,
+) -> Result<(), LogError> {
+    loop {
+        match reader.read(Limit { records: 100, bytes: 1 << 20 }).await? {
+            Read::Records(records) => {
+                for record in records {
+                    if lines.send(record).await.is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+            Read::End if until_end => return Ok(()),
+            Read::End if lines.is_closed() => return Ok(()),
+            Read::End => {}
+        }
+    }
+}
+
+/// A value for people: decoded where it is one of ours.
+fn show(topic: &str, value: &bytes::Bytes) -> Value {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let shown = match topic {
+        "events" => codec::decode::<Event>(value).map(|event| {
+            json!({
+                "source": event.source, "user": event.user, "message_id": event.message_id, "type": event.event_type,
+                "received_at": event.received_at.to_string(), "channel": event.channel.as_str(), "payload": text(&event.payload),
+            })
+        }),
+        "deliveries" => codec::decode::<Delivery>(value).map(|delivery| {
+            let request = match &delivery.payload {
+                Payload::Request(request) => {
+                    json!({"method": request.method, "url": request.url, "body": text(&request.body)})
+                }
+                Payload::Event(event) => json!({"event": text(event)}),
+            };
+            json!({
+                "delivery_id": delivery.delivery_id, "destination": delivery.destination, "user": delivery.user,
+                "message_id": delivery.message_id, "type": delivery.event_type, "request": request,
+            })
+        }),
+        "dead-letters" | "proc-errors" => codec::decode::<Failure>(value).map(|failure| {
+            let last = failure.last.map(|last| json!({"at": last.at.to_string(), "code": last.code, "message": last.message}));
+            json!({
+                "stage": failure.stage, "reason": failure.reason.as_str(), "attempts": failure.attempts, "last": last,
+                "destination": failure.destination, "source": failure.source, "topic": failure.topic.as_str(),
+                "partition": failure.partition.0, "offset": failure.offset.to_string(),
+            })
+        }),
+        _ => codec::decode::<Progress>(value).map(|progress| json!(format!("{progress:?}"))),
+    };
+    shown.unwrap_or_else(|error| json!({"unreadable": error.to_string(), "bytes": value.len()}))
+}

@@ -1,0 +1,61 @@
+//! Giving events to the log: which partition, which headers.
+
+use crate::log::partitioner::{IsolateBy, Placement};
+use crate::log::{LogError, Publisher};
+use crate::model::codec;
+use crate::model::event::Event;
+use crate::model::record::{Addressed, Headers, Topic, header};
+
+/// Puts admitted events onto the `events` topic.
+#[derive(Clone)]
+pub struct Admission<P> {
+    publisher: P,
+    placement: Placement,
+}
+
+impl<P: Publisher> Admission<P> {
+    pub fn new(publisher: P, placement: Placement) -> Self {
+        Self { publisher, placement }
+    }
+
+    /// Returns once the log has all of them on all replicas.
+    ///
+    /// # Errors
+    /// [`LogError`]; some of them may be stored all the same, and come again with the client's next try under the same
+    /// message ids.
+    pub async fn publish(&self, events: &[Event], traceparent: Option<&str>) -> Result<(), LogError> {
+        let records = events.iter().map(|event| self.address(event, traceparent)).collect();
+        self.publisher.publish(records).await
+    }
+
+    fn address(&self, event: &Event, traceparent: Option<&str>) -> Addressed {
+        let isolation_key = match self.placement.isolate_by {
+            IsolateBy::None | IsolateBy::Destination => "",
+            IsolateBy::Workspace => event.workspace.as_str(),
+            IsolateBy::Source => event.source.as_str(),
+        };
+        // Who is nobody is spread evenly.
+        let user = event.user.as_ref().map_or(event.message_id.as_str(), |user| user.as_str());
+        let mut headers = Headers::new();
+        headers.push_text(header::SOURCE, event.source.as_str());
+        headers.push_text(header::WORKSPACE, event.workspace.as_str());
+        if let Some(user) = &event.user {
+            headers.push_text(header::USER, user.as_str());
+        }
+        headers.push_text(header::MESSAGE_ID, event.message_id.as_str());
+        if let Some(run) = &event.job_run {
+            headers.push_text(header::JOB_RUN, run.as_str());
+        }
+        if let Some(trace) = traceparent {
+            headers.push_text(header::TRACEPARENT, trace);
+        }
+        headers.push_text(header::CONTENT_TYPE, header::AVRO);
+        Addressed {
+            topic: Topic::EVENTS,
+            partition: self.placement.place(isolation_key, user),
+            key: Some(event.write_key.as_str().to_owned().into()),
+            value: Some(codec::encode(event).into()),
+            headers,
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! The stages: only logic. Each is called by a runtime or, at the edge, by HTTP; none calls another, they meet on topics.
+//!
+//! | stage | reads | writes | record key | guarantee |
+//! |---|---|---|---|---|
+//! | [`gateway`] | HTTP | `events` | writeKey | 200 only when the log has it |
+//! | [`processor`] | `events` | `deliveries`, `proc-errors` | destination id | exactly once |
+//! | [`router`] | `deliveries` | HTTP, `dead-letters`, `progress.router` | | at least once, with a stable delivery id; in order per user |
+
+pub mod gateway;
+pub mod processor;
+pub mod router;

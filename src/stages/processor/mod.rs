@@ -1,0 +1,180 @@
+//! From one event to its deliveries: completes the event, chooses the destinations that want it, makes a request for each.
+//!
+//! | event | outcome |
+//! |---|---|
+//! | unreadable, or of a source that is not configured | failed: whole to `proc-errors` |
+//! | no destination wants it | filtered |
+//! | a destination's transform refuses it | that destination's failure to `proc-errors`; the others get theirs |
+//! | else | one delivery for each destination |
+
+mod complete;
+mod fan_out;
+
+use std::sync::Arc;
+
+use crate::control::Current;
+use crate::control::workspace::{Destination, Source, Workspace};
+use crate::log::partitioner::{IsolateBy, Placement};
+use crate::model::codec;
+use crate::model::delivery::{Delivery, Origin, Payload, TransformAt};
+use crate::model::event::Event;
+use crate::model::id::DeliveryId;
+use crate::model::json::{Object, string_of};
+use crate::model::outcome::{Outcome, Reason};
+use crate::model::record::{Addressed, Headers, Record, Topic, header};
+use crate::runtime::failure::{Cause, FailureTopic};
+use crate::runtime::transform::Transform;
+use crate::telemetry::metrics::metrics;
+use crate::transform::builtin::webhook;
+
+pub struct Processor {
+    pub workspace: Current,
+    /// How `deliveries` is placed.
+    pub deliveries: Placement,
+    pub failures: FailureTopic,
+}
+
+impl Transform for Processor {
+    fn process(&self, records: &[Record]) -> Vec<Outcome> {
+        let workspace = self.workspace.get();
+        records.iter().map(|record| self.count(self.one(&workspace, record))).collect()
+    }
+
+    fn failures(&self) -> &FailureTopic {
+        &self.failures
+    }
+}
+
+impl Processor {
+    fn one(&self, workspace: &Workspace, record: &Record) -> Outcome {
+        let Some(value) = &record.value else {
+            return self.fail(record, Reason::Unreadable, "the record has no value");
+        };
+        let event: Event = match codec::decode(value) {
+            Ok(event) => event,
+            Err(error) => return self.fail(record, Reason::Unreadable, error.to_string()),
+        };
+        let source = workspace.source(&event.source).or_else(|| workspace.by_write_key(event.write_key.as_str()));
+        let Some(source) = source else {
+            return self.fail(record, Reason::UnknownSource, format!("source {:?} is not configured", event.source));
+        };
+        match self.fan_out(record, &event, source) {
+            Ok(outcome) => outcome,
+            Err(message) => self.fail(record, Reason::Unreadable, message),
+        }
+    }
+
+    fn fan_out(&self, record: &Record, event: &Event, source: &Arc<Source>) -> Result<Outcome, String> {
+        let payload = std::str::from_utf8(&event.payload).map_err(|error| format!("the payload is not UTF-8: {error}"))?;
+        let original = Object::parse(payload).map_err(|error| format!("the payload is {error}"))?;
+        let integrations = fan_out::Integrations::of(&original);
+        let chosen: Vec<&Arc<Destination>> =
+            source.destinations.iter().filter(|destination| integrations.chooses(destination)).collect();
+        if chosen.is_empty() {
+            return Ok(Outcome::Filtered(Reason::NoDestination));
+        }
+        let wanting: Vec<&Arc<Destination>> =
+            chosen.into_iter().filter(|destination| fan_out::takes(destination, &original)).collect();
+        if wanting.is_empty() {
+            return Ok(Outcome::Filtered(Reason::MessageType));
+        }
+        let completed = complete::complete(&original, event.received_at, &event.request_ip);
+        let whole = match &completed {
+            None => original,
+            Some(text) => Object::parse(text).map_err(|error| format!("the completed payload is {error}"))?,
+        };
+        let outputs = wanting.into_iter().map(|destination| self.deliver(record, event, destination, &whole)).collect();
+        Ok(Outcome::Produced(outputs))
+    }
+
+    /// The delivery for one destination, or its failure.
+    fn deliver(&self, record: &Record, event: &Event, destination: &Destination, whole: &Object<'_>) -> Addressed {
+        let made = match destination.kind.as_str() {
+            "WEBHOOK" => webhook::request(whole, &destination.config).map_err(|error| error.to_string()),
+            other => Err(format!("there is no transform for destinations of type {other}")),
+        };
+        let request = match made {
+            Ok(request) => request,
+            Err(message) => {
+                let mut cause = Cause::untried(Reason::Transform, message, event.write_key.as_str());
+                cause.destination = Some(destination.id.clone());
+                cause.source = Some(event.source.clone());
+                metrics().processor_reasons.with_label_values(&["failed", Reason::Transform.as_str()]).inc();
+                return self.failures.record(record, &cause);
+            }
+        };
+        let origin = Origin { topic: &self.failures.input, partition: record.partition, offset: record.offset };
+        let delivery = Delivery {
+            delivery_id: DeliveryId::of(origin, &destination.id, &event.message_id, 0),
+            workspace: event.workspace.clone(),
+            source: event.source.clone(),
+            destination: destination.id.clone(),
+            destination_type: destination.kind.clone(),
+            user: event.user.clone(),
+            message_id: event.message_id.clone(),
+            event_type: event.event_type.clone(),
+            event_name: whole.get("event").and_then(string_of).map(|name| name.into_owned()),
+            received_at: event.received_at,
+            job_run: event.job_run.clone(),
+            task_run: event.task_run.clone(),
+            record_id: whole.get("recordId").map(|raw| raw.to_owned().into()),
+            transform_at: TransformAt::Processor,
+            payload: Payload::Request(request),
+        };
+        metrics().processor_deliveries.with_label_values(&[destination.id.as_str()]).inc();
+        self.address(&delivery, record.headers.text(header::TRACEPARENT))
+    }
+
+    fn address(&self, delivery: &Delivery, traceparent: Option<&str>) -> Addressed {
+        let isolation_key = match self.deliveries.isolate_by {
+            IsolateBy::None => "",
+            IsolateBy::Workspace => delivery.workspace.as_str(),
+            IsolateBy::Source => delivery.source.as_str(),
+            IsolateBy::Destination => delivery.destination.as_str(),
+        };
+        let user = delivery.user.as_ref().map_or(delivery.message_id.as_str(), |user| user.as_str());
+        let mut headers = Headers::new();
+        headers.push_text(header::SOURCE, delivery.source.as_str());
+        headers.push_text(header::WORKSPACE, delivery.workspace.as_str());
+        headers.push_text(header::DESTINATION, delivery.destination.as_str());
+        if let Some(user) = &delivery.user {
+            headers.push_text(header::USER, user.as_str());
+        }
+        headers.push_text(header::MESSAGE_ID, delivery.message_id.as_str());
+        headers.push_text(header::DELIVERY_ID, delivery.delivery_id.as_str());
+        if let Some(run) = &delivery.job_run {
+            headers.push_text(header::JOB_RUN, run.as_str());
+        }
+        if let Some(trace) = traceparent {
+            headers.push_text(header::TRACEPARENT, trace);
+        }
+        headers.push_text(header::CONTENT_TYPE, header::AVRO);
+        Addressed {
+            topic: Topic::DELIVERIES,
+            partition: self.deliveries.place(isolation_key, user),
+            key: Some(delivery.destination.as_str().to_owned().into()),
+            value: Some(codec::encode(delivery).into()),
+            headers,
+        }
+    }
+
+    fn fail(&self, record: &Record, reason: Reason, message: impl Into<String>) -> Outcome {
+        let key = record.key.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
+        let mut cause = Cause::untried(reason, message, &key);
+        cause.source = record.headers.text(header::SOURCE).map(Into::into);
+        Outcome::Failed { reason, failure: self.failures.record(record, &cause) }
+    }
+
+    fn count(&self, outcome: Outcome) -> Outcome {
+        let (name, reason) = match &outcome {
+            Outcome::Produced(_) => ("produced", None),
+            Outcome::Filtered(reason) => ("filtered", Some(reason)),
+            Outcome::Failed { reason, .. } => ("failed", Some(reason)),
+        };
+        metrics().processor_events.with_label_values(&[name]).inc();
+        if let Some(reason) = reason {
+            metrics().processor_reasons.with_label_values(&[name, reason.as_str()]).inc();
+        }
+        outcome
+    }
+}

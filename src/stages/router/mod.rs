@@ -1,0 +1,48 @@
+//! Sends deliveries to HTTP destinations. Order, retries and what happens after are the deliver runtime's; this is one attempt.
+
+use std::sync::Arc;
+
+use crate::clock::Clock;
+use crate::control::Current;
+use crate::delivery::http::Client;
+use crate::delivery::verdict::Verdict;
+use crate::model::codec;
+use crate::model::delivery::{Delivery, Payload};
+use crate::model::outcome::Reason;
+use crate::model::record::Record;
+use crate::runtime::deliver::Deliver;
+use crate::telemetry::metrics::metrics;
+
+pub struct Router {
+    pub client: Client,
+    pub workspace: Current,
+    pub clock: Clock,
+}
+
+impl Deliver for Router {
+    async fn attempt(&self, record: Arc<Record>) -> Verdict {
+        let abort = |reason, message: String| Verdict::Abort { reason, code: 0, message };
+        let delivery: Delivery = match record.value.as_ref().map(codec::decode) {
+            Some(Ok(delivery)) => delivery,
+            Some(Err(error)) => return abort(Reason::Unreadable, error.to_string()),
+            None => return abort(Reason::Unreadable, "the record has no value".into()),
+        };
+        if self.workspace.get().destination(&delivery.destination).is_none() {
+            let message = format!("destination {} is not configured, or is switched off", delivery.destination);
+            return abort(Reason::DestinationGone, message);
+        }
+        let Payload::Request(request) = &delivery.payload else {
+            return abort(Reason::BadRequest, "the delivery holds no request".into());
+        };
+        let began = self.clock.instant();
+        let verdict = self.client.send(request, &delivery.delivery_id).await;
+        metrics().router_attempt_seconds.with_label_values::<&str>(&[]).observe(began.elapsed().as_secs_f64());
+        let code = verdict.code().to_string();
+        metrics().router_attempts.with_label_values(&[delivery.destination.as_str(), &code]).inc();
+        if let Verdict::Delivered { .. } = verdict {
+            let latency = self.clock.now().since(delivery.received_at);
+            metrics().router_latency_seconds.with_label_values::<&str>(&[]).observe(latency.as_secs_f64());
+        }
+        verdict
+    }
+}
