@@ -80,7 +80,10 @@ pub struct Clock(Kind);
 enum Kind {
     System,
     /// Wall time derived from tokio's clock: whole runs on paused time repeat exactly.
-    Derived { wall: Timestamp, at: Instant },
+    Derived {
+        wall: Timestamp,
+        at: Instant,
+    },
 }
 
 impl Clock {

@@ -311,7 +311,8 @@ mod tests {
 
     #[test]
     fn flags_win_over_environment_over_file_over_defaults() {
-        let file = "[gateway]\nlisten = \"127.0.0.1:1\"\n[router]\ntimeout = \"2s\"\n[log.kafka.properties]\n\"a.b\" = \"1\"";
+        let file =
+            "[gateway]\nlisten = \"127.0.0.1:1\"\n[router]\ntimeout = \"2s\"\n[log.kafka.properties]\n\"a.b\" = \"1\"";
         let environment = [
             ("LANEWAY_GATEWAY__LISTEN", "127.0.0.1:2"),
             ("LANEWAY_LOG__BACKEND", "kafka"),
@@ -333,7 +334,10 @@ mod tests {
     #[test]
     fn mistakes_are_named_with_their_place() {
         let message = |file: &str, environment: &[(&str, &str)]| load(file, environment, &[]).unwrap_err().to_string();
-        assert!(message("[gateway]\nlisten_on = 1", &[]).ends_with("there is no key gateway.listen_on; the nearest is gateway.listen"));
+        assert!(
+            message("[gateway]\nlisten_on = 1", &[])
+                .ends_with("there is no key gateway.listen_on; the nearest is gateway.listen")
+        );
         assert!(message("", &[("LANEWAY_ROUTER__TIMEOT", "1s")]).contains("LANEWAY_ROUTER__TIMEOT"));
         assert!(message("[router]\ntimeout = \"soon\"", &[]).contains("\"soon\" is not a duration"));
         assert!(message("[runtime]\nprocess_memory = \"1 elephant\"", &[]).contains("not a size"));

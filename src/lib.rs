@@ -2,15 +2,15 @@
 #![warn(clippy::dbg_macro, clippy::todo, clippy::unimplemented, clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-pub mod clock;
-pub mod log;
-pub mod model;
-pub mod delivery;
-pub mod runtime;
-pub mod telemetry;
-pub mod control;
-pub mod transform;
-pub mod stages;
 pub mod app;
 pub mod cli;
+pub mod clock;
 pub mod config;
+pub mod control;
+pub mod delivery;
+pub mod log;
+pub mod model;
+pub mod runtime;
+pub mod stages;
+pub mod telemetry;
+pub mod transform;

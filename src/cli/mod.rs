@@ -58,11 +58,17 @@ pub struct ConfigArgs {
 #[error("{0}")]
 pub struct Usage(String);
 
+/// A check found something: exit code 3.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Found(String);
+
 impl ConfigArgs {
     fn load(&self, flags: &[(&str, String)]) -> anyhow::Result<Config> {
         let mut all: Vec<(&str, String)> = Vec::new();
         for pair in &self.set {
-            let (key, value) = pair.split_once('=').ok_or_else(|| Usage(format!("--set {pair}: expected KEY=VALUE")))?;
+            let (key, value) =
+                pair.split_once('=').ok_or_else(|| Usage(format!("--set {pair}: expected KEY=VALUE")))?;
             all.push((key, value.to_owned()));
         }
         all.extend(flags.iter().cloned());
@@ -70,7 +76,8 @@ impl ConfigArgs {
     }
 }
 
-/// Parses the arguments, runs the command, and turns its end into an exit code: 0 done, 1 failed, 2 usage or configuration.
+/// Parses the arguments, runs the command, and turns its end into an exit code: 0 done, 1 failed, 2 usage or
+/// configuration, 3 a check found something.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
@@ -83,7 +90,14 @@ pub fn main() -> ExitCode {
         Err(error) => {
             eprintln!("laneway: {error:#}");
             let is_usage = error.chain().any(|cause| cause.is::<ConfigError>() || cause.is::<Usage>());
-            ExitCode::from(if is_usage { 2 } else { 1 })
+            let is_finding = error.is::<Found>();
+            ExitCode::from(if is_usage {
+                2
+            } else if is_finding {
+                3
+            } else {
+                1
+            })
         }
     }
 }

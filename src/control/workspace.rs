@@ -148,9 +148,10 @@ impl Workspace {
                 Some(types.iter().filter_map(Value::as_str).map(|kind| kind.trim().to_lowercase()).collect())
             }
             // Newer definitions list them for each way of connecting; deliveries go the cloud's way.
-            Some(Value::Object(ways)) => ways.get("cloud").and_then(Value::as_array).map(|types| {
-                types.iter().filter_map(Value::as_str).map(|kind| kind.trim().to_lowercase()).collect()
-            }),
+            Some(Value::Object(ways)) => ways
+                .get("cloud")
+                .and_then(Value::as_array)
+                .map(|types| types.iter().filter_map(Value::as_str).map(|kind| kind.trim().to_lowercase()).collect()),
             _ => None,
         };
         if raw.config.get("enableServerSideIdentify") == Some(&Value::Bool(false))

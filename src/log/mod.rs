@@ -207,7 +207,11 @@ pub trait Admin: Send + Sync + 'static {
         config: &BTreeMap<String, String>,
     ) -> impl Future<Output = Result<(), LogError>> + Send;
 
-    fn watermarks(&self, topic: &Topic, partition: Partition) -> impl Future<Output = Result<Watermarks, LogError>> + Send;
+    fn watermarks(
+        &self,
+        topic: &Topic,
+        partition: Partition,
+    ) -> impl Future<Output = Result<Watermarks, LogError>> + Send;
 
     /// The first record at or after a time; the end where there is none.
     fn offset_at(

@@ -151,10 +151,8 @@ fn parse(file: &str, text: &str) -> Result<TopicSpec, TopicError> {
 }
 
 fn files(folder: &Path) -> Result<Vec<(String, String)>, TopicError> {
-    let unreadable = |error: std::io::Error| TopicError::Unreadable {
-        file: folder.display().to_string(),
-        error: error.to_string(),
-    };
+    let unreadable =
+        |error: std::io::Error| TopicError::Unreadable { file: folder.display().to_string(), error: error.to_string() };
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();

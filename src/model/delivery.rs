@@ -40,8 +40,14 @@ pub enum BodyFormat {
 }
 
 impl BodyFormat {
-    pub const ALL: [BodyFormat; 6] =
-        [BodyFormat::None, BodyFormat::Json, BodyFormat::JsonArray, BodyFormat::Xml, BodyFormat::Form, BodyFormat::Gzip];
+    pub const ALL: [BodyFormat; 6] = [
+        BodyFormat::None,
+        BodyFormat::Json,
+        BodyFormat::JsonArray,
+        BodyFormat::Xml,
+        BodyFormat::Form,
+        BodyFormat::Gzip,
+    ];
 
     /// Its symbol in the schema.
     pub fn as_str(self) -> &'static str {
@@ -109,9 +115,7 @@ impl DeliveryId {
         let mut input = Vec::with_capacity(160);
         let (partition, offset) = (origin.partition.to_string(), origin.offset.to_string());
         let index = index.to_string();
-        for part in
-            [origin.topic.as_str(), &partition, &offset, destination.as_str(), message.as_str(), &index]
-        {
+        for part in [origin.topic.as_str(), &partition, &offset, destination.as_str(), message.as_str(), &index] {
             input.extend_from_slice(&(part.len() as u32).to_le_bytes());
             input.extend_from_slice(part.as_bytes());
         }

@@ -82,7 +82,8 @@ impl FailureTopic {
 
     fn headers(&self, original: &Record, cause: &Cause) -> Headers {
         let mut headers = Headers::new();
-        for name in [header::DESTINATION, header::DELIVERY_ID, header::MESSAGE_ID, header::JOB_RUN, header::TRACEPARENT] {
+        for name in [header::DESTINATION, header::DELIVERY_ID, header::MESSAGE_ID, header::JOB_RUN, header::TRACEPARENT]
+        {
             if let Some(value) = original.headers.text(name) {
                 headers.push_text(name, value);
             }

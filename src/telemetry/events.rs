@@ -46,7 +46,11 @@ pub fn restored(stage: &str, partition: Partition, bytes: usize, held: usize, to
 
 /// Progress does not fit the committed offset, so it is not used: somebody reset the offset or lost the topic.
 pub fn progress_missing(stage: &str, partition: Partition) {
-    error!(stage, partition = partition.0, "progress does not belong to the committed offset; reading on from there, repeats are possible");
+    error!(
+        stage,
+        partition = partition.0,
+        "progress does not belong to the committed offset; reading on from there, repeats are possible"
+    );
 }
 
 /// A partition begins or ends waiting on purpose.

@@ -121,7 +121,9 @@ mod tests {
         metrics.gateway_open.with_label_values::<&str>(&[]).set(1);
         metrics.commit_seconds.with_label_values(&["router"]).observe(0.1);
         let page = metrics.render();
-        for name in ["laneway_gateway_requests_total", "laneway_gateway_open_requests", "laneway_runtime_commit_seconds"] {
+        for name in
+            ["laneway_gateway_requests_total", "laneway_gateway_open_requests", "laneway_runtime_commit_seconds"]
+        {
             assert!(page.contains(&format!("# HELP {name} ")), "{name} is missing in {page}");
         }
         let mut names: Vec<&str> = CATALOGUE.iter().map(|row| row.name).collect();

@@ -4,9 +4,9 @@ use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 
-/// Starts logging. `LANEWAY_LOG` chooses levels (`info`, `laneway=debug`, …).
+/// Starts logging. `RUST_LOG` chooses levels (`info`, `laneway=debug`, …).
 pub fn start(default: &str) {
-    let filter = EnvFilter::try_from_env("LANEWAY_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // A second start in one process (tests) keeps the first one's settings.
     let _ = match std::io::stderr().is_terminal() {

@@ -22,7 +22,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const LIMIT: Limit = Limit { records: 500, bytes: 1 << 20 };
 
 fn kafka() -> Kafka {
-    Kafka::new(KafkaConfig { bootstrap_servers: kafka_address(), prefix: unique("c") + ".", properties: BTreeMap::new() })
+    Kafka::new(KafkaConfig {
+        bootstrap_servers: kafka_address(),
+        prefix: unique("c") + ".",
+        properties: BTreeMap::new(),
+    })
 }
 
 async fn embedded() -> (Embedded, tempfile::TempDir) {
@@ -172,7 +176,8 @@ impl<B: Backend> Tester<B> {
         let until = Instant::now() + PATIENCE;
         while !done(self) {
             assert!(Instant::now() < until, "did not happen: {what}; owned {:?}, seen {}", self.owned, self.seen.len());
-            let _ = tokio::time::timeout(Duration::from_millis(300), self.step()).await.map(|step| step.expect("a poll"));
+            let _ =
+                tokio::time::timeout(Duration::from_millis(300), self.step()).await.map(|step| step.expect("a poll"));
         }
     }
 
@@ -423,10 +428,12 @@ async fn a_compacted_topic_keeps_the_last_value_of_each_key<B: Backend>(log: B) 
 
 async fn a_topic_that_is_not_there_is_a_clear_error<B: Backend>(log: B) {
     let missing = Topic::new("missing");
-    let error = match tokio::time::timeout(PATIENCE, log.publisher().unwrap().publish(vec![addressed(&missing, 0, "1")])).await {
-        Ok(answer) => answer.expect_err("there is no such topic"),
-        Err(_) => panic!("publishing to a topic that is not there hangs"),
-    };
+    let error =
+        match tokio::time::timeout(PATIENCE, log.publisher().unwrap().publish(vec![addressed(&missing, 0, "1")])).await
+        {
+            Ok(answer) => answer.expect_err("there is no such topic"),
+            Err(_) => panic!("publishing to a topic that is not there hangs"),
+        };
     assert!(!error.to_string().is_empty());
 }
 

@@ -107,7 +107,10 @@ mod tests {
         let body = encode(&sent, Timestamp::from_micros(5));
         let read = decode(body.clone(), Partition(2), Offset::new(40)).expect("readable");
         assert_eq!(read.len(), 2);
-        assert_eq!((read[1].offset, read[1].key.as_deref(), read[1].value.as_deref()), (Offset::new(41), Some(&b""[..]), None));
+        assert_eq!(
+            (read[1].offset, read[1].key.as_deref(), read[1].value.as_deref()),
+            (Offset::new(41), Some(&b""[..]), None)
+        );
         assert_eq!(read[0].headers, headers);
         assert_eq!(encode_sparse(&read, Offset::new(40)), body);
         for cut in 0..body.len() {

@@ -64,7 +64,11 @@ impl MemoryStore {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub async fn write(&self, what: &Transaction, at: Timestamp) -> Result<Vec<((Topic, Partition), Offset)>, BoxError> {
+    pub async fn write(
+        &self,
+        what: &Transaction,
+        at: Timestamp,
+    ) -> Result<Vec<((Topic, Partition), Offset)>, BoxError> {
         let mut state = self.state();
         if state.strikes(|faults| faults.write_refused) {
             return Err("injected: the write was refused".into());
@@ -146,7 +150,11 @@ impl MemoryStore {
     pub async fn offset_at(&self, topic: &Topic, partition: Partition, at: Timestamp) -> Result<Offset, BoxError> {
         let mut state = self.state();
         let kept = state.kept(topic, partition)?;
-        Ok(kept.records.iter().find(|record| record.timestamp >= at).map_or(Offset::new(kept.next), |record| record.offset))
+        Ok(kept
+            .records
+            .iter()
+            .find(|record| record.timestamp >= at)
+            .map_or(Offset::new(kept.next), |record| record.offset))
     }
 
     pub async fn topics(&self) -> Result<Vec<TopicInfo>, BoxError> {

@@ -136,12 +136,7 @@ impl Embedded {
         Self::start(Store::Memory(MemoryStore::new(faults)), Access::Engine, clock, None).await
     }
 
-    async fn start(
-        store: Store,
-        access: Access,
-        clock: Clock,
-        lock: Option<std::fs::File>,
-    ) -> Result<Self, LogError> {
+    async fn start(store: Store, access: Access, clock: Clock, lock: Option<std::fs::File>) -> Result<Self, LogError> {
         let ends = Arc::new(Ends::new());
         ends.note(store.ends().await.map_err(LogError::fatal)?);
         let writer = Writer::start(store.clone(), Arc::clone(&ends), clock.clone(), access);

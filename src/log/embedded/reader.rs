@@ -29,7 +29,8 @@ impl Reader for EmbeddedReader {
         let until = self.log.0.clock.instant() + WAIT;
         loop {
             let store = &self.log.0.store;
-            let records = store.read(&self.topic, self.partition, self.next, limit).await.map_err(LogError::transient)?;
+            let records =
+                store.read(&self.topic, self.partition, self.next, limit).await.map_err(LogError::transient)?;
             if let Some(last) = records.last() {
                 self.next = last.offset.just_after();
                 return Ok(Read::Records(records));

@@ -102,7 +102,8 @@ impl EmbeddedSession {
         // Passes through the writer, so that whatever the last owner had under way is settled before it is read.
         self.log.0.writer.write(Vec::new(), Vec::new(), None, None).await?;
         let store = &self.log.0.store;
-        let mut committed = store.committed(&self.member.group, &self.member.topic).await.map_err(LogError::transient)?;
+        let mut committed =
+            store.committed(&self.member.group, &self.member.topic).await.map_err(LogError::transient)?;
         let given = self.assigned.take().unwrap_or_default();
         let assignments = given
             .into_iter()
@@ -132,7 +133,8 @@ impl EmbeddedSession {
         for step in 0..ready.len() {
             let (partition, from) = ready[(self.turn + step) % ready.len()];
             // An even share, so that one full partition does not crowd out the others.
-            let share = Limit { records: limit.records.div_ceil(ready.len()), bytes: limit.bytes.div_ceil(ready.len()) };
+            let share =
+                Limit { records: limit.records.div_ceil(ready.len()), bytes: limit.bytes.div_ceil(ready.len()) };
             let read = self.log.0.store.read(&self.member.topic, partition, from, share).await;
             records.push((partition, read.map_err(LogError::transient)?));
         }

@@ -72,7 +72,11 @@ impl SqliteStore {
         self.writer.close().await;
     }
 
-    pub async fn write(&self, what: &Transaction, at: Timestamp) -> Result<Vec<((Topic, Partition), Offset)>, BoxError> {
+    pub async fn write(
+        &self,
+        what: &Transaction,
+        at: Timestamp,
+    ) -> Result<Vec<((Topic, Partition), Offset)>, BoxError> {
         let mut connection = self.writer.acquire().await?;
         let mut transaction = connection.begin_with("begin immediate").await?;
         let mut ends = Vec::with_capacity(what.batches.len());
@@ -84,11 +88,13 @@ impl SqliteStore {
             put_position(&mut transaction, position).await?;
         }
         for (session, number) in &what.commits {
-            sqlx::query("insert into commits values (?, ?) on conflict (session) do update set number = excluded.number")
-                .bind(session)
-                .bind(*number as i64)
-                .execute(&mut *transaction)
-                .await?;
+            sqlx::query(
+                "insert into commits values (?, ?) on conflict (session) do update set number = excluded.number",
+            )
+            .bind(session)
+            .bind(*number as i64)
+            .execute(&mut *transaction)
+            .await?;
         }
         transaction.commit().await?;
         Ok(ends)
@@ -198,7 +204,8 @@ impl SqliteStore {
     }
 
     pub async fn topics(&self) -> Result<Vec<TopicInfo>, BoxError> {
-        let rows = sqlx::query("select name, partitions, config from topics order by name").fetch_all(&self.readers).await?;
+        let rows =
+            sqlx::query("select name, partitions, config from topics order by name").fetch_all(&self.readers).await?;
         rows.iter()
             .map(|row| {
                 let config = serde_json::from_str(&row.get::<String, _>(2))?;
@@ -292,10 +299,16 @@ impl SqliteStore {
             let batch = frame::decode(row.get(1), partition, first);
             records.extend(batch.ok_or_else(|| format!("the batch at {topic}/{partition}/{first} is damaged"))?);
         }
-        sqlx::query("delete from batches where id >= ? and id < ?").bind(low).bind(high).execute(&mut *transaction).await?;
+        sqlx::query("delete from batches where id >= ? and id < ?")
+            .bind(low)
+            .bind(high)
+            .execute(&mut *transaction)
+            .await?;
         let kept = compacted(records, horizon);
         let mut rows = 0_i64;
-        for chunk in kept.chunk_by(|a, b| b.offset.raw() - a.offset.raw() < 1_000_000).flat_map(|c| c.chunks(BATCH_RECORDS)) {
+        for chunk in
+            kept.chunk_by(|a, b| b.offset.raw() - a.offset.raw() < 1_000_000).flat_map(|c| c.chunks(BATCH_RECORDS))
+        {
             let first = chunk[0].offset;
             let body = frame::encode_sparse(chunk, first);
             let last = &chunk[chunk.len() - 1];

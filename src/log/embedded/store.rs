@@ -56,7 +56,11 @@ macro_rules! either {
 
 impl Store {
     /// Writes all of it or nothing, and tells where the partitions end now.
-    pub async fn write(&self, what: &Transaction, at: Timestamp) -> Result<Vec<((Topic, Partition), Offset)>, BoxError> {
+    pub async fn write(
+        &self,
+        what: &Transaction,
+        at: Timestamp,
+    ) -> Result<Vec<((Topic, Partition), Offset)>, BoxError> {
         either!(self, store => store.write(what, at))
     }
 

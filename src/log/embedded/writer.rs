@@ -148,13 +148,7 @@ async fn settle(store: &Store, ends: &Ends, commit: &Option<(String, u64)>, erro
 }
 
 /// Notices what other processes write into the file and, for the engine, keeps the file small.
-async fn look_around(
-    store: Store,
-    ends: Arc<Ends>,
-    clock: Clock,
-    access: Access,
-    alive: mpsc::WeakSender<Request>,
-) {
+async fn look_around(store: Store, ends: Arc<Ends>, clock: Clock, access: Access, alive: mpsc::WeakSender<Request>) {
     let mut maintained = clock.instant();
     while alive.upgrade().is_some() {
         clock.sleep(FOREIGN_POLL).await;

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ConfigSource, NewTopic, ResourceSpecifier, TopicReplication};
+use rdkafka::admin::{
+    AdminClient, AdminOptions, AlterConfig, ConfigSource, NewTopic, ResourceSpecifier, TopicReplication,
+};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
@@ -113,7 +115,8 @@ impl Admin for KafkaAdmin {
         let stable_of = name.clone();
         let (_, stable) =
             Self::ask(&self.committed, move |client| client.fetch_watermarks(&stable_of, number, CALL)).await?;
-        let (start, end) = Self::ask(&self.uncommitted, move |client| client.fetch_watermarks(&name, number, CALL)).await?;
+        let (start, end) =
+            Self::ask(&self.uncommitted, move |client| client.fetch_watermarks(&name, number, CALL)).await?;
         Ok(Watermarks { start: convert::offset(start), stable: convert::offset(stable), end: convert::offset(end) })
     }
 

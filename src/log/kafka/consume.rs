@@ -108,7 +108,11 @@ impl Rebalances {
     }
 
     /// Stable offsets only: librdkafka waits for transactions that are about to decide (`require_stable`).
-    fn committed(&self, consumer: &BaseConsumer<Self>, of: &TopicPartitionList) -> Result<TopicPartitionList, KafkaError> {
+    fn committed(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        of: &TopicPartitionList,
+    ) -> Result<TopicPartitionList, KafkaError> {
         loop {
             match consumer.committed_offsets(of.clone(), COORDINATOR) {
                 Err(error) if !self.polled.is_closed() => {
@@ -260,7 +264,13 @@ fn resume_at_earliest(consumer: &BaseConsumer<Rebalances>, topic: &str) {
             },
         };
         if at < low || at > high {
-            tracing::error!(topic, partition = element.partition(), at, low, "records were deleted before they were read");
+            tracing::error!(
+                topic,
+                partition = element.partition(),
+                at,
+                low,
+                "records were deleted before they were read"
+            );
             if let Err(error) = consumer.seek(topic, element.partition(), RawOffset::Offset(low), COORDINATOR) {
                 tracing::error!(%error, "no seek to the earliest record");
             }

@@ -86,9 +86,9 @@ pub fn error(error: KafkaError) -> LogError {
     };
     match code {
         Some(code) if is_refusal(code) => LogError::fatal(format!("the broker refuses us: {error}")),
-        Some(
-            Code::FencedInstanceId | Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch,
-        ) => LogError::fenced(error),
+        Some(Code::FencedInstanceId | Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch) => {
+            LogError::fenced(error)
+        }
         // Whatever else is fatal to a client can be mended by a new one.
         _ if fatal => LogError::fenced(error),
         None if matches!(error, KafkaError::ClientConfig(..) | KafkaError::ClientCreation(_)) => LogError::fatal(error),

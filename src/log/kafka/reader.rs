@@ -102,7 +102,12 @@ impl Reader for KafkaReader {
     }
 }
 
-fn run(consumer: &BaseConsumer, place: &(String, i32), orders: &Receiver<(u64, Offset)>, brings: &mpsc::Sender<Brought>) {
+fn run(
+    consumer: &BaseConsumer,
+    place: &(String, i32),
+    orders: &Receiver<(u64, Offset)>,
+    brings: &mpsc::Sender<Brought>,
+) {
     let mut seek = 0;
     let mut pending: Vec<Result<Read, LogError>> = Vec::new();
     loop {

@@ -173,7 +173,10 @@ impl<'a> Reader<'a> {
         Ok(self.str()?.into())
     }
 
-    pub fn option<T>(&mut self, read: impl FnOnce(&mut Self) -> Result<T, Unreadable>) -> Result<Option<T>, Unreadable> {
+    pub fn option<T>(
+        &mut self,
+        read: impl FnOnce(&mut Self) -> Result<T, Unreadable>,
+    ) -> Result<Option<T>, Unreadable> {
         match self.long()? {
             0 => Ok(None),
             1 => read(self).map(Some),

@@ -93,7 +93,9 @@ pub fn decode<V: Value>(bytes: &bytes::Bytes) -> Result<V, Unreadable> {
                 ));
             }
         }
-        [0, ..] => return Err(Unreadable::new(0, "confluent wire format, but no schema registry is configured".into())),
+        [0, ..] => {
+            return Err(Unreadable::new(0, "confluent wire format, but no schema registry is configured".into()));
+        }
         _ => return Err(Unreadable::new(0, "neither avro single-object nor confluent encoding".into())),
     }
     let mut input = avro::Reader::new(bytes, 10);
@@ -294,7 +296,8 @@ mod tests {
             .map(|(name, bytes)| (name, bytes.iter().map(|byte| format!("{byte:02x}")).collect()))
             .collect();
         let golden: BTreeMap<&str, String> =
-            serde_json::from_str(include_str!("../../../tests/fixtures/golden_bytes.json")).expect("a readable fixture");
+            serde_json::from_str(include_str!("../../../tests/fixtures/golden_bytes.json"))
+                .expect("a readable fixture");
         assert_eq!(found, golden, "found: {}", serde_json::to_string_pretty(&found).unwrap_or_default());
     }
 

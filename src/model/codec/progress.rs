@@ -89,9 +89,8 @@ fn read_partition(input: &mut Reader<'_>) -> Result<PartitionProgress, Unreadabl
         runs: read_runs(input)?,
         live: read_offset(input)?,
         clean_stop: input.boolean()?,
-        drains: input.array(|input| {
-            Ok(Drain { id: input.text()?, target: input.text()?, bound: read_offset(input)? })
-        })?,
+        drains: input
+            .array(|input| Ok(Drain { id: input.text()?, target: input.text()?, bound: read_offset(input)? }))?,
     })
 }
 

@@ -96,13 +96,8 @@ impl<B: Backend, D: Deliver> Work for DeliverWork<B, D> {
         let (fetch, fetches) = mpsc::channel(1);
         let (fetched_in, fetched) = mpsc::channel(1);
         let mut tasks = JoinSet::new();
-        let reading = read_single(
-            self.backend.clone(),
-            self.settings.input.clone(),
-            assignment.partition,
-            fetches,
-            fetched_in,
-        );
+        let reading =
+            read_single(self.backend.clone(), self.settings.input.clone(), assignment.partition, fetches, fetched_in);
         tasks.spawn(reading);
         let Inbox { records, asks, ready, bell } = inbox;
         // A driver that is gone does not want the partition any more.

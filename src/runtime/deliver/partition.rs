@@ -43,9 +43,16 @@ pub struct KeyId {
 
 /// What to do next.
 pub enum Start {
-    Attempt { key: KeyId, record: Arc<Record>, permit: Permit },
+    Attempt {
+        key: KeyId,
+        record: Arc<Record>,
+        permit: Permit,
+    },
     /// Read the record at this offset, and give it to [`PartitionState::fetched`].
-    Fetch { key: KeyId, offset: Offset },
+    Fetch {
+        key: KeyId,
+        offset: Offset,
+    },
     /// Something is ready, but no permit is free.
     Starved,
 }

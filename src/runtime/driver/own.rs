@@ -225,7 +225,9 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
 
     fn ask(&mut self, partitions: &[Partition]) {
         for partition in partitions {
-            let Some(slot) = self.slots.get_mut(partition).filter(|slot| !slot.asked && slot.restored) else { continue };
+            let Some(slot) = self.slots.get_mut(partition).filter(|slot| !slot.asked && slot.restored) else {
+                continue;
+            };
             let (answer, answered) = oneshot::channel();
             if slot.asks.send(Ask::Collect(answer)).is_ok() {
                 slot.asked = true;

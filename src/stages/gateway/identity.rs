@@ -88,6 +88,9 @@ mod tests {
     /// Computed with another implementation (Python's hashlib and uuid).
     #[test]
     fn rudder_ids_are_the_known_ones() {
-        assert_eq!(rudder_id("user-1", "anon-1").to_string(), include_str!("../../../tests/fixtures/rudder_id.txt").trim());
+        assert_eq!(
+            rudder_id("user-1", "anon-1").to_string(),
+            include_str!("../../../tests/fixtures/rudder_id.txt").trim()
+        );
     }
 }

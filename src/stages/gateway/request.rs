@@ -213,7 +213,8 @@ mod tests {
     use crate::control::workspace::Workspace;
 
     fn source() -> Arc<Source> {
-        let workspace = Workspace::parse(r#"{"workspaceId":"w","sources":[{"id":"s","writeKey":"k"}]}"#).expect("valid");
+        let workspace =
+            Workspace::parse(r#"{"workspaceId":"w","sources":[{"id":"s","writeKey":"k"}]}"#).expect("valid");
         Arc::clone(workspace.by_write_key("k").expect("there"))
     }
 
@@ -237,7 +238,8 @@ mod tests {
 
     #[test]
     fn a_typed_event_gets_what_users_expect_and_keeps_its_bytes() {
-        let body = r#" {"type":"nonsense","userId":12345678901234567890,"messageId":"m-1","x":1.0,"x":2,"\u00e9":"\ud800"} "#;
+        let body =
+            r#" {"type":"nonsense","userId":12345678901234567890,"messageId":"m-1","x":1.0,"x":2,"\u00e9":"\ud800"} "#;
         let events = admitted(Call::Typed("track"), body).expect("admitted");
         let event = &events[0];
         assert_eq!(
@@ -278,7 +280,10 @@ mod tests {
             assert_eq!(event.job_run.as_ref().map(ToString::to_string).as_deref(), Some("run-7"));
         }
         assert_eq!((events[1].event_type.as_str(), &events[1].user), ("record", &None));
-        assert_eq!(admitted(Call::Batch, r#"{"batch":{"type":"track","userId":"u"}}"#).map(|events| events.len()), Ok(1));
+        assert_eq!(
+            admitted(Call::Batch, r#"{"batch":{"type":"track","userId":"u"}}"#).map(|events| events.len()),
+            Ok(1)
+        );
     }
 
     #[test]

@@ -127,7 +127,8 @@ async fn read_body(body: Body, headers: &HeaderMap) -> Result<Bytes, Refusal> {
         return Err(Refusal::TooLarge);
     }
     let raw = to_bytes(body, MAX_BODY).await.map_err(|error| {
-        let is_limit = std::error::Error::source(&error).is_some_and(|cause| cause.to_string().contains("length limit"));
+        let is_limit =
+            std::error::Error::source(&error).is_some_and(|cause| cause.to_string().contains("length limit"));
         if is_limit { Refusal::TooLarge } else { Refusal::UnreadableBody }
     })?;
     match headers.get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes) {

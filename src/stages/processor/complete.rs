@@ -64,7 +64,8 @@ mod tests {
 
     #[test]
     fn the_time_the_client_kept_it_is_taken_off() {
-        let event = r#"{"originalTimestamp":"2025-01-01T00:00:00Z","sentAt":"2025-01-01T00:00:04Z","context":{"ip":"x"}}"#;
+        let event =
+            r#"{"originalTimestamp":"2025-01-01T00:00:00Z","sentAt":"2025-01-01T00:00:04Z","context":{"ip":"x"}}"#;
         assert!(completed(event).ends_with(r#","timestamp":"2026-01-01T00:00:06.000Z"}"#), "{}", completed(event));
     }
 

@@ -65,7 +65,8 @@ impl Processor {
     }
 
     fn fan_out(&self, record: &Record, event: &Event, source: &Arc<Source>) -> Result<Outcome, String> {
-        let payload = std::str::from_utf8(&event.payload).map_err(|error| format!("the payload is not UTF-8: {error}"))?;
+        let payload =
+            std::str::from_utf8(&event.payload).map_err(|error| format!("the payload is not UTF-8: {error}"))?;
         let original = Object::parse(payload).map_err(|error| format!("the payload is {error}"))?;
         let integrations = fan_out::Integrations::of(&original);
         let chosen: Vec<&Arc<Destination>> =

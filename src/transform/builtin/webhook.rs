@@ -161,8 +161,10 @@ mod tests {
 
     #[test]
     fn the_event_steers_path_and_headers_and_keeps_its_bytes() {
-        let event = r#"{"a":1.0,"header":{"X-One":"1","x-two":{"b":2}},"big":12345678901234567890,"appendPath":"/v2?q=1"}"#;
-        let found = made(event, json!({"headers": [{"from": "X-ONE", "to": "0"}, {"from": "", "to": ""}]})).expect("made");
+        let event =
+            r#"{"a":1.0,"header":{"X-One":"1","x-two":{"b":2}},"big":12345678901234567890,"appendPath":"/v2?q=1"}"#;
+        let found =
+            made(event, json!({"headers": [{"from": "X-ONE", "to": "0"}, {"from": "", "to": ""}]})).expect("made");
         assert_eq!(found.url, "http://hook.test:7000/hook/v2?q=1");
         assert_eq!(found.body, r#"{"a":1.0,"big":12345678901234567890}"#);
         let headers: Vec<(&str, &str)> = found.headers.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
@@ -173,7 +175,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_sent_says_why() {
-        for away in ["http://169.254.169.254/", "https://hook.test:7000/", "http://hook.test:7001/", "http://evil.test/"] {
+        for away in
+            ["http://169.254.169.254/", "https://hook.test:7000/", "http://hook.test:7001/", "http://evil.test/"]
+        {
             let event = format!(r#"{{"fullPath":"{away}"}}"#);
             assert!(matches!(made(&event, json!({})), Err(WebhookError::OffHost(_))), "{away}");
         }

@@ -1,5 +1,7 @@
 //! What the tests share: services, waiting for conditions, topics of their own.
 
+pub mod process;
+
 use std::future::Future;
 use std::time::{Duration, Instant};
 

@@ -1,0 +1,245 @@
+//! The whole flow, from `load`'s events to `load`'s sink, judged by it: nothing lost, nothing doubled, each user in order.
+//! Short forms; tests/README.md has the commands for the long ones.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::support::process::{Flow, Process, free_port};
+use crate::support::{eventually, unique};
+
+fn number(report: &Value, name: &str) -> u64 {
+    report[name].as_u64().unwrap_or_else(|| panic!("{name} in {report}"))
+}
+
+/// Everything accepted arrived, in order; repeats only with the same delivery id.
+fn assert_nothing_lost(report: &Value, events: u64) {
+    assert_eq!(number(report, "accepted"), events, "{report}");
+    assert_eq!(number(report, "delivered"), events, "{report}");
+    for name in ["lost", "out_of_order", "duplicated_other_delivery_id", "foreign"] {
+        assert_eq!(number(report, name), 0, "{name} in {report}");
+    }
+}
+
+fn assert_clean(report: &Value, events: u64) {
+    assert_nothing_lost(report, events);
+    assert_eq!(number(report, "duplicated_messages"), 0, "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_arrive_once_and_in_order_embedded() {
+    let flow = Flow::embedded();
+    let _running = flow.start_all().await;
+    let report = flow.load(&["--events", "20000", "--batch", "20"]).report().await;
+    assert_clean(&report, 20_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_arrive_once_and_in_order_on_kafka() {
+    let flow = Flow::on_kafka();
+    let _running = flow.start_all().await;
+    let report = flow.load(&["--events", "20000", "--batch", "20"]).report().await;
+    assert_clean(&report, 20_000);
+}
+
+/// Kills with -9 while events flow and starts again a second later.
+async fn survive_kills(flow: Flow, parts: &[&str]) {
+    let mut running = flow.start_all().await;
+    let load = flow.load(&["--events", "6000", "--rate", "500", "--users", "200"]);
+    for (n, part) in parts.iter().enumerate() {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        running[n].kill();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        running[n] = flow.start(part, &format!("{part}-1"));
+        running[n].ready().await;
+    }
+    let report = load.report().await;
+    // A request that was cut off may have been stored: the client sends it again, under the same message ids. On one file
+    // the kill takes the edge too; the same holds for the gateway's own.
+    assert_eq!(number(&report, "accepted"), 6_000);
+    for name in ["lost", "out_of_order", "foreign"] {
+        assert_eq!(number(&report, name), 0, "{name} in {report}");
+    }
+    let repeated = number(&report, "requests_repeated");
+    assert!(number(&report, "duplicated_other_delivery_id") <= repeated, "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_of_everything_loses_nothing_embedded() {
+    survive_kills(Flow::embedded(), &["all"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_of_each_process_loses_nothing_on_kafka() {
+    survive_kills(Flow::on_kafka(), &["gateway", "processor", "router"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_instance_takes_over_what_a_killed_one_owned() {
+    let flow = Flow::on_kafka();
+    let mut first = flow.start_all().await;
+    let mut second: Vec<Process> =
+        ["processor", "router"].iter().map(|part| flow.start(part, &format!("{part}-2"))).collect();
+    for process in &mut second {
+        process.ready().await;
+    }
+    let load = flow.load(&["--events", "6000", "--rate", "400", "--users", "200"]);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    first[1].kill();
+    first[2].kill();
+    let report = load.report().await;
+    assert_nothing_lost(&report, 6_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_user_does_not_delay_another_and_arrives_in_order_later() {
+    for flow in [Flow::embedded(), Flow::on_kafka()] {
+        let _running = flow.start_all().await;
+        let args = ["--events", "3000", "--rate", "300", "--users", "100", "--fail-users", "1", "--fail-for", "8"];
+        let report = flow.load(&args).report().await;
+        assert_clean(&report, 3_000);
+        // Had the others waited for the failing one, half of them would have waited for seconds.
+        let median = report["end_to_end_p50_ms"].as_f64().expect("a number");
+        assert!(median < 4_000.0, "{report}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_under_load_drains_and_repeats_nothing() {
+    for (flow, part) in [(Flow::embedded(), "all"), (Flow::on_kafka(), "router")] {
+        let mut running = flow.start_all().await;
+        let load = flow.load(&["--events", "4000", "--rate", "500", "--users", "200", "--sink-delay", "20"]);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let last = running.len() - 1;
+        running[last].terminate();
+        let status = running[last].ended(Duration::from_secs(20)).await;
+        assert_eq!(status.code(), Some(0), "{}", running[last].said());
+        running[last] = flow.start(part, &format!("{part}-1"));
+        running[last].ready().await;
+        let report = load.report().await;
+        assert_clean(&report, 4_000);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_goes_away_costs_503_and_nothing_else() {
+    let broker = Broker::start();
+    let flow = Flow::on_kafka_at(&broker.address());
+    let _running = flow.start_all().await;
+    let load = flow.load(&["--events", "4000", "--rate", "300", "--users", "100", "--patience", "90"]);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    broker.run("kill");
+    let client = reqwest::Client::new();
+    eventually("the edge answers 503", Duration::from_secs(40), async || {
+        let post = client.post(format!("{}/v1/track", flow.url())).basic_auth("wk-1", Some(""));
+        match post.body(r#"{"userId":"probe","event":"x"}"#).send().await {
+            Ok(answer) => answer.status() == 503 && answer.headers().contains_key("retry-after"),
+            Err(_) => false,
+        }
+    })
+    .await;
+    broker.run("start");
+    let report = load.report().await;
+    assert_eq!(number(&report, "accepted"), 4_000);
+    for name in ["lost", "out_of_order"] {
+        assert_eq!(number(&report, name), 0, "{name} in {report}");
+    }
+}
+
+/// A Kafka of its own, for a test that stops it.
+struct Broker {
+    port: u16,
+    folder: tempfile::TempDir,
+}
+
+impl Broker {
+    fn start() -> Self {
+        let broker = Self { port: free_port(), folder: tempfile::tempdir().expect("a folder") };
+        broker.run("up");
+        broker
+    }
+
+    fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    fn run(&self, what: &str) {
+        let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/services");
+        let ran = std::process::Command::new(script)
+            .args([what, "kafka"])
+            .env("LANEWAY_KAFKA_PORT", self.port.to_string())
+            .env("LANEWAY_SERVICES_RUN", self.folder.path())
+            .output()
+            .expect("deploy/services runs");
+        assert!(ran.status.success(), "{what}: {}", String::from_utf8_lossy(&ran.stderr));
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        self.run("kill");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dev_prints_a_banner_and_a_line_for_each_delivery() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (listen, admin) = (free_port(), free_port());
+    let (listen_at, admin_at) = (format!("127.0.0.1:{listen}"), format!("127.0.0.1:{admin}"));
+    let args = ["dev", "--listen", &listen_at, "--admin", &admin_at, "--data-dir", "data"];
+    let mut dev = Process::spawn(&args, &[], admin, folder.path());
+    dev.ready().await;
+    let said = dev.said();
+    let curl = said.lines().find(|line| line.trim_start().starts_with("curl")).expect("a curl line");
+    let ran = std::process::Command::new("sh").args(["-c", curl]).output().expect("the banner's line runs");
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "ok");
+    eventually("the delivery is printed", Duration::from_secs(10), async || {
+        dev.said().lines().any(|line| line.starts_with("webhook  ann  track Order Completed"))
+    })
+    .await;
+    let second = Process::spawn(&["dev", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data-dir", "data"], &[], 0, folder.path());
+    let mut second = second;
+    assert_eq!(second.ended(Duration::from_secs(10)).await.code(), Some(1));
+    assert!(second.said().contains("another engine is running on the data folder data"), "{}", second.said());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_destination_refuses_is_a_dead_letter_and_the_next_goes_on() {
+    let mut flow = Flow::embedded();
+    let refusing = free_port();
+    let url = format!("http://127.0.0.1:{refusing}/");
+    std::fs::write(flow.folder.path().join("workspace.json"), crate::support::process::workspace(&[("dst-1", &url)]))
+        .expect("written");
+    flow.set("LANEWAY_ROUTER__RETRY_FIRST", "50ms");
+    let served = axum::Router::new().fallback(|body: String| async move {
+        match body.contains("\"bad\"") {
+            true => (axum::http::StatusCode::BAD_REQUEST, "no such product"),
+            false => (axum::http::StatusCode::OK, "fine"),
+        }
+    });
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", refusing)).await.expect("a listener");
+    tokio::spawn(async move { axum::serve(listener, served).await });
+    let mut running = flow.start_all().await;
+    let name = unique("event");
+    std::fs::write(
+        flow.folder.path().join("events"),
+        format!("{{\"type\":\"track\",\"userId\":\"u\",\"event\":\"bad\"}}\n{{\"type\":\"track\",\"userId\":\"u\",\"event\":\"{name}\"}}\n"),
+    )
+    .expect("written");
+    let published = flow.command(&["publish", "--write-key", "wk-1", "events"]);
+    assert_eq!(String::from_utf8_lossy(&published.stdout), "2 events published\n", "{published:?}");
+    eventually("the refused one is a dead letter", Duration::from_secs(20), async || {
+        let tail = flow.command(&["tail", "dead-letters", "--from-start", "--until-end", "--output", "json"]);
+        let text = String::from_utf8_lossy(&tail.stdout).into_owned();
+        text.contains("\"rejected\"") && text.contains("no such product") && text.contains("\"code\":400")
+    })
+    .await;
+    eventually("the ledger closes", Duration::from_secs(20), async || {
+        let tail = flow.command(&["tail", "progress.router", "--from-start", "--until-end"]);
+        let text = String::from_utf8_lossy(&tail.stdout).into_owned();
+        text.contains("taken: 2, delivered: 1, filtered: 0, aborted: 1, drained: 0")
+    })
+    .await;
+    running[0].terminate();
+    assert_eq!(running[0].ended(Duration::from_secs(20)).await.code(), Some(0));
+}

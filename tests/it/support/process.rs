@@ -1,0 +1,243 @@
+//! Laneway's processes, as users start them: the binary, its arguments, its environment.
+
+use std::io::Read;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::{eventually, kafka_address, unique};
+
+/// A loopback port that is free now.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port()
+}
+
+/// A running process; killed when dropped.
+pub struct Process {
+    child: Child,
+    pub admin: u16,
+    output: PathBuf,
+}
+
+impl Process {
+    pub fn spawn(args: &[&str], environment: &[(String, String)], admin: u16, folder: &Path) -> Self {
+        let output = folder.join(unique("log"));
+        let file = std::fs::File::create(&output).expect("a log file");
+        let child = Command::new(env!("CARGO_BIN_EXE_laneway"))
+            .args(args)
+            .envs(environment.iter().map(|(name, value)| (name, value)))
+            .current_dir(folder)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().expect("a second handle"))
+            .stderr(file)
+            .spawn()
+            .expect("laneway starts");
+        Self { child, admin, output }
+    }
+
+    pub async fn ready(&mut self) {
+        let (url, until) = (format!("http://127.0.0.1:{}/readyz", self.admin), Instant::now() + Duration::from_secs(60));
+        loop {
+            if let Ok(answer) = reqwest::get(&url).await
+                && answer.status() == 200
+            {
+                return;
+            }
+            if let Some(ended) = self.child.try_wait().expect("a child") {
+                panic!("ended with {ended} before it was ready:\n{}", self.said());
+            }
+            assert!(Instant::now() < until, "not ready:\n{}", self.said());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// What it has printed so far.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(&self.output).unwrap_or_default()
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().expect("killed");
+        self.child.wait().expect("reaped");
+    }
+
+    /// SIGTERM, as a supervisor of services sends it.
+    pub fn terminate(&self) {
+        let pid = i32::try_from(self.child.id()).expect("a pid");
+        // SAFETY: the pid is that of a child that has not been reaped.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    }
+
+    pub async fn ended(&mut self, deadline: Duration) -> ExitStatus {
+        let until = Instant::now() + deadline;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                return status;
+            }
+            assert!(Instant::now() < until, "still running after {deadline:?}:\n{}", self.said());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let said = self.said();
+            let tail: Vec<&str> = said.lines().rev().take(40).collect();
+            eprintln!("--- {} said last:", self.output.display());
+            tail.iter().rev().for_each(|line| eprintln!("{line}"));
+        }
+    }
+}
+
+/// A flow of its own: a folder, a workspace whose webhook is a sink, ports, and the log it runs on.
+pub struct Flow {
+    pub folder: tempfile::TempDir,
+    pub gateway: u16,
+    pub sink: u16,
+    environment: Vec<(String, String)>,
+    on_kafka: bool,
+}
+
+impl Flow {
+    fn new(on_kafka: bool) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (gateway, sink) = (free_port(), free_port());
+        let workspace = workspace(&[("dst-1", &format!("http://127.0.0.1:{sink}/"))]);
+        std::fs::write(folder.path().join("workspace.json"), workspace).expect("written");
+        let environment = [
+            ("LANEWAY_GATEWAY__LISTEN", format!("127.0.0.1:{gateway}")),
+            ("LANEWAY_ROUTER__RETRY_CAP", "2s".into()),
+        ];
+        let environment = environment.map(|(name, value)| (name.to_owned(), value)).to_vec();
+        Self { folder, gateway, sink, environment, on_kafka }
+    }
+
+    pub fn embedded() -> Self {
+        Self::new(false)
+    }
+
+    /// On the test Kafka, with topics of its own.
+    pub fn on_kafka() -> Self {
+        Self::on_kafka_at(&kafka_address())
+    }
+
+    pub fn on_kafka_at(address: &str) -> Self {
+        let mut flow = Self::new(true);
+        for (name, value) in [
+            ("LANEWAY_LOG__BACKEND", "kafka".to_owned()),
+            ("LANEWAY_LOG__KAFKA__BOOTSTRAP_SERVERS", address.to_owned()),
+            ("LANEWAY_LOG__TOPIC_PREFIX", unique("f") + "."),
+            ("LANEWAY_RUNTIME__SESSION_TIMEOUT", "6s".to_owned()),
+        ] {
+            flow.environment.push((name.to_owned(), value));
+        }
+        let applied = flow.command(&["topics", "apply"]);
+        assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+        flow
+    }
+
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.gateway)
+    }
+
+    /// Runs a command to its end.
+    pub fn command(&self, args: &[&str]) -> std::process::Output {
+        Command::new(env!("CARGO_BIN_EXE_laneway"))
+            .args(args)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .current_dir(self.folder.path())
+            .stdin(Stdio::null())
+            .output()
+            .expect("laneway runs")
+    }
+
+    /// Starts stages under an instance id.
+    pub fn start(&self, stages: &str, instance: &str) -> Process {
+        let admin = free_port();
+        let mut environment = self.environment.clone();
+        environment.push(("LANEWAY_ADMIN__LISTEN".into(), format!("127.0.0.1:{admin}")));
+        environment.push(("LANEWAY_INSTANCE__ID".into(), instance.to_owned()));
+        Process::spawn(&["run", stages], &environment, admin, self.folder.path())
+    }
+
+    /// Starts the whole flow: one process on the embedded log, three on Kafka.
+    pub async fn start_all(&self) -> Vec<Process> {
+        let parts = if self.on_kafka { vec!["gateway", "processor", "router"] } else { vec!["all"] };
+        let mut processes: Vec<Process> = parts.into_iter().map(|part| self.start(part, &format!("{part}-1"))).collect();
+        for process in &mut processes {
+            process.ready().await;
+        }
+        processes
+    }
+
+    /// `laneway load` as generator, destination and judge.
+    pub fn load(&self, args: &[&str]) -> Load {
+        let (to, sink) = (self.url(), format!("127.0.0.1:{}", self.sink));
+        let mut all = vec!["load", "--to", &to, "--write-key", "wk-1", "--sink", &sink, "--output", "json"];
+        all.extend(args);
+        let output = self.folder.path().join(unique("report"));
+        let child = Command::new(env!("CARGO_BIN_EXE_laneway"))
+            .args(all)
+            .stdin(Stdio::null())
+            .stdout(std::fs::File::create(&output).expect("a file"))
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("load starts");
+        Load { child, output }
+    }
+}
+
+/// A running load.
+pub struct Load {
+    child: Child,
+    output: PathBuf,
+}
+
+impl Load {
+    pub async fn report(mut self) -> Value {
+        let mut exit = None;
+        eventually("the load ends", Duration::from_secs(240), async || {
+            exit = self.child.try_wait().expect("a child");
+            exit.is_some()
+        })
+        .await;
+        let mut text = String::new();
+        std::fs::File::open(&self.output).expect("a report").read_to_string(&mut text).expect("text");
+        let report: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("no report: {exit:?} {text}"));
+        eprintln!("{report}");
+        report
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A workspace of one source (`wk-1`) with these webhooks.
+pub fn workspace(destinations: &[(&str, &str)]) -> String {
+    let webhook = |(id, url): &(&str, &str)| {
+        json!({
+            "id": id, "name": id, "enabled": true,
+            "config": {"webhookUrl": url, "webhookMethod": "POST"},
+            "destinationDefinition": {"name": "WEBHOOK", "displayName": "Webhook", "config": {}}
+        })
+    };
+    let destinations: Vec<Value> = destinations.iter().map(webhook).collect();
+    let disabled = json!({"id": "src-2", "name": "Off", "writeKey": "wk-off", "enabled": false, "destinations": []});
+    let source = json!({"id": "src-1", "name": "Web", "writeKey": "wk-1", "enabled": true, "destinations": destinations});
+    json!({"workspaceId": "ws-1", "sources": [source, disabled]}).to_string()
+}
