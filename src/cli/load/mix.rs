@@ -6,7 +6,7 @@ use rand::{RngExt, SeedableRng};
 use crate::clock::Timestamp;
 
 /// Stands in for what real events carry; brings an event to about a kilobyte.
-const CONTEXT: &str = r#""context":{"library":{"name":"laneway-load","version":"1.0.0"},"userAgent":"Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/156.0.0.0 Safari/537.36","locale":"en-GB","timezone":"Europe/London","page":{"path":"/products/lamp","referrer":"https://search.example/","search":"?utm_source=newsletter","title":"A lamp for every desk","url":"https://shop.example/products/lamp?utm_source=newsletter"},"screen":{"width":1920,"height":1080,"density":2},"campaign":{"source":"newsletter","medium":"email","name":"autumn"}}"#;
+const CONTEXT: &str = r#""context":{"library":{"name":"laneway-load","version":"1.0.0"},"userAgent":"Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/156.0.0.0 Safari/537.36","locale":"en-GB","timezone":"Europe/London","page":{"path":"/products/lamp","referrer":"https://search.example/","search":"?utm_source=newsletter","title":"A lamp for every desk","url":"https://shop.example/products/lamp?utm_source=newsletter"},"screen":{"width":1920,"height":1080,"density":2},"campaign":{"source":"newsletter","medium":"email","name":"autumn","content":"hero-banner","term":"desk lamp"},"device":{"id":"4f1a0c7e-55b2-4c0e-9d3a-1d7f0f8f2b11","manufacturer":"Example","model":"X1","type":"desktop"},"os":{"name":"Linux","version":"6.1"}}"#;
 const PRODUCTS: [&str; 8] = ["Lamp", "Desk", "Chair", "Rug", "Shelf", "Clock", "Vase", "Frame"];
 
 pub struct Mix {

@@ -141,7 +141,7 @@ mod tests {
             let expected = &pair["request"];
             assert_eq!(found.method, expected["method"].as_str().expect("text"));
             assert_eq!(found.url, expected["endpoint"].as_str().expect("text"));
-            let headers: Value = found.headers.iter().map(|(k, v)| (k.clone(), v.clone().into())).collect();
+            let headers: Value = found.headers.iter().map(|(k, v)| (k.clone(), Value::from(v.clone()))).collect();
             assert_eq!(headers, expected["headers"]);
             let params: Vec<(String, String)> = expected["params"]
                 .as_object()

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{eventually, kafka_address, unique};
+use super::{kafka_address, unique};
 
 /// A loopback port that is free now.
 pub fn free_port() -> u16 {
@@ -206,12 +206,14 @@ pub struct Load {
 
 impl Load {
     pub async fn report(mut self) -> Value {
-        let mut exit = None;
-        eventually("the load ends", Duration::from_secs(240), async || {
-            exit = self.child.try_wait().expect("a child");
-            exit.is_some()
-        })
-        .await;
+        let until = Instant::now() + Duration::from_secs(240);
+        let exit = loop {
+            if let Some(exit) = self.child.try_wait().expect("a child") {
+                break exit;
+            }
+            assert!(Instant::now() < until, "the load does not end");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
         let mut text = String::new();
         std::fs::File::open(&self.output).expect("a report").read_to_string(&mut text).expect("text");
         let report: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("no report: {exit:?} {text}"));
