@@ -73,7 +73,7 @@ pub async fn restore<B: Backend>(
 }
 
 /// Believes the progress if its partition record is the one that the committed offset names.
-fn judge(
+pub(super) fn judge(
     found: BTreeMap<Bytes, Bytes>,
     assignment: &Assignment,
     settings: &DeliverSettings,

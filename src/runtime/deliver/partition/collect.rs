@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::log::Committed;
 use crate::model::codec;
-use crate::model::progress::{KeyProgress, Lane, PartitionProgress, Progress, ProgressKey};
+use crate::model::progress::{KeyProgress, Lane, PartitionProgress, Progress, ProgressKey, Run};
 use crate::model::record::{Addressed, Headers, Offset, header};
 use crate::runtime::driver::Changes;
 use crate::telemetry::metrics::metrics;
@@ -35,8 +35,9 @@ impl PartitionState {
             seq: self.seq,
             epoch: self.epoch.0,
             base: self.window.base(),
-            runs: self.window.runs(),
-            live: self.window.live(),
+            runs: self.runs(),
+            // After a restore the window is behind what the last owner had read: a second crash must not count it again.
+            live: self.window.live().max(self.taken_until),
             clean_stop: clean,
             drains: Vec::new(),
         };
@@ -45,6 +46,16 @@ impl PartitionState {
         self.tell();
         let position = Committed { offset: self.lowest_unfinished(), metadata: self.seq.to_string() };
         Some(Changes { outputs, last: Some(last), position })
+    }
+
+    /// What is finished or marked: in the window, and of the last owner's runs what live reading has not passed yet. Leaving
+    /// those out would let a second crash read records again that a mark covers.
+    fn runs(&self) -> Vec<Run> {
+        let mut runs = self.window.runs();
+        let live = self.window.live();
+        let ahead = self.skip.iter().filter(|run| run.last >= live);
+        runs.extend(ahead.map(|run| Run { first: run.first.max(live), last: run.last }));
+        runs
     }
 
     /// The lowest unfinished offset, whoever covers it: what the group commits, so that lag never lies low.
