@@ -92,6 +92,7 @@ impl Clock {
     }
 
     /// A clock that reads `wall` now and moves with tokio's time.
+    #[allow(clippy::disallowed_methods, reason = "see now")]
     pub fn derived(wall: Timestamp) -> Self {
         Self(Kind::Derived { wall, at: Instant::now() })
     }

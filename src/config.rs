@@ -135,20 +135,27 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// `defaults` are a command's own, above the compiled-in ones and below everything that the user says.
+    ///
     /// # Errors
     /// [`ConfigError`] names the file or variable, the key and what is wrong.
     pub fn load(
         file: Option<&Path>,
         environment: impl Iterator<Item = (String, String)>,
         flags: &[(&str, String)],
+        defaults: &[(&str, String)],
     ) -> Result<Self, ConfigError> {
         let mut table: Table = toml::from_str(DEFAULTS).expect("the compiled-in defaults are TOML");
         let known = keys(&table, "");
+        for (key, text) in defaults {
+            let value = like(get(&table, key), text);
+            set(&mut table, key, value);
+        }
         if let Some(path) = file {
             let unreadable = |error| ConfigError::Unreadable { path: path.to_owned(), error };
             let text = std::fs::read_to_string(path).map_err(unreadable)?;
             let place = path.display().to_string();
-            let own: Table = toml::from_str(&text).map_err(|error| invalid(&place, &error))?;
+            let own: Table = toml::from_str(&text).map_err(|error| syntax(&place, &text, &error))?;
             for (key, value) in leaves(&own, "") {
                 check(&known, &key, &place)?;
                 set(&mut table, &key, value);
@@ -168,6 +175,7 @@ impl Config {
             set(&mut table, &key, value);
         }
         for (key, text) in flags {
+            check(&known, key, "--set")?;
             let value = like(get(&table, key), text);
             set(&mut table, key, value);
         }
@@ -177,6 +185,12 @@ impl Config {
 
 fn invalid(place: &str, error: &toml::de::Error) -> ConfigError {
     ConfigError::Invalid { place: place.to_owned(), error: error.to_string().trim().to_owned() }
+}
+
+/// Without the line itself, which may hold a secret.
+fn syntax(place: &str, text: &str, error: &toml::de::Error) -> ConfigError {
+    let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+    ConfigError::Invalid { place: place.to_owned(), error: format!("line {line}: {}", error.message()) }
 }
 
 fn check(known: &[String], key: &str, place: &str) -> Result<(), ConfigError> {
@@ -304,7 +318,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("laneway-{}.toml", uuid::Uuid::new_v4()));
         std::fs::write(&path, file).expect("written");
         let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        let loaded = Config::load(Some(&path), environment, flags);
+        let loaded = Config::load(Some(&path), environment, flags, &[]);
         std::fs::remove_file(&path).expect("removed");
         loaded
     }
@@ -342,10 +356,13 @@ mod tests {
         assert!(message("[router]\ntimeout = \"soon\"", &[]).contains("\"soon\" is not a duration"));
         assert!(message("[runtime]\nprocess_memory = \"1 elephant\"", &[]).contains("not a size"));
         assert!(message("[gateway\n", &[]).contains("line 1"));
+        assert!(!message("[log.kafka.properties]\n\"sasl.password\" = \"hunter2", &[]).contains("hunter2"));
+        let flag = load("", &[], &[("log.bakend", "kafka".into())]).unwrap_err().to_string();
+        assert!(flag.contains("the nearest is log.backend"), "{flag}");
     }
 
     #[test]
     fn the_defaults_are_complete() {
-        Config::load(None, std::iter::empty(), &[]).expect("the compiled-in file has every key");
+        Config::load(None, std::iter::empty(), &[], &[]).expect("the compiled-in file has every key");
     }
 }

@@ -108,6 +108,8 @@ pub async fn run<B: Backend>(
     extra: HttpRouter,
 ) -> anyhow::Result<()> {
     let readiness = Readiness::default();
+    // Nobody is told that the process is ready before all of its parts are counted.
+    let mut starting = readiness.part();
     let placements = placements(&parts).await?;
     let mut supervisor = Supervisor::new(parts.shutdown.clone());
     let admin = server::routes(readiness.clone()).merge(extra);
@@ -135,6 +137,7 @@ pub async fn run<B: Backend>(
     if stages.contains(&Stage::Router) {
         start_router(&parts, &placements, &readiness, &mut supervisor)?;
     }
+    starting.set(true);
     let ended = supervisor.join().await;
     admin_down.begin();
     // It has no requests of its own to lose.

@@ -7,12 +7,13 @@ use anyhow::bail;
 use clap::Args;
 
 use super::output::Output;
-use super::run::{apply, shutdown_on_signal};
+use super::run::{apply, event_partitions, shutdown_on_signal};
 use super::{ConfigArgs, Usage};
 use crate::app::engine::{self, Listeners, Listening, Parts, Stage};
 use crate::app::inbox::Inbox;
 use crate::app::open::{self, AnyLog};
 use crate::clock::Clock;
+use crate::config::{BackendKind, Config};
 use crate::control::Current;
 use crate::control::file::FileWatch;
 use crate::control::workspace::Workspace;
@@ -55,8 +56,10 @@ impl Dev {
     pub async fn run(&self) -> anyhow::Result<()> {
         telemetry::tracing::start("warn");
         let began = std::time::Instant::now();
-        let config = self.config.load(&self.flags()?)?;
+        let config = self.config.load(&self.flags()?, &own_defaults())?;
         let clock = Clock::system();
+        // The log comes first: a second `dev` is told about the folder, not about a port.
+        let any = AnyLog::open(&config, Access::Engine, &clock).await?;
         let listeners = Listeners::bind(&config, &Stage::ALL).await?;
         let listening = listeners.addresses()?;
         let watch = match &self.workspace {
@@ -67,19 +70,15 @@ impl Dev {
             Some(watch) => watch.current(),
             None => Current::fixed(Workspace::parse(&sample(listening.admin))?),
         };
-        let any = AnyLog::open(&config, Access::Engine, &clock).await?;
         let following = watch.map(|watch| tokio::spawn(watch.follow(clock.clone())));
         let shutdown = shutdown_on_signal(&config);
-        let topics = open::topics(&config)?.with_partitions(PARTITIONS);
         let instance = open::instance_id(&config)?;
-        let place = match (&self.log, self.memory) {
-            (Some(url), _) => url.clone(),
-            (None, true) => "memory".into(),
-            (None, false) => config.log.embedded.data_dir.display().to_string(),
-        };
-        self.banner(listening, &place, began);
+        self.banner(listening, &self.place(&config), began);
         let inbox = Inbox::new(clock.clone(), self.output == Output::Json).routes();
         let ended = with_log!(&any, log => {
+            // Topics that are there keep the partitions they have.
+            let partitions = event_partitions(log).await?.unwrap_or(PARTITIONS);
+            let topics = open::topics(&config)?.with_partitions(partitions);
             apply(log, &topics).await?;
             let log = log.clone();
             let parts = Parts { log, config, topics, workspace, instance, clock, shutdown };
@@ -92,19 +91,28 @@ impl Dev {
         ended
     }
 
+    fn place(&self, config: &Config) -> String {
+        match (&self.log, config.log.backend) {
+            (Some(url), _) => url.clone(),
+            (None, BackendKind::Memory) => "memory".into(),
+            (None, BackendKind::Kafka) => format!("kafka://{}", config.log.kafka.bootstrap_servers),
+            (None, BackendKind::Embedded) => config.log.embedded.data_dir.display().to_string(),
+        }
+    }
+
     fn flags(&self) -> anyhow::Result<Vec<(&'static str, String)>> {
-        let listen = self.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 8080)));
-        let admin = self.admin.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 8081)));
-        let mut flags = vec![("gateway.listen", listen.to_string()), ("admin.listen", admin.to_string())];
-        match &self.log {
-            None => flags.push(("log.backend", if self.memory { "memory" } else { "embedded" }.into())),
-            Some(url) => match url.strip_prefix("kafka://") {
-                Some(servers) => {
-                    flags.push(("log.backend", "kafka".into()));
-                    flags.push(("log.kafka.bootstrap_servers", servers.trim_end_matches('/').into()));
-                }
-                None => bail!(Usage(format!("--log {url}: expected kafka://host:port"))),
-            },
+        let mut flags = Vec::new();
+        flags.extend(self.listen.map(|address| ("gateway.listen", address.to_string())));
+        flags.extend(self.admin.map(|address| ("admin.listen", address.to_string())));
+        if self.memory {
+            flags.push(("log.backend", "memory".into()));
+        }
+        if let Some(url) = &self.log {
+            let Some(servers) = url.strip_prefix("kafka://") else {
+                bail!(Usage(format!("--log {url}: expected kafka://host:port")));
+            };
+            flags.push(("log.backend", "kafka".into()));
+            flags.push(("log.kafka.bootstrap_servers", servers.trim_end_matches('/').into()));
         }
         if let Some(folder) = &self.data_dir {
             flags.push(("log.embedded.data_dir", folder.display().to_string()));
@@ -129,6 +137,11 @@ impl Dev {
             ));
         }
     }
+}
+
+/// On a developer's machine nobody else is to be served.
+fn own_defaults() -> [(&'static str, String); 1] {
+    [("gateway.listen", "127.0.0.1:8080".into())]
 }
 
 /// One source, one webhook that posts to this process's inbox.

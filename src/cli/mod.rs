@@ -64,7 +64,7 @@ pub struct Usage(String);
 pub struct Found(String);
 
 impl ConfigArgs {
-    fn load(&self, flags: &[(&str, String)]) -> anyhow::Result<Config> {
+    fn load(&self, flags: &[(&str, String)], defaults: &[(&str, String)]) -> anyhow::Result<Config> {
         let mut all: Vec<(&str, String)> = Vec::new();
         for pair in &self.set {
             let (key, value) =
@@ -72,7 +72,12 @@ impl ConfigArgs {
             all.push((key, value.to_owned()));
         }
         all.extend(flags.iter().cloned());
-        Ok(Config::load(self.config.as_deref(), std::env::vars(), &all)?)
+        // A variable that is not text is none of ours.
+        let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        };
+        let environment = std::env::vars_os().filter_map(text);
+        Ok(Config::load(self.config.as_deref(), environment, &all, defaults)?)
     }
 }
 

@@ -7,12 +7,13 @@ use clap::Args;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 
 use super::output::Output;
+use super::run::event_partitions;
 use super::{ConfigArgs, Usage};
 use crate::app::open::{self, AnyLog};
 use crate::clock::Clock;
 use crate::control::file::FileWatch;
+use crate::log::Backend;
 use crate::log::embedded::Access;
-use crate::log::{Admin, Backend};
 use crate::model::event::{Channel, Event};
 use crate::model::record::Topic;
 use crate::stages::gateway::Admission;
@@ -21,6 +22,7 @@ use crate::with_log;
 
 /// Events given to the log at a time.
 const CHUNK: usize = 500;
+const CHUNK_BYTES: usize = 8 << 20;
 
 #[derive(Args)]
 pub struct Publish {
@@ -37,11 +39,14 @@ pub struct Publish {
 
 impl Publish {
     pub async fn run(&self) -> anyhow::Result<()> {
-        let config = self.config.load(&[])?;
+        let config = self.config.load(&[], &[])?;
         let clock = Clock::system();
         let workspace = FileWatch::open(&config.control.workspace_file).await?.current().get();
         let unknown = || Usage(format!("no source has this write key in {}", config.control.workspace_file.display()));
         let source = std::sync::Arc::clone(workspace.by_write_key(&self.write_key).ok_or_else(unknown)?);
+        if !source.enabled {
+            anyhow::bail!(Usage(format!("source {} is disabled", source.id)));
+        }
         let mut topics = open::topics(&config)?;
         let any = AnyLog::open(&config, Access::Command, &clock).await?;
         let admit_line = |line: &str| {
@@ -58,7 +63,7 @@ impl Publish {
             admit(&source, Call::Batch, body.as_bytes(), &facts)
         };
         let count = with_log!(&any, log => {
-            if let Some(partitions) = partitions(log).await? {
+            if let Some(partitions) = event_partitions(log).await? {
                 topics = topics.with_partitions(partitions);
             }
             let spec = topics.get(&Topic::EVENTS).context("events is not declared")?;
@@ -78,12 +83,6 @@ impl Publish {
         }
         Ok(())
     }
-}
-
-/// How many partitions `events` really has: a `dev` log has its own number.
-async fn partitions<B: Backend>(log: &B) -> anyhow::Result<Option<u32>> {
-    let found = log.admin()?.topics().await?;
-    Ok(found.iter().find(|info| info.topic == Topic::EVENTS).map(|info| info.partitions))
 }
 
 async fn publish<P: crate::log::Publisher>(
@@ -107,7 +106,8 @@ async fn publish<P: crate::log::Publisher>(
                 bail!("line {number}: {refusal}; the {published} events before it are published, nothing from it on");
             }
         }
-        if waiting.len() >= CHUNK {
+        let bytes: usize = waiting.iter().map(|event| event.payload.len()).sum();
+        if waiting.len() >= CHUNK || bytes >= CHUNK_BYTES {
             admission.publish(&waiting, None).await?;
             published += waiting.len();
             waiting.clear();

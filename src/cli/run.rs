@@ -11,6 +11,7 @@ use crate::config::{BackendKind, Config};
 use crate::control::file::FileWatch;
 use crate::log::embedded::Access;
 use crate::log::{Admin, Backend};
+use crate::model::record::Topic;
 use crate::runtime::shutdown::Shutdown;
 use crate::telemetry;
 use crate::with_log;
@@ -27,7 +28,7 @@ pub struct Run {
 impl Run {
     pub async fn run(&self) -> anyhow::Result<()> {
         telemetry::tracing::start("info");
-        let config = self.config.load(&[])?;
+        let config = self.config.load(&[], &[])?;
         let stages = parse_stages(&self.stages)?;
         if config.log.backend != BackendKind::Kafka && stages.len() < Stage::ALL.len() {
             bail!(Usage(
@@ -65,6 +66,12 @@ pub async fn apply<B: Backend>(log: &B, topics: &crate::log::topic::Topics) -> a
         admin.create(spec).await.with_context(|| format!("topic {}", spec.name))?;
     }
     Ok(())
+}
+
+/// How many partitions `events` has in the log, if it is there: a `dev` log has its own number.
+pub async fn event_partitions<B: Backend>(log: &B) -> anyhow::Result<Option<u32>> {
+    let found = log.admin()?.topics().await?;
+    Ok(found.iter().find(|info| info.topic == Topic::EVENTS).map(|info| info.partitions))
 }
 
 /// A shutdown that SIGTERM and SIGINT begin.

@@ -36,7 +36,7 @@ pub struct Tail {
 
 impl Tail {
     pub async fn run(&self) -> anyhow::Result<()> {
-        let config = self.config.load(&[])?;
+        let config = self.config.load(&[], &[])?;
         let any = AnyLog::open(&config, Access::Command, &Clock::system()).await?;
         let ended = with_log!(&any, log => self.follow(log).await);
         any.close().await;
@@ -68,6 +68,7 @@ impl Tail {
                     Some(record) => self.print(&record),
                     None => break,
                 },
+                Some(ended) = tasks.join_next() => ended??,
                 () = &mut stop => return Ok(()),
             }
         }

@@ -39,9 +39,9 @@ impl TopicsCommand {
             Action::List(common) => (common, false),
             Action::Apply(common) => (common, true),
         };
-        let config = common.config.load(&[])?;
+        let config = common.config.load(&[], &[])?;
         let topics = open::topics(&config)?;
-        let any = AnyLog::open(&config, Access::Command, &Clock::system()).await?;
+        let any = AnyLog::open(&config, if apply { Access::Setup } else { Access::Command }, &Clock::system()).await?;
         let rows = with_log!(&any, log => inspect(log, &topics, apply).await)?;
         any.close().await;
         print(&rows, common.output);

@@ -44,13 +44,16 @@ impl FileWatch {
         Current::new(self.sender.subscribe())
     }
 
-    /// Looks for changes until nobody wants them any more.
+    /// Looks for changes for as long as it is polled.
     pub async fn follow(mut self, clock: Clock) {
         let mut complained = String::new();
         loop {
             clock.sleep(LOOK).await;
             let result = match read(&self.path).await {
-                Ok(text) if text == self.text => "unchanged",
+                Ok(text) if text == self.text => {
+                    complained.clear();
+                    "unchanged"
+                }
                 Ok(text) => match parse(&self.path, &text) {
                     Ok(workspace) => {
                         tracing::info!(path = %self.path.display(), "workspace configuration changed");

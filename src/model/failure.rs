@@ -16,6 +16,17 @@ pub struct Try {
     pub message: String,
 }
 
+/// Words are kept up to here: they stand in failures, headers and progress, and whoever wrote them may be hostile.
+const WORDS: usize = 512;
+
+/// The beginning of a text that is only for people.
+pub fn shorten(mut text: String) -> String {
+    if text.len() > WORDS {
+        text.truncate(text.floor_char_boundary(WORDS));
+    }
+    text
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     pub stage: String,

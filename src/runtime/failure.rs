@@ -5,10 +5,14 @@ use bytes::Bytes;
 
 use crate::log::partitioner::Placement;
 use crate::model::codec;
-use crate::model::failure::{Failure, Try};
+use crate::model::failure::{Failure, Try, shorten};
 use crate::model::id::{DestinationId, SourceId};
 use crate::model::outcome::Reason;
 use crate::model::record::{Addressed, Headers, Record, Topic, header};
+
+/// Of an original value so much is kept. What the gateway takes is far smaller; a foreign producer's record may be as large as
+/// the topic allows, and with everything around it the failure would not fit any more.
+const ORIGINAL: usize = 4 << 20;
 
 /// Where failures of a stage go, and what it is called.
 #[derive(Clone, Debug)]
@@ -41,7 +45,7 @@ impl Cause {
     pub fn untried(reason: Reason, message: impl Into<String>, key: &str) -> Self {
         Self {
             reason,
-            message: message.into(),
+            message: shorten(message.into()),
             attempts: 0,
             first: None,
             last: None,
@@ -66,7 +70,7 @@ impl FailureTopic {
             offset: original.offset,
             timestamp: original.timestamp,
             key: original.key.clone(),
-            value: original.value.clone(),
+            value: original.value.as_ref().map(|value| value.slice(..value.len().min(ORIGINAL))),
             headers: original.headers.iter().map(|(name, value)| (name.to_owned(), value.clone())).collect(),
             destination: cause.destination.clone(),
             source: cause.source.clone(),

@@ -98,9 +98,9 @@ async fn a_failing_user_does_not_delay_another_and_arrives_in_order_later() {
         let args = ["--events", "3000", "--rate", "300", "--users", "100", "--fail-users", "1", "--fail-for", "8"];
         let report = flow.load(&args).report().await;
         assert_clean(&report, 3_000);
-        // Had the others waited for the failing one, half of them would have waited for seconds.
-        let median = report["end_to_end_p50_ms"].as_f64().expect("a number");
-        assert!(median < 4_000.0, "{report}");
+        // Had the others waited for the failing one, a tenth of them would have waited for seven seconds and more.
+        let slow = report["end_to_end_p90_ms"].as_f64().expect("a number");
+        assert!(slow < 3_000.0, "{report}");
     }
 }
 
@@ -197,7 +197,12 @@ async fn dev_prints_a_banner_and_a_line_for_each_delivery() {
         dev.said().lines().any(|line| line.starts_with("webhook  ann  track Order Completed"))
     })
     .await;
-    let second = Process::spawn(&["dev", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data-dir", "data"], &[], 0, folder.path());
+    let second = Process::spawn(
+        &["dev", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data-dir", "data"],
+        &[],
+        0,
+        folder.path(),
+    );
     let mut second = second;
     assert_eq!(second.ended(Duration::from_secs(10)).await.code(), Some(1));
     assert!(second.said().contains("another engine is running on the data folder data"), "{}", second.said());

@@ -36,6 +36,7 @@ const KEY: (&str, &str) = ("authorization", "Basic d2stMTo=");
 /// The stored events' payloads, in no order.
 fn stored(flow: &Flow) -> Vec<String> {
     let tail = flow.command(&["tail", "events", "--from-start", "--until-end", "--output", "json"]);
+    assert!(tail.status.success(), "{tail:?}");
     let lines = String::from_utf8_lossy(&tail.stdout).into_owned();
     lines
         .lines()
@@ -50,8 +51,7 @@ fn stored(flow: &Flow) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_sdks_send_is_taken() {
     let (flow, _running) = edge().await;
-    let requests: Vec<Value> =
-        serde_json::from_str(include_str!("../fixtures/sdks.json")).expect("a readable fixture");
+    let requests: Vec<Value> = serde_json::from_str(include_str!("../fixtures/sdks.json")).expect("a readable fixture");
     assert!(requests.len() >= 8);
     let mut events = 0;
     for request in requests {
@@ -200,7 +200,10 @@ async fn every_process_tells_how_it_is() {
     let catalogue: Vec<Value> = serde_json::from_slice(&catalogue.stdout).expect("JSON");
     for line in page.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
         let (name, kind) = line.split_once(' ').expect("a name and a kind");
-        assert!(catalogue.iter().any(|row| row["name"] == name && row["kind"] == kind), "{line} is not in the catalogue");
+        assert!(
+            catalogue.iter().any(|row| row["name"] == name && row["kind"] == kind),
+            "{line} is not in the catalogue"
+        );
     }
     let health: Value = get(format!("{}/health", flow.url())).await.json_value().await;
     assert_eq!((&health["server"], &health["acceptingEvents"]), (&"UP".into(), &"TRUE".into()));

@@ -1,5 +1,8 @@
 //! The integration tests: one binary, driving the engine over HTTP and topics. See tests/README.md.
 
+#![allow(clippy::disallowed_methods, reason = "tests wait on the real clock, with deadlines")]
+#![allow(clippy::unwrap_used)]
+
 mod flow;
 mod gateway;
 mod log_contract;

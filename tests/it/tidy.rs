@@ -103,7 +103,8 @@ fn crates_are_named_only_where_they_belong() {
                 wrong.push(format!("{file} names {name}"));
             }
         }
-        if text.contains("cfg(feature = \"kafka\")") && !["src/log/mod.rs", "src/app/open.rs"].contains(&file.as_str()) {
+        if text.contains("cfg(feature = \"kafka\")") && !["src/log/mod.rs", "src/app/open.rs"].contains(&file.as_str())
+        {
             wrong.push(format!("{file} asks for the feature kafka"));
         }
     }

@@ -12,6 +12,8 @@ const PRODUCTS: [&str; 8] = ["Lamp", "Desk", "Chair", "Rug", "Shelf", "Clock", "
 pub struct Mix {
     seed: u64,
     users: usize,
+    /// Tells this run's message ids from every other's.
+    run: u32,
 }
 
 /// One event, before it is sent.
@@ -25,13 +27,13 @@ pub struct Planned {
 }
 
 impl Mix {
-    pub fn new(seed: u64, users: usize) -> Self {
-        Self { seed, users }
+    pub fn new(seed: u64, users: usize, run: u32) -> Self {
+        Self { seed, users, run }
     }
 
     /// What message ids begin with, so that another run's events are told apart.
     pub fn prefix(&self) -> String {
-        format!("load-{:x}-", self.seed)
+        format!("load-{:08x}-", self.run)
     }
 
     /// The first `count` events in their order.
@@ -83,7 +85,7 @@ mod tests {
 
     #[test]
     fn the_mix_is_as_stated_and_repeats() {
-        let mix = Mix::new(7, 1_000);
+        let mix = Mix::new(7, 1_000, 1);
         let plan: Vec<Planned> = mix.plan(20_000).collect();
         let share = |kind| plan.iter().filter(|planned| planned.kind == kind).count() as f64 / 200.0;
         assert!((52.0..54.0).contains(&share("track")) && (39.0..41.0).contains(&share("page")));

@@ -83,8 +83,12 @@ impl Load {
         if self.events == 0 || self.users == 0 || self.batch == 0 || self.connections == 0 {
             anyhow::bail!(Usage("--events, --users, --batch and --connections must be at least 1".into()));
         }
+        if self.rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
+            anyhow::bail!(Usage("--rate must be more than 0".into()));
+        }
         let clock = Clock::system();
-        let mix = Arc::new(Mix::new(self.seed, self.users));
+        let run = uuid::Uuid::new_v4().as_fields().0;
+        let mix = Arc::new(Mix::new(self.seed, self.users, run));
         let oracle = Shared(Arc::new(Mutex::new(Oracle::new(mix.prefix(), self.events, self.users, self.fail_users))));
         let sink = match self.sink {
             None => None,
@@ -98,16 +102,16 @@ impl Load {
         let began = clock.instant();
         let progress = tokio::spawn(tell_progress(oracle.clone(), clock.clone(), self.events));
         let sending = async {
-            sender::send(self, &mix, &oracle, &clock).await?;
+            let sent = sender::send(self, &mix, &oracle, &clock).await;
             let sent_for = began.elapsed();
             if sink.is_some() {
                 self.await_arrivals(&oracle, &clock).await;
             }
-            anyhow::Ok(sent_for)
+            (sent, sent_for)
         };
-        let sent_for = tokio::select! {
-            sent = sending => sent?,
-            () = signalled() => began.elapsed(),
+        let (sent, sent_for) = tokio::select! {
+            ended = sending => ended,
+            () = signalled() => (Ok(()), began.elapsed()),
         };
         progress.abort();
         if let Some(sink) = sink {
@@ -115,6 +119,8 @@ impl Load {
         }
         let report = oracle.with(|oracle| Report::of(oracle, sent_for, self.sink.is_some()));
         report.print(self.output);
+        // What was sent until then is reported all the same.
+        sent?;
         match report.verdict() {
             None => Ok(()),
             Some(problem) => Err(Found(problem).into()),

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::mix::{Mix, Planned};
 use super::{Load, Shared};
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 
 /// A request that is not answered, or with 5xx or 429, is sent again after this, as SDKs do.
 const RETRY: Duration = Duration::from_millis(250);
@@ -23,6 +23,7 @@ pub async fn send(load: &Load, mix: &Arc<Mix>, oracle: &Shared, clock: &Clock) -
         .pool_max_idle_per_host(load.connections)
         .timeout(Duration::from_secs(30))
         .tcp_nodelay(true)
+        .no_proxy()
         .build()
         .context("the HTTP client")?;
     let authorization = format!("Basic {}", BASE64_STANDARD.encode(format!("{}:", load.write_key)));
@@ -42,16 +43,19 @@ pub async fn send(load: &Load, mix: &Arc<Mix>, oracle: &Shared, clock: &Clock) -
         };
         tasks.spawn(connection.run(planned));
     }
-    let began = clock.instant();
+    let (began, started) = (clock.instant(), clock.now());
     for planned in mix.plan(load.events) {
+        let mut due = None;
         if let Some(rate) = load.rate {
-            let due = began + Duration::from_secs_f64(planned.number as f64 / rate);
-            if due > clock.instant() {
-                clock.sleep_until(due).await;
-            }
+            let after = Duration::from_secs_f64(planned.number as f64 / rate);
+            clock.sleep_until(began + after).await;
+            // A lane that is behind makes the event late, and the latency says so.
+            due = Some(started.plus(after));
         }
-        // A lane that has ended has said why.
-        let _ = lanes[planned.user % lanes.len()].send(planned).await;
+        if lanes[planned.user % lanes.len()].send((planned, due)).await.is_err() {
+            // A lane that has ended says why when it is joined.
+            break;
+        }
     }
     drop(lanes);
     while let Some(ended) = tasks.join_next().await {
@@ -59,6 +63,9 @@ pub async fn send(load: &Load, mix: &Arc<Mix>, oracle: &Shared, clock: &Clock) -
     }
     Ok(())
 }
+
+/// An event, and when it was to be sent: at once where no rate is given.
+type Due = (Planned, Option<Timestamp>);
 
 struct Connection {
     http: reqwest::Client,
@@ -71,7 +78,7 @@ struct Connection {
 }
 
 impl Connection {
-    async fn run(self, mut planned: mpsc::Receiver<Planned>) -> anyhow::Result<()> {
+    async fn run(self, mut planned: mpsc::Receiver<Due>) -> anyhow::Result<()> {
         while let Some(first) = planned.recv().await {
             let mut batch = vec![first];
             while batch.len() < self.batch
@@ -84,11 +91,13 @@ impl Connection {
         Ok(())
     }
 
-    async fn post(&self, batch: &[Planned]) -> anyhow::Result<()> {
-        let at = self.clock.now();
-        let events: Vec<String> = batch.iter().map(|planned| self.mix.render(planned, at)).collect();
+    async fn post(&self, batch: &[Due]) -> anyhow::Result<()> {
+        let now = self.clock.now();
+        let at = batch.iter().filter_map(|(_, due)| *due).min().unwrap_or(now);
+        let events: Vec<String> =
+            batch.iter().map(|(planned, due)| self.mix.render(planned, due.unwrap_or(now))).collect();
         let (path, body) = match (&events[..], self.batch) {
-            ([single], 1) => (batch[0].kind, single.clone()),
+            ([single], 1) => (batch[0].0.kind, single.clone()),
             (several, _) => ("batch", format!("{{\"batch\":[{}]}}", several.join(","))),
         };
         let url = format!("{}/v1/{path}", self.base);
@@ -102,7 +111,7 @@ impl Connection {
                     let _ = answer.bytes().await;
                     let latency = self.clock.now().since(at).as_micros() as u64;
                     self.oracle
-                        .with(|oracle| batch.iter().for_each(|planned| oracle.accepted(planned.number, latency)));
+                        .with(|oracle| batch.iter().for_each(|(planned, _)| oracle.accepted(planned.number, latency)));
                     return Ok(());
                 }
                 Ok(answer) if answer.status().is_client_error() && answer.status().as_u16() != 429 => {

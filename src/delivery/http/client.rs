@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use reqwest::header::{HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER};
 use reqwest::{Method, Response};
 use url::Url;
 
@@ -64,6 +64,8 @@ impl Client {
             .tcp_nodelay(true)
             // Followed here: each hop passes the guard, and only those that keep method and body are followed at all.
             .redirect(reqwest::redirect::Policy::none())
+            // A proxy would resolve names itself, past the guard.
+            .no_proxy()
             .dns_resolver(settings.guard)
             .build()?;
         Ok(Self { http, settings, clock })
@@ -72,15 +74,18 @@ impl Client {
     /// Sends a request and says what came of it. Never fails: whatever happens is a verdict.
     pub async fn send(&self, request: &HttpRequest, delivery: &DeliveryId) -> Verdict {
         let built = build(request, delivery);
-        let (method, mut url, headers) = match built {
+        let (method, mut url, mut headers) = match built {
             Ok(built) => built,
             Err(Unbuildable(message)) => return Verdict::Abort { reason: Reason::BadRequest, code: 0, message },
         };
+        let until = self.clock.instant() + self.settings.timeout;
         for _ in 0..=REDIRECTS {
+            // The time is for all hops together.
+            let left = until.saturating_duration_since(self.clock.instant());
             if let Err(blocked) = self.settings.guard.check(&url) {
                 return Verdict::Abort { reason: Reason::BlockedAddress, code: 0, message: blocked.to_string() };
             }
-            let mut sending = self.http.request(method.clone(), url.clone()).headers(headers.clone());
+            let mut sending = self.http.request(method.clone(), url.clone()).headers(headers.clone()).timeout(left);
             if !request.body.is_empty() {
                 sending = sending.body(request.body.clone());
             }
@@ -93,7 +98,16 @@ impl Client {
             }
             let next = answer.headers().get(LOCATION).and_then(|place| url.join(place.to_str().ok()?).ok());
             match next {
-                Some(next) if matches!(next.scheme(), "http" | "https") => url = next,
+                Some(next) if matches!(next.scheme(), "http" | "https") => {
+                    if next.origin() != url.origin() {
+                        // What was configured for one host, keys among it, is not for another.
+                        let keeps = [CONTENT_TYPE.as_str(), "idempotency-key"];
+                        let own: Vec<HeaderName> =
+                            headers.keys().filter(|name| !keeps.contains(&name.as_str())).cloned().collect();
+                        own.iter().for_each(|name| drop(headers.remove(name)));
+                    }
+                    url = next;
+                }
                 _ => return self.judge(answer).await,
             }
         }

@@ -36,18 +36,30 @@ impl Guard {
 
     fn allows(&self, address: IpAddr) -> bool {
         let address = match address {
-            IpAddr::V6(six) => six.to_ipv4_mapped().map_or(IpAddr::V6(six), IpAddr::V4),
+            IpAddr::V6(six) => embedded(six).map_or(IpAddr::V6(six), IpAddr::V4),
             four => four,
         };
-        !is_always_blocked(address) && !(self.block_private && is_private(address))
+        !(is_always_blocked(address) || (self.block_private && is_private(address)))
+    }
+}
+
+/// The IPv4 address that an IPv6 one stands for: mapped, NAT64 (RFC 6052) or 6to4 (RFC 3056).
+fn embedded(six: Ipv6Addr) -> Option<Ipv4Addr> {
+    let octets = six.octets();
+    let four = |at: usize| Ipv4Addr::new(octets[at], octets[at + 1], octets[at + 2], octets[at + 3]);
+    match six.segments() {
+        [0x64, 0xFF9B, 0, 0, 0, 0, ..] => Some(four(12)),
+        [0x2002, ..] => Some(four(2)),
+        _ => six.to_ipv4_mapped(),
     }
 }
 
 fn is_always_blocked(address: IpAddr) -> bool {
     /// The metadata service of some clouds, outside the link-local range.
-    const METADATA: [IpAddr; 3] = [
+    const METADATA: [IpAddr; 4] = [
         IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
         IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+        IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
         IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
     ];
     let link_local = match address {
@@ -92,6 +104,8 @@ mod tests {
             ("http://169.254.169.254/latest", false, false),
             ("http://[fe80::1]/", false, false),
             ("http://[::ffff:169.254.169.254]/", false, false),
+            ("http://[64:ff9b::a9fe:a9fe]/", false, false),
+            ("http://[2002:a9fe:a9fe::1]/", false, false),
             ("http://100.100.100.200/", false, false),
             ("http://127.0.0.1:80/", true, false),
             ("http://10.1.2.3/", true, false),

@@ -51,8 +51,10 @@ const FOREIGN_POLL: Duration = Duration::from_millis(100);
 pub enum Access {
     /// The engine: one at a time, and it does the maintenance.
     Engine,
-    /// A command beside it.
+    /// A command beside it: the file must be there.
     Command,
+    /// A command that may create it.
+    Setup,
 }
 
 /// An open embedded log. Clones share it.
@@ -118,13 +120,18 @@ impl Embedded {
     /// # Errors
     /// [`LogError::Fatal`] where another engine runs on it, or the file cannot be opened.
     pub async fn open(folder: &Path, access: Access, clock: Clock) -> Result<Self, LogError> {
+        let file = folder.join("log.sqlite");
+        if access == Access::Command && !file.exists() {
+            let folder = folder.display();
+            return Err(LogError::fatal(format!("there is no embedded log in {folder} (log.embedded.data_dir)")));
+        }
         std::fs::create_dir_all(folder)
             .map_err(|error| LogError::fatal(format!("data folder {}: {error}", folder.display())))?;
         let lock = match access {
             Access::Engine => Some(lock(folder)?),
-            Access::Command => None,
+            Access::Command | Access::Setup => None,
         };
-        let store = SqliteStore::open(&folder.join("log.sqlite")).await.map_err(LogError::fatal)?;
+        let store = SqliteStore::open(&file).await.map_err(LogError::fatal)?;
         Self::start(Store::Sqlite(store), access, clock, lock).await
     }
 

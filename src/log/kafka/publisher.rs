@@ -23,20 +23,26 @@ pub struct KafkaPublisher {
 /// The records of one call: whoever acknowledges the last one answers.
 pub struct Waiting {
     outstanding: AtomicUsize,
-    answer: Mutex<(Option<KafkaError>, Option<oneshot::Sender<Result<(), LogError>>>)>,
+    answer: Mutex<Answer>,
+}
+
+#[derive(Default)]
+struct Answer {
+    first_refusal: Option<KafkaError>,
+    to: Option<oneshot::Sender<Result<(), LogError>>>,
 }
 
 impl Waiting {
     fn one_less(&self, error: Option<KafkaError>) {
         let mut answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
-        if error.is_some() && answer.0.is_none() {
-            answer.0 = error;
+        if error.is_some() && answer.first_refusal.is_none() {
+            answer.first_refusal = error;
         }
         if self.outstanding.fetch_sub(1, Ordering::AcqRel) == 1
-            && let Some(done) = answer.1.take()
+            && let Some(done) = answer.to.take()
         {
             // The client of a request that was given up does not wait any more.
-            let _ = done.send(answer.0.take().map_or(Ok(()), |error| Err(convert::error(error))));
+            let _ = done.send(answer.first_refusal.take().map_or(Ok(()), |error| Err(convert::error(error))));
         }
     }
 }
@@ -91,7 +97,8 @@ impl Publisher for KafkaPublisher {
         let (done, answer) = oneshot::channel();
         // One more than there are records, so that it cannot end before all are on their way.
         let outstanding = AtomicUsize::new(records.len() + 1);
-        let waiting = Arc::new(Waiting { outstanding, answer: Mutex::new((None, Some(done))) });
+        let waiting =
+            Arc::new(Waiting { outstanding, answer: Mutex::new(Answer { first_refusal: None, to: Some(done) }) });
         for record in &records {
             if let Err(error) = self.send(record, &waiting) {
                 waiting.one_less(Some(error));

@@ -14,7 +14,7 @@ use bytes::Bytes;
 
 use crate::clock::Timestamp;
 use crate::delivery::verdict::Verdict;
-use crate::model::failure::Try;
+use crate::model::failure::{Try, shorten};
 use crate::model::outcome::Reason;
 use crate::model::progress::{Lane, Run};
 use crate::model::record::{Addressed, Epoch, Headers, Offset, Partition, Record, header};
@@ -33,8 +33,6 @@ use lane::Lanes;
 
 /// Nothing new is started while so many final outcomes wait for a commit: after a crash they would all be repeated.
 const UNCOMMITTED: usize = 10_000;
-/// A failing destination's words, as far as they are kept.
-const MESSAGE_BYTES: usize = 512;
 
 /// A user of a lane: what stays in order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -284,7 +282,7 @@ impl PartitionState {
             Verdict::Delivered { .. } => self.finish(id, "delivered"),
             Verdict::Filtered { .. } => self.finish(id, "filtered"),
             Verdict::Abort { reason, code, message } => {
-                let last = Try { at: now, code, message };
+                let last = Try { at: now, code, message: shorten(message) };
                 let failing = key.failing.clone();
                 let attempts = failing.as_ref().map_or(0, |failing| failing.attempts) + u32::from(code != 0);
                 let first = failing.map_or_else(|| last.clone(), |failing| failing.first);
@@ -434,15 +432,4 @@ impl Drop for PartitionState {
 fn lane_of(record: &Record) -> Lane {
     let destination = record.headers.text(header::DESTINATION).unwrap_or_default();
     Lane { destination: destination.into(), replay: record.headers.text(header::REPLAY_ID).map(str::to_owned) }
-}
-
-fn shorten(mut message: String) -> String {
-    if message.len() > MESSAGE_BYTES {
-        let mut end = MESSAGE_BYTES;
-        while !message.is_char_boundary(end) {
-            end -= 1;
-        }
-        message.truncate(end);
-    }
-    message
 }

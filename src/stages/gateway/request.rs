@@ -19,6 +19,12 @@ pub const MAX_BODY: usize = 4_096_000;
 /// One event, as stored.
 pub const MAX_EVENT: usize = 1 << 20;
 
+/// All events of a request, as stored: what a batch lends to its events is copied into each, so a small request could ask for
+/// any amount of memory.
+pub const MAX_STORED: usize = 16 << 20;
+/// What an event costs beside its payload.
+const OVERHEAD: usize = 512;
+
 /// What kind of request it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
@@ -115,7 +121,17 @@ pub fn admit(source: &Arc<Source>, call: Call, body: &[u8], facts: &Facts) -> Re
             let first = objects.first().ok_or(Refusal::EmptyBatch)?;
             request.take_runs_from(first);
             request.envelope = Some(&object);
-            objects.iter().map(|event| request.event(event, None)).collect()
+            let mut stored = 0;
+            let mut events = Vec::with_capacity(objects.len());
+            for object in &objects {
+                let event = request.event(object, None)?;
+                stored += event.payload.len() + OVERHEAD;
+                if stored > MAX_STORED {
+                    return Err(Refusal::TooLarge);
+                }
+                events.push(event);
+            }
+            Ok(events)
         }
     }
 }
@@ -292,7 +308,15 @@ mod tests {
         let large = format!(r#"{{"userId":"u","a":"{}"}}"#, "x".repeat(MAX_EVENT));
         let too_large = format!(r#"{{"userId":"u","a":"{}"}}"#, "x".repeat(MAX_BODY));
         let track = Call::Typed("track");
+        let lent = format!(
+            r#"{{"context":{{"a":"{}"}},"batch":[{}]}}"#,
+            "x".repeat(500_000),
+            vec![r#"{"userId":"u"}"#; 40].join(",")
+        );
+        let many = format!(r#"{{"batch":[{}]}}"#, vec![r#"{"userId":"u"}"#; 200_000].join(","));
         let cases = [
+            (Call::Batch, lent.as_str(), Refusal::TooLarge),
+            (Call::Batch, &many, Refusal::TooLarge),
             (track, "", Refusal::InvalidJson),
             (track, "{\"userId\":\"u\"", Refusal::InvalidJson),
             (track, "[1]", Refusal::NotAnEvent),

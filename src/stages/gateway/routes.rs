@@ -71,10 +71,9 @@ pub fn routes<P: Publisher>(gateway: Gateway<P>) -> Router {
 /// Answers an ingest request and counts it.
 async fn answer<P: Publisher>(gateway: &Gateway<P>, call: Call, request: Request) -> Response {
     let began = gateway.clock.instant();
-    let open = metrics().gateway_open.with_label_values::<&str>(&[]);
-    open.inc();
+    let open = Open::new();
     let result = take(gateway, call, request).await;
-    open.dec();
+    drop(open);
     let response = match result {
         Ok(()) => (StatusCode::OK, [(header::CONTENT_TYPE, "text/plain; charset=utf-8")], "ok").into_response(),
         Err(refusal) => refuse(refusal),
@@ -82,6 +81,22 @@ async fn answer<P: Publisher>(gateway: &Gateway<P>, call: Call, request: Request
     metrics().gateway_requests.with_label_values(&[response.status().as_str()]).inc();
     metrics().gateway_seconds.with_label_values::<&str>(&[]).observe(began.elapsed().as_secs_f64());
     response
+}
+
+/// Counts a request as open until it is answered, or its client has gone.
+struct Open;
+
+impl Open {
+    fn new() -> Self {
+        metrics().gateway_open.with_label_values::<&str>(&[]).inc();
+        Self
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        metrics().gateway_open.with_label_values::<&str>(&[]).dec();
+    }
 }
 
 async fn take<P: Publisher>(gateway: &Gateway<P>, call: Call, request: Request) -> Result<(), Refusal> {

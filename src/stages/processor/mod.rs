@@ -27,6 +27,9 @@ use crate::runtime::transform::Transform;
 use crate::telemetry::metrics::metrics;
 use crate::transform::builtin::webhook;
 
+/// The log takes records up to 5 MiB.
+const MAX_DELIVERY: usize = (5 << 20) - (64 << 10);
+
 pub struct Processor {
     pub workspace: Current,
     /// How `deliveries` is placed.
@@ -96,13 +99,7 @@ impl Processor {
         };
         let request = match made {
             Ok(request) => request,
-            Err(message) => {
-                let mut cause = Cause::untried(Reason::Transform, message, event.write_key.as_str());
-                cause.destination = Some(destination.id.clone());
-                cause.source = Some(event.source.clone());
-                metrics().processor_reasons.with_label_values(&["failed", Reason::Transform.as_str()]).inc();
-                return self.failures.record(record, &cause);
-            }
+            Err(message) => return self.refuse(record, event, destination, message),
         };
         let origin = Origin { topic: &self.failures.input, partition: record.partition, offset: record.offset };
         let delivery = Delivery {
@@ -122,8 +119,21 @@ impl Processor {
             transform_at: TransformAt::Processor,
             payload: Payload::Request(request),
         };
+        let addressed = self.address(&delivery, record.headers.text(header::TRACEPARENT));
+        if addressed.size() > MAX_DELIVERY {
+            return self.refuse(record, event, destination, format!("the delivery has {} bytes", addressed.size()));
+        }
         metrics().processor_deliveries.with_label_values(&[destination.id.as_str()]).inc();
-        self.address(&delivery, record.headers.text(header::TRACEPARENT))
+        addressed
+    }
+
+    /// The failure of one destination; the others get theirs.
+    fn refuse(&self, record: &Record, event: &Event, destination: &Destination, message: String) -> Addressed {
+        let mut cause = Cause::untried(Reason::Transform, message, event.write_key.as_str());
+        cause.destination = Some(destination.id.clone());
+        cause.source = Some(event.source.clone());
+        metrics().processor_reasons.with_label_values(&["failed", Reason::Transform.as_str()]).inc();
+        self.failures.record(record, &cause)
     }
 
     fn address(&self, delivery: &Delivery, traceparent: Option<&str>) -> Addressed {

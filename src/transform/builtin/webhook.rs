@@ -14,6 +14,21 @@ use crate::model::json::{Object, Splice, string_of, text_of};
 /// What of an event is for the transform and does not go out.
 const CONTROL_FIELDS: [&str; 3] = ["fullPath", "appendPath", "header"];
 
+/// Headers that say how a request is sent, or to whom: an event does not decide that. The destination's configuration may set
+/// `host`, and no other of them.
+const NOT_FROM_EVENTS: [&str; 10] = [
+    "host",
+    "content-length",
+    "transfer-encoding",
+    "connection",
+    "keep-alive",
+    "te",
+    "trailer",
+    "upgrade",
+    "expect",
+    "proxy-authorization",
+];
+
 /// Why an event cannot be made ready.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum WebhookError {
@@ -85,9 +100,10 @@ fn headers(event: &Object<'_>, config: &Value, has_body: bool) -> Vec<(String, S
     if has_body {
         headers.push(("content-type".into(), "application/json".into()));
     }
-    let mut set = |name: &str, value: String| {
+    let mut set = |name: &str, value: String, of_event: bool| {
         let name = name.trim().to_lowercase();
-        if !name.is_empty() {
+        let is_ours = NOT_FROM_EVENTS.contains(&name.as_str()) && (of_event || name != "host");
+        if !name.is_empty() && !is_ours {
             headers.retain(|(known, _)| *known != name);
             headers.push((name, value));
         }
@@ -95,12 +111,12 @@ fn headers(event: &Object<'_>, config: &Value, has_body: bool) -> Vec<(String, S
     for pair in config.get("headers").and_then(Value::as_array).into_iter().flatten() {
         let text = |key: &str| pair.get(key).and_then(Value::as_str);
         if let (Some(name), Some(value)) = (text("from"), text("to")) {
-            set(name, value.to_owned());
+            set(name, value.to_owned(), false);
         }
     }
     if let Some(own) = event.get("header").and_then(|raw| Object::parse(raw).ok()) {
         for member in own.members() {
-            set(&member.key, text_of(member.value).into_owned());
+            set(&member.key, text_of(member.value).into_owned(), true);
         }
     }
     headers
@@ -161,8 +177,7 @@ mod tests {
 
     #[test]
     fn the_event_steers_path_and_headers_and_keeps_its_bytes() {
-        let event =
-            r#"{"a":1.0,"header":{"X-One":"1","x-two":{"b":2}},"big":12345678901234567890,"appendPath":"/v2?q=1"}"#;
+        let event = r#"{"a":1.0,"header":{"X-One":"1","x-two":{"b":2},"Host":"evil.test","content-length":"5"},"big":12345678901234567890,"appendPath":"/v2?q=1"}"#;
         let found =
             made(event, json!({"headers": [{"from": "X-ONE", "to": "0"}, {"from": "", "to": ""}]})).expect("made");
         assert_eq!(found.url, "http://hook.test:7000/hook/v2?q=1");

@@ -4,15 +4,24 @@ use std::io::Read;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::{kafka_address, unique};
 
-/// A loopback port that is free now.
+/// A loopback port that is free now, with the next one. Below the range that outgoing connections take theirs from, so that it
+/// is still free when a process that was killed starts again.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 20_000 + (std::process::id() % 500) as u16 * 20;
+    loop {
+        let port = first + NEXT.fetch_add(2, Ordering::Relaxed) % 2_000;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() && TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// A running process; killed when dropped.
@@ -39,7 +48,8 @@ impl Process {
     }
 
     pub async fn ready(&mut self) {
-        let (url, until) = (format!("http://127.0.0.1:{}/readyz", self.admin), Instant::now() + Duration::from_secs(60));
+        let (url, until) =
+            (format!("http://127.0.0.1:{}/readyz", self.admin), Instant::now() + Duration::from_secs(60));
         loop {
             if let Ok(answer) = reqwest::get(&url).await
                 && answer.status() == 200
@@ -111,10 +121,8 @@ impl Flow {
         let (gateway, sink) = (free_port(), free_port());
         let workspace = workspace(&[("dst-1", &format!("http://127.0.0.1:{sink}/"))]);
         std::fs::write(folder.path().join("workspace.json"), workspace).expect("written");
-        let environment = [
-            ("LANEWAY_GATEWAY__LISTEN", format!("127.0.0.1:{gateway}")),
-            ("LANEWAY_ROUTER__RETRY_CAP", "2s".into()),
-        ];
+        let environment =
+            [("LANEWAY_GATEWAY__LISTEN", format!("127.0.0.1:{gateway}")), ("LANEWAY_ROUTER__RETRY_CAP", "2s".into())];
         let environment = environment.map(|(name, value)| (name.to_owned(), value)).to_vec();
         Self { folder, gateway, sink, environment, on_kafka }
     }
@@ -174,7 +182,8 @@ impl Flow {
     /// Starts the whole flow: one process on the embedded log, three on Kafka.
     pub async fn start_all(&self) -> Vec<Process> {
         let parts = if self.on_kafka { vec!["gateway", "processor", "router"] } else { vec!["all"] };
-        let mut processes: Vec<Process> = parts.into_iter().map(|part| self.start(part, &format!("{part}-1"))).collect();
+        let mut processes: Vec<Process> =
+            parts.into_iter().map(|part| self.start(part, &format!("{part}-1"))).collect();
         for process in &mut processes {
             process.ready().await;
         }
@@ -240,6 +249,7 @@ pub fn workspace(destinations: &[(&str, &str)]) -> String {
     };
     let destinations: Vec<Value> = destinations.iter().map(webhook).collect();
     let disabled = json!({"id": "src-2", "name": "Off", "writeKey": "wk-off", "enabled": false, "destinations": []});
-    let source = json!({"id": "src-1", "name": "Web", "writeKey": "wk-1", "enabled": true, "destinations": destinations});
+    let source =
+        json!({"id": "src-1", "name": "Web", "writeKey": "wk-1", "enabled": true, "destinations": destinations});
     json!({"workspaceId": "ws-1", "sources": [source, disabled]}).to_string()
 }

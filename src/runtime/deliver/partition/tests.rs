@@ -142,9 +142,10 @@ impl World {
             let is_final = self.finals.contains_key(&earlier.offset);
             assert!(is_final, "seed {}: {} is sent before {} is final", self.seed, record.offset, earlier.offset);
         }
-        let beside = self.in_flight.iter().any(|(_, offset, _)| {
-            self.log.iter().any(|other| other.offset == *offset && key(other) == own)
-        });
+        let beside = self
+            .in_flight
+            .iter()
+            .any(|(_, offset, _)| self.log.iter().any(|other| other.offset == *offset && key(other) == own));
         assert!(!beside, "seed {}: two of a key at a time", self.seed);
     }
 
