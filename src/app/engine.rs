@@ -145,11 +145,23 @@ pub async fn run<B: Backend>(
     ended.map_err(|error| anyhow::anyhow!(error))
 }
 
+/// A topic that has just been created is not known to every broker at once.
+const TOPICS_APPEAR: std::time::Duration = std::time::Duration::from_secs(5);
+
 type Placements = BTreeMap<Topic, Placement>;
 
 /// How each topic is placed, after a check that the log has the topics as declared.
 async fn placements<B: Backend>(parts: &Parts<B>) -> anyhow::Result<Placements> {
-    let found = parts.log.admin()?.topics().await.context("the log cannot be asked for its topics")?;
+    let admin = parts.log.admin()?;
+    let until = parts.clock.instant() + TOPICS_APPEAR;
+    let found = loop {
+        let found = admin.topics().await.context("the log cannot be asked for its topics")?;
+        let is_complete = parts.topics.iter().all(|spec| found.iter().any(|info| info.topic == spec.topic()));
+        if is_complete || parts.clock.instant() > until {
+            break found;
+        }
+        parts.clock.sleep(std::time::Duration::from_millis(100)).await;
+    };
     let mut placements = Placements::new();
     for spec in parts.topics.iter() {
         let topic = spec.topic();
@@ -254,7 +266,7 @@ fn start_router<B: Backend>(
     let permits = Permits::new(router.in_flight, router.in_flight_per_destination);
     let running = driver::run(
         parts.log.clone(),
-        Arc::new(DeliverWork::new(parts.log.clone(), stage, deliver, permits, parts.clock.clone())),
+        Arc::new(DeliverWork::new(parts.log.clone(), stage, deliver, permits, parts.clock.clone())?),
         settings(parts, Stage::Router, Topic::DELIVERIES),
         parts.clock.clone(),
         parts.shutdown.clone(),

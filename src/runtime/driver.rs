@@ -25,6 +25,7 @@ use crate::telemetry::server::Ready;
 const INBOX_BATCHES: usize = 4;
 /// Fenced twice in this time: two processes use one instance id, and a person must choose another.
 const FENCED_AGAIN: Duration = Duration::from_secs(300);
+const FENCED_AT_ONCE: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(500);
 
 /// What a worker is asked.
@@ -97,7 +98,12 @@ pub async fn run<B: Backend, W: Work>(
     let mut cause = "start";
     while !shutdown.has_begun() {
         events::session(settings.stage, cause);
-        let ended = match backend.session(settings.member.clone()).await {
+        let opened = tokio::select! {
+            opened = backend.session(settings.member.clone()) => opened,
+            () = shutdown.begun() => return Ok(()),
+        };
+        let joined_at = clock.instant();
+        let ended = match opened {
             Ok(session) => {
                 own::Driver::new(session, Arc::clone(&work), &settings, &clock).run(&shutdown, &mut ready).await
             }
@@ -108,14 +114,17 @@ pub async fn run<B: Backend, W: Work>(
             Ok(()) => return Ok(()),
             Err(LogError::Fatal(error)) => return Err(LogError::Fatal(error)),
             Err(LogError::Fenced(error)) => {
+                // Two processes of one id take the session from each other as soon as each has joined. A session that lived
+                // on was fenced for another reason: its transaction timed out while the broker was away.
+                let at_once = joined_at.elapsed() < FENCED_AT_ONCE;
                 let again = fenced_at.is_some_and(|at: tokio::time::Instant| at.elapsed() < FENCED_AGAIN);
-                if again {
+                if again && at_once {
                     return Err(LogError::fatal(format!(
                         "fenced twice within five minutes ({error}): is instance.id {:?} in use by two processes?",
                         settings.member.instance.as_str()
                     )));
                 }
-                fenced_at = Some(clock.instant());
+                fenced_at = at_once.then(|| clock.instant());
                 cause = "fenced";
                 events::session_ended(settings.stage, &error);
             }

@@ -100,7 +100,7 @@ async fn a_failing_user_does_not_delay_another_and_arrives_in_order_later() {
         assert_clean(&report, 3_000);
         // Had the others waited for the failing one, a tenth of them would have waited for seven seconds and more.
         let slow = report["end_to_end_p90_ms"].as_f64().expect("a number");
-        assert!(slow < 3_000.0, "{report}");
+        assert!(slow < 5_000.0, "{report}");
     }
 }
 

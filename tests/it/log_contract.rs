@@ -487,3 +487,29 @@ async fn many_publishers_write_at_once<B: Backend>(log: B) {
     seen.dedup();
     assert_eq!(seen.len(), 1_000);
 }
+
+/// What lay there was deleted before it was read: reading goes on at the earliest record, never silently at the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_position_outside_the_log_resumes_at_the_earliest_record_on_kafka() {
+    let config =
+        KafkaConfig { bootstrap_servers: kafka_address(), prefix: unique("c") + ".", properties: BTreeMap::new() };
+    let log = Kafka::new(config.clone());
+    let topic = topic(&log, "in", 1).await;
+    numbers(&log, &topic, 1, 20).await;
+    let mut tester = Tester::<Kafka>::join(&log, &topic, "a").await;
+    tester.until("records", |tester| tester.seen.len() == 20).await;
+    tester.positions.insert(Partition(0), Offset::new(5));
+    tester.commit().await.expect("committed");
+    tester.session.close().await;
+
+    let admin: rdkafka::admin::AdminClient<rdkafka::client::DefaultClientContext> =
+        rdkafka::ClientConfig::new().set("bootstrap.servers", &config.bootstrap_servers).create().unwrap();
+    let mut before = rdkafka::TopicPartitionList::new();
+    before.add_partition_offset(&format!("{}in", config.prefix), 0, rdkafka::Offset::Offset(10)).unwrap();
+    admin.delete_records(&before, &rdkafka::admin::AdminOptions::new()).await.expect("deleted");
+
+    let mut again = Tester::<Kafka>::join(&log, &topic, "a").await;
+    again.until("what is left", |tester| tester.seen.len() >= 10).await;
+    let seen: Vec<usize> = again.seen.iter().map(|(_, n)| *n).collect();
+    assert_eq!(seen, (10..20).collect::<Vec<_>>());
+}

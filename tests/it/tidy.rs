@@ -144,6 +144,9 @@ fn names_say_something_and_nothing_is_left_unfinished() {
         if BANNED_FILES.contains(&stem.as_str()) {
             wrong.push(format!("{file}: the name says nothing"));
         }
+        if stem == "tests" {
+            continue;
+        }
         let code = text.split("#[cfg(test)]").next().expect("a part");
         for (number, line) in code.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//")) {
             for word in ["todo!(", "unimplemented!(", "dbg!(", ".unwrap()", "panic!(", "query!("] {

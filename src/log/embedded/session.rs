@@ -49,6 +49,8 @@ impl EmbeddedSession {
         let now = log.0.clock.instant();
         let joined = log.groups().join(&group, partitions, &member.instance, member.session_timeout, now);
         let name = format!("{}.{}", member.group, member.instance);
+        // Passes through the writer first: the last session's commit may still be under way there.
+        log.0.writer.write(Vec::new(), Vec::new(), None, None).await?;
         // Numbers go on where the last session of this name ended, so that a doubt is never settled by an older commit.
         let commits = log.0.store.last_commit(&name).await.map_err(LogError::transient)?.unwrap_or(0);
         let grown = log.0.ends.subscribe();

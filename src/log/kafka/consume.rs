@@ -1,6 +1,6 @@
 //! The consuming half of a session: a thread that polls, hands records on and answers rebalances in line with them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,10 +28,11 @@ const COORDINATOR: Duration = Duration::from_secs(10);
 /// Epochs are given by the process, so that they differ over sessions.
 static EPOCHS: AtomicUsize = AtomicUsize::new(1);
 
+/// Commands name the epoch they are about: one that comes late must not touch a newer assignment.
 pub enum Command {
-    Seek(Partition, Offset),
-    Pause(Vec<Partition>),
-    Resume(Vec<Partition>),
+    Seek(Partition, Epoch, Offset),
+    Pause(Vec<(Partition, Epoch)>),
+    Resume(Vec<(Partition, Epoch)>),
     /// Leave the group; the sender is dropped when that is done.
     Close(tokio::sync::oneshot::Sender<()>),
 }
@@ -45,7 +46,9 @@ pub struct Rebalances {
     /// What has been polled since the last hand-over: a rebalance must not overtake it.
     batch: Mutex<Vec<Record>>,
     owned: Owned,
-    released: Mutex<Receiver<()>>,
+    /// Takes the number of the revoke that was released.
+    released: Mutex<Receiver<u64>>,
+    revokes: AtomicUsize,
     revoke_wait: Duration,
     closing: AtomicBool,
 }
@@ -55,11 +58,12 @@ impl Rebalances {
         topic: String,
         polled: mpsc::Sender<Result<Polled, LogError>>,
         owned: Owned,
-        released: Receiver<()>,
+        released: Receiver<u64>,
         revoke_wait: Duration,
     ) -> Self {
         let (batch, released) = (Mutex::default(), Mutex::new(released));
-        Self { topic, polled, batch, owned, released, revoke_wait, closing: AtomicBool::new(false) }
+        let (revokes, closing) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Self { topic, polled, batch, owned, released, revokes, revoke_wait, closing }
     }
 
     fn batch(&self) -> MutexGuard<'_, Vec<Record>> {
@@ -114,11 +118,25 @@ impl Rebalances {
         of: &TopicPartitionList,
     ) -> Result<TopicPartitionList, KafkaError> {
         loop {
-            match consumer.committed_offsets(of.clone(), COORDINATOR) {
+            match consumer.committed_offsets(of.clone(), COORDINATOR).and_then(all_known) {
                 Err(error) if !self.polled.is_closed() => {
                     tracing::warn!(%error, "committed offsets are not to be had yet, asking again");
                 }
                 answer => return answer,
+            }
+        }
+    }
+
+    /// Waits until the revoke that was just told is released; false where that takes too long. A release of an earlier one,
+    /// given after its time was up, does not count.
+    fn await_release(&self) -> bool {
+        let number = self.revokes.fetch_add(1, Ordering::Relaxed) as u64 + 1;
+        let released = self.released.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match released.recv_timeout(self.revoke_wait) {
+                Ok(earlier) if earlier < number => {}
+                Err(RecvTimeoutError::Timeout) => return false,
+                Ok(_) | Err(RecvTimeoutError::Disconnected) => return true,
             }
         }
     }
@@ -134,8 +152,7 @@ impl Rebalances {
             self.tell(Ok(Polled::Lost(partitions.clone())));
         } else {
             self.tell(Ok(Polled::Revoked(partitions.clone())));
-            let released = self.released.lock().unwrap_or_else(PoisonError::into_inner);
-            if released.recv_timeout(self.revoke_wait) == Err(RecvTimeoutError::Timeout) {
+            if !self.await_release() {
                 tracing::warn!(?partitions, "revoked partitions were not released in time");
                 forget();
                 self.tell(Ok(Polled::Lost(partitions.clone())));
@@ -145,6 +162,12 @@ impl Rebalances {
         }
         consumer.incremental_unassign(taken)
     }
+}
+
+/// An offset that could not be had is no "never committed": that would read everything again.
+fn all_known(offsets: TopicPartitionList) -> Result<TopicPartitionList, KafkaError> {
+    offsets.elements().iter().try_for_each(|element| element.error())?;
+    Ok(offsets)
 }
 
 impl ClientContext for Rebalances {
@@ -175,10 +198,19 @@ pub struct Limits {
     pub bytes: AtomicUsize,
 }
 
+/// What the thread has been told about its partitions.
+#[derive(Default)]
+struct Reading {
+    /// Resumed by the runtime; the others are paused, as they are assigned.
+    resumed: BTreeSet<Partition>,
+    /// Some position lies outside the log.
+    outside: bool,
+}
+
 /// The thread's loop. Ends when the session closes or is dropped.
 pub fn run(consumer: &BaseConsumer<Rebalances>, commands: &Receiver<Command>, limits: &Limits) {
-    let context = std::sync::Arc::clone(consumer.context());
-    let mut seeks: BTreeMap<Partition, (Offset, bool)> = BTreeMap::new();
+    let context = Arc::clone(consumer.context());
+    let mut reading = Reading::default();
     loop {
         let full = context.polled.capacity() == 0;
         let command = if full {
@@ -193,7 +225,7 @@ pub fn run(consumer: &BaseConsumer<Rebalances>, commands: &Receiver<Command>, li
                 return;
             }
             Ok(command) => {
-                obey(consumer, &context, &mut seeks, command);
+                reading.obey(consumer, &context, command);
                 continue;
             }
             Err(true) => {
@@ -203,19 +235,19 @@ pub fn run(consumer: &BaseConsumer<Rebalances>, commands: &Receiver<Command>, li
             Err(false) if full => continue,
             Err(false) => {}
         }
-        seek_pending(consumer, &context, &mut seeks);
-        let wait = if seeks.is_empty() { POLL } else { Duration::from_millis(5) };
-        fill_batch(consumer, &context, limits, wait);
+        reading.resume_at_earliest(consumer, &context);
+        reading.outside |= fill_batch(consumer, &context, limits);
         context.hand_over();
     }
 }
 
-fn fill_batch(consumer: &BaseConsumer<Rebalances>, context: &Rebalances, limits: &Limits, wait: Duration) {
+/// Polls until the batch is full or nothing is there; true where a position lies outside the log.
+fn fill_batch(consumer: &BaseConsumer<Rebalances>, context: &Rebalances, limits: &Limits) -> bool {
     let (records, bytes) = (limits.records.load(Ordering::Relaxed), limits.bytes.load(Ordering::Relaxed));
-    let (mut count, mut size, mut wait) = (0, 0, wait);
+    let (mut count, mut size, mut wait) = (0, 0, POLL);
     while count < records && size < bytes {
         match consumer.poll(wait) {
-            None => return,
+            None => return false,
             Some(Ok(message)) => {
                 let record = convert::record(&message);
                 size += record.weight();
@@ -225,111 +257,102 @@ fn fill_batch(consumer: &BaseConsumer<Rebalances>, context: &Rebalances, limits:
             }
             Some(Err(error)) => {
                 context.hand_over();
-                return report(consumer, context, error);
+                return report(context, error);
             }
         }
     }
+    false
 }
 
-fn report(consumer: &BaseConsumer<Rebalances>, context: &Rebalances, error: KafkaError) {
+fn report(context: &Rebalances, error: KafkaError) -> bool {
     match error {
-        KafkaError::MessageConsumption(Code::AutoOffsetReset | Code::OffsetOutOfRange) => {
-            resume_at_earliest(consumer, &context.topic);
-        }
+        KafkaError::MessageConsumption(Code::AutoOffsetReset | Code::OffsetOutOfRange) => return true,
         KafkaError::MessageConsumptionFatal(_) => context.tell(Err(convert::error(error))),
-        KafkaError::MessageConsumption(Code::UnknownTopicOrPartition) => {
-            context.tell(Err(LogError::fatal(format!("there is no topic {} any more", context.topic))));
-        }
         other => match convert::error(other) {
             LogError::Transient(error) => tracing::warn!(%error, "kafka consumer, going on"),
             serious => context.tell(Err(serious)),
         },
     }
+    false
 }
 
-/// A position outside the log: what lay there was deleted before it was read. An alarm; reading goes on at the earliest
-/// record, never silently at the end.
-fn resume_at_earliest(consumer: &BaseConsumer<Rebalances>, topic: &str) {
-    let Ok(positions) = consumer.position() else { return };
-    let Ok(assigned) = consumer.assignment() else { return };
-    for element in assigned.elements() {
-        let Ok((low, high)) = consumer.fetch_watermarks(topic, element.partition(), COORDINATOR) else { continue };
-        let at = positions.find_partition(topic, element.partition()).map(|found| found.offset());
-        let at = match at {
-            Some(RawOffset::Offset(at)) => at,
-            // Nothing was read yet, so it stands where it was assigned.
-            _ => match element.offset() {
-                RawOffset::Offset(at) => at,
-                _ => continue,
-            },
+impl Reading {
+    fn obey(&mut self, consumer: &BaseConsumer<Rebalances>, context: &Rebalances, command: Command) {
+        let current = |(partition, epoch): &(Partition, Epoch)| {
+            (context.owned().get(partition) == Some(epoch)).then_some(*partition)
         };
-        if at < low || at > high {
-            tracing::error!(
-                topic,
-                partition = element.partition(),
-                at,
-                low,
-                "records were deleted before they were read"
-            );
-            if let Err(error) = consumer.seek(topic, element.partition(), RawOffset::Offset(low), COORDINATOR) {
-                tracing::error!(%error, "no seek to the earliest record");
+        match command {
+            Command::Seek(partition, epoch, to) => {
+                if current(&(partition, epoch)).is_some()
+                    && let Err(error) = self.reassign(consumer, context, partition, convert::raw_offset(to))
+                {
+                    context.tell(Err(LogError::fenced(format!(
+                        "partition {partition} cannot be read from {to}: {error}"
+                    ))));
+                }
             }
+            Command::Pause(partitions) => {
+                let partitions: Vec<Partition> = partitions.iter().filter_map(current).collect();
+                self.resumed.retain(|partition| !partitions.contains(partition));
+                switch(consumer, context, &partitions, false);
+            }
+            Command::Resume(partitions) => {
+                let partitions: Vec<Partition> = partitions.iter().filter_map(current).collect();
+                self.resumed.extend(&partitions);
+                switch(consumer, context, &partitions, true);
+            }
+            Command::Close(_) => {}
         }
     }
-}
 
-fn obey(
-    consumer: &BaseConsumer<Rebalances>,
-    context: &Rebalances,
-    seeks: &mut BTreeMap<Partition, (Offset, bool)>,
-    command: Command,
-) {
-    match command {
-        Command::Seek(partition, to) => drop(seeks.insert(partition, (to, false))),
-        Command::Pause(partitions) => {
-            for partition in &partitions {
-                if let Some((_, resume)) = seeks.get_mut(partition) {
-                    *resume = false;
-                }
-            }
-            switch(consumer, context, &partitions, false);
+    /// A position outside the log: what lay there was deleted before it was read. An alarm; reading goes on at the earliest
+    /// record, never silently at the end. The client has stopped fetching the partition, so it is assigned anew.
+    fn resume_at_earliest(&mut self, consumer: &BaseConsumer<Rebalances>, context: &Rebalances) {
+        if !self.outside {
+            return;
         }
-        Command::Resume(partitions) => {
-            // A partition that is still to be sought is resumed after that.
-            let (later, now): (Vec<_>, Vec<_>) = partitions.into_iter().partition(|p| seeks.contains_key(p));
-            for partition in later {
-                if let Some((_, resume)) = seeks.get_mut(&partition) {
-                    *resume = true;
-                }
+        let (Ok(positions), Ok(assigned)) = (consumer.position(), consumer.assignment()) else { return };
+        let topic = &context.topic;
+        let mut unclear = false;
+        for element in assigned.elements() {
+            let number = element.partition();
+            let Ok((low, high)) = consumer.fetch_watermarks(topic, number, COORDINATOR) else {
+                unclear = true;
+                continue;
+            };
+            // Where nothing was read yet it stands where it was assigned.
+            let read = positions.find_partition(topic, number).map(|found| found.offset());
+            let at = match (read, element.offset()) {
+                (Some(RawOffset::Offset(at)), _) | (_, RawOffset::Offset(at)) => at,
+                _ => continue,
+            };
+            if at >= low && at <= high {
+                continue;
             }
-            switch(consumer, context, &now, true);
+            tracing::error!(topic, partition = number, at, low, "records were deleted before they were read");
+            let partition = Partition(number.max(0) as u32);
+            unclear |= self.reassign(consumer, context, partition, RawOffset::Offset(low)).is_err();
         }
-        Command::Close(_) => {}
+        self.outside = unclear;
     }
-}
 
-/// A seek fails until fetching has started: it is tried again until it succeeds or the partition is gone.
-fn seek_pending(
-    consumer: &BaseConsumer<Rebalances>,
-    context: &Rebalances,
-    seeks: &mut BTreeMap<Partition, (Offset, bool)>,
-) {
-    seeks.retain(|partition, _| context.owned().contains_key(partition));
-    let mut done = Vec::new();
-    for (partition, (to, resume)) in seeks.iter() {
-        let number = convert::partition(*partition);
-        match consumer.seek(&context.topic, number, convert::raw_offset(*to), Duration::from_millis(500)) {
-            Ok(()) => {
-                if *resume {
-                    switch(consumer, context, &[*partition], true);
-                }
-                done.push(*partition);
-            }
-            Err(error) => tracing::debug!(%error, partition = number, "seek is not possible yet"),
+    /// Reads a partition from another offset. `seek` is not used: it fails until fetching has started, and where the first
+    /// offset is still being looked up it is forgotten.
+    fn reassign(
+        &self,
+        consumer: &BaseConsumer<Rebalances>,
+        context: &Rebalances,
+        partition: Partition,
+        from: RawOffset,
+    ) -> Result<(), KafkaError> {
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(&context.topic, convert::partition(partition), from)?;
+        consumer.incremental_unassign(&list)?;
+        consumer.incremental_assign(&list)?;
+        match self.resumed.contains(&partition) {
+            true => consumer.resume(&list),
+            false => consumer.pause(&list),
         }
-    }
-    for partition in done {
-        seeks.remove(&partition);
     }
 }
 
@@ -365,6 +388,6 @@ fn leave(consumer: &BaseConsumer<Rebalances>, context: &Rebalances) {
 /// The thread's end of the channels.
 pub struct Ends {
     pub commands: Sender<Command>,
-    pub released: Sender<()>,
+    pub released: Sender<u64>,
     pub polled: mpsc::Receiver<Result<Polled, LogError>>,
 }

@@ -107,6 +107,7 @@ fn is_refusal(code: Code) -> bool {
             | Code::SaslAuthenticationFailed
             | Code::Authentication
             | Code::InvalidGroupId
+            | Code::MessageSizeTooLarge
     )
 }
 

@@ -15,6 +15,8 @@ use super::config::KafkaConfig;
 use super::{convert, thread};
 
 const POLL: Duration = Duration::from_millis(50);
+/// With its channel full the thread looks for room so often.
+const FULL: Duration = Duration::from_millis(20);
 /// A read at the end waits so long for more.
 const WAIT: Duration = Duration::from_millis(100);
 /// One hand-over of the thread.
@@ -110,9 +112,10 @@ fn run(
 ) {
     let mut seek = 0;
     let mut pending: Vec<Result<Read, LogError>> = Vec::new();
+    let mut waited = None;
     loop {
-        if let Some((number, to)) = orders.try_iter().last() {
-            seek = number;
+        if let Some((number, to)) = orders.try_iter().last().or(waited) {
+            (seek, waited) = (number, None);
             pending.clear();
             let mut list = TopicPartitionList::new();
             let assigned = list
@@ -130,7 +133,8 @@ fn run(
         match brings.try_reserve() {
             Ok(room) if !pending.is_empty() => room.send(Brought { seek, read: pending.remove(0) }),
             Ok(_) => {}
-            Err(_) => std::thread::park_timeout(Duration::from_millis(1)),
+            // Nobody takes what was read ahead; only a seek or the reader's end changes that.
+            Err(_) => waited = orders.recv_timeout(FULL).ok(),
         }
     }
 }

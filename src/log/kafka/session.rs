@@ -1,5 +1,6 @@
 //! A group member on Kafka: the async face of the two threads.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -9,7 +10,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::log::{Commit, Guarantee, Limit, LogError, Member, Polled, Session};
-use crate::model::record::{Offset, Partition};
+use crate::model::record::{Epoch, Offset, Partition};
 
 use super::config::KafkaConfig;
 use super::consume::{self, Command, Limits, Owned, Rebalances};
@@ -19,11 +20,17 @@ use super::{convert, thread};
 /// Batches that wait for the runtime: with librdkafka's own queue behind them, more would only be memory.
 const BATCHES: usize = 2;
 
+/// Leaving the group takes a moment.
+const LEAVE: Duration = Duration::from_secs(5);
+
 pub struct KafkaSession {
     ends: consume::Ends,
     orders: Sender<Order>,
     limits: Arc<Limits>,
-    /// Partitions were revoked; the next poll says that they are released.
+    /// Which epoch of a partition this session has been told of: what a command is about.
+    epochs: BTreeMap<Partition, Epoch>,
+    /// How often partitions were revoked; the next poll says that the last of these are released.
+    revokes: u64,
     owes_release: bool,
 }
 
@@ -69,7 +76,11 @@ impl KafkaSession {
         })?;
         has_joined.await.map_err(|_| LogError::transient("the kafka client ended"))??;
         let ends = consume::Ends { commands, released, polled };
-        Ok(Self { ends, orders, limits, owes_release: false })
+        Ok(Self { ends, orders, limits, epochs: BTreeMap::new(), revokes: 0, owes_release: false })
+    }
+
+    fn with_epochs(&self, partitions: &[Partition]) -> Vec<(Partition, Epoch)> {
+        partitions.iter().filter_map(|partition| Some((*partition, *self.epochs.get(partition)?))).collect()
     }
 
     fn command(&self, command: Command) -> Result<(), LogError> {
@@ -83,26 +94,34 @@ impl Session for KafkaSession {
     async fn poll(&mut self, limit: Limit) -> Result<Polled, LogError> {
         if std::mem::take(&mut self.owes_release) {
             // The consumer has given up waiting, or ended: either is told in line.
-            let _ = self.ends.released.send(());
+            let _ = self.ends.released.send(self.revokes);
         }
         self.limits.records.store(limit.records, Ordering::Relaxed);
         self.limits.bytes.store(limit.bytes, Ordering::Relaxed);
         let polled = self.ends.polled.recv().await;
         let polled = polled.unwrap_or_else(|| Err(LogError::fenced("the kafka consumer has ended")))?;
-        self.owes_release = matches!(polled, Polled::Revoked(_));
+        match &polled {
+            Polled::Assigned(given) => self.epochs.extend(given.iter().map(|given| (given.partition, given.epoch))),
+            Polled::Revoked(_) => {
+                self.revokes += 1;
+                self.owes_release = true;
+            }
+            Polled::Lost(gone) => self.epochs.retain(|partition, _| !gone.contains(partition)),
+            Polled::Records(_) | Polled::Idle => {}
+        }
         Ok(polled)
     }
 
     fn seek(&mut self, partition: Partition, to: Offset) -> Result<(), LogError> {
-        self.command(Command::Seek(partition, to))
+        self.epochs.get(&partition).map_or(Ok(()), |epoch| self.command(Command::Seek(partition, *epoch, to)))
     }
 
     fn pause(&mut self, partitions: &[Partition]) -> Result<(), LogError> {
-        self.command(Command::Pause(partitions.to_vec()))
+        self.command(Command::Pause(self.with_epochs(partitions)))
     }
 
     fn resume(&mut self, partitions: &[Partition]) -> Result<(), LogError> {
-        self.command(Command::Resume(partitions.to_vec()))
+        self.command(Command::Resume(self.with_epochs(partitions)))
     }
 
     async fn commit(&mut self, commit: Arc<Commit>) -> Result<(), LogError> {
@@ -113,12 +132,13 @@ impl Session for KafkaSession {
     }
 
     async fn close(self) {
-        let Self { ends, orders, .. } = self;
-        drop(orders);
+        let consume::Ends { commands, released, polled } = self.ends;
+        // Nobody takes what is still told: a thread that waits to tell it must not wait for ever.
+        drop((self.orders, released, polled));
         let (done, closed) = oneshot::channel();
-        if ends.commands.send(Command::Close(done)).is_ok() {
-            // Dropped, not sent, when the group has been left.
-            let _ = closed.await;
+        if commands.send(Command::Close(done)).is_ok() {
+            // Dropped, not sent, when the group has been left. Without a broker there is nobody to tell.
+            let _ = tokio::time::timeout(LEAVE, closed).await;
         }
     }
 }

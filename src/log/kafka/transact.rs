@@ -112,7 +112,11 @@ fn transact(
     owned: &Owned,
     commit: &Commit,
 ) -> Result<(), LogError> {
-    producer.begin_transaction().map_err(convert::error)?;
+    producer.begin_transaction().map_err(|error| match convert::error(error) {
+        // The last transaction hangs in a state that only a new client leaves.
+        LogError::Transient(error) => LogError::Fenced(error),
+        other => other,
+    })?;
     let filled = fill(config, producer, &commit.outputs)
         .and_then(|()| send_offsets(producer, consumer, topic, owned, commit))
         .and_then(|()| producer.context().settle(TRANSACTION_TIMEOUT))

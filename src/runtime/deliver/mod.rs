@@ -27,15 +27,18 @@ mod restore;
 mod window;
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::clock::Clock;
 use crate::delivery::verdict::Verdict;
 use crate::log::{Assignment, Backend, Limit, LogError, Read, Reader};
+use crate::model::outcome::Reason;
 use crate::model::record::{Offset, Partition, Record, Topic};
 use crate::runtime::driver::{Ask, Inbox, Work};
 use crate::runtime::failure::FailureTopic;
@@ -46,6 +49,9 @@ pub use memory::{Bounds, Memory};
 pub use permits::Permits;
 
 use partition::{KeyId, PartitionState, Start};
+
+/// What failed for the moment is tried again after this.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// A stage's logic: one attempt.
 pub trait Deliver: Send + Sync + 'static {
@@ -67,6 +73,7 @@ pub struct DeliverSettings {
 /// Runs a [`Deliver`] stage on a log.
 pub struct DeliverWork<B: Backend, D> {
     backend: B,
+    admin: B::Admin,
     stage: Arc<D>,
     settings: DeliverSettings,
     permits: Permits,
@@ -75,15 +82,33 @@ pub struct DeliverWork<B: Backend, D> {
 }
 
 impl<B: Backend, D: Deliver> DeliverWork<B, D> {
-    pub fn new(backend: B, stage: D, settings: DeliverSettings, permits: Permits, clock: Clock) -> Self {
+    /// # Errors
+    /// Where the log cannot be asked.
+    pub fn new(
+        backend: B,
+        stage: D,
+        settings: DeliverSettings,
+        permits: Permits,
+        clock: Clock,
+    ) -> Result<Self, LogError> {
         let memory = Memory::new(settings.bounds.process_bytes);
-        Self { backend, stage: Arc::new(stage), settings, permits, memory, clock }
+        let admin = backend.admin()?;
+        Ok(Self { backend, admin, stage: Arc::new(stage), settings, permits, memory, clock })
     }
 }
 
 impl<B: Backend, D: Deliver> Work for DeliverWork<B, D> {
     async fn run(self: Arc<Self>, assignment: Assignment, inbox: Inbox) -> Result<(), LogError> {
-        let restored = restore::restore(&self.backend, &self.settings, &assignment, &self.clock).await?;
+        let restored = loop {
+            match restore::restore(&self.backend, &self.admin, &self.settings, &assignment, &self.clock).await {
+                Err(LogError::Transient(error)) => {
+                    // The other partitions of this session go on meanwhile.
+                    tracing::warn!(partition = assignment.partition.0, %error, "restore failed, trying again");
+                    self.clock.sleep(AGAIN).await;
+                }
+                restored => break restored?,
+            }
+        };
         let state = PartitionState::new(
             assignment.partition,
             assignment.epoch,
@@ -96,9 +121,8 @@ impl<B: Backend, D: Deliver> Work for DeliverWork<B, D> {
         let (fetch, fetches) = mpsc::channel(1);
         let (fetched_in, fetched) = mpsc::channel(1);
         let mut tasks = JoinSet::new();
-        let reading =
-            read_single(self.backend.clone(), self.settings.input.clone(), assignment.partition, fetches, fetched_in);
-        tasks.spawn(reading);
+        let (backend, input, clock) = (self.backend.clone(), self.settings.input.clone(), self.clock.clone());
+        tasks.spawn(read_single(backend, input, assignment.partition, clock, fetches, fetched_in));
         let Inbox { records, asks, ready, bell } = inbox;
         // A driver that is gone does not want the partition any more.
         let _ = ready.send(from);
@@ -180,21 +204,24 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
             }
             return;
         }
-        while let Some(start) = self.state.next_start(&self.work.permits) {
+        while let Some(start) = self.state.next_start(&self.work.permits, self.fetch.capacity() > 0) {
             match start {
                 Start::Attempt { key, record, permit } => {
                     let stage = Arc::clone(&self.work.stage);
                     self.attempts.spawn(async move {
-                        let verdict = stage.attempt(record).await;
+                        let attempt = AssertUnwindSafe(stage.attempt(record)).catch_unwind().await;
+                        let verdict = attempt.unwrap_or_else(|_| Verdict::Abort {
+                            reason: Reason::Panicked,
+                            code: 0,
+                            message: "the stage panicked on this record".into(),
+                        });
                         drop(permit);
                         (key, verdict)
                     });
                 }
                 Start::Fetch { key, offset } => {
-                    if let Err(mpsc::error::TrySendError::Full((key, _))) = self.fetch.try_send((key, offset)) {
-                        self.state.fetch_later(&key);
-                        return;
-                    }
+                    // There is room: this is the only sender. A reader that has ended takes the worker down when it is joined.
+                    let _ = self.fetch.try_send((key, offset));
                 }
                 Start::Starved => {
                     self.starved = true;
@@ -233,12 +260,21 @@ async fn read_single<B: Backend>(
     backend: B,
     topic: Topic,
     partition: Partition,
+    clock: Clock,
     mut wanted: mpsc::Receiver<(KeyId, Offset)>,
     found: mpsc::Sender<(KeyId, Result<Option<Record>, LogError>)>,
 ) {
     let mut reader: Option<B::Reader> = None;
     while let Some((key, offset)) = wanted.recv().await {
-        let record = read_at(&backend, &topic, partition, &mut reader, offset).await;
+        let record = loop {
+            match read_at(&backend, &topic, partition, &mut reader, offset).await {
+                Err(LogError::Transient(error)) => {
+                    tracing::warn!(partition = partition.0, %error, "a delivery could not be read, trying again");
+                    clock.sleep(AGAIN).await;
+                }
+                record => break record,
+            }
+        };
         if found.send((key, record)).await.is_err() {
             return;
         }
@@ -260,10 +296,17 @@ async fn read_at<B: Backend>(
         None => backend.reader(topic, partition, offset).await?,
     };
     let open = reader.insert(open);
-    match open.read(Limit { records: 1, bytes: 1 }).await? {
-        // What follows instead means that the record is gone.
-        Read::Records(records) => Ok(records.into_iter().next().filter(|record| record.offset == offset)),
-        Read::End => Ok(None),
+    loop {
+        let Read::Records(records) = open.read(Limit { records: 1, bytes: 1 }).await? else {
+            // The end before it: a replica that took over does not show it yet.
+            return Err(LogError::transient(format!("nothing is to be read at {topic}/{partition}/{offset} yet")));
+        };
+        match records.into_iter().find(|record| record.offset >= offset) {
+            Some(record) if record.offset == offset => return Ok(Some(record)),
+            // What follows stands in its place: the log has deleted it.
+            Some(_) => return Ok(None),
+            None => {}
+        }
     }
 }
 

@@ -222,38 +222,40 @@ impl PartitionState {
         }
     }
 
-    /// What may start now, if anything.
-    pub fn next_start(&mut self, permits: &Permits) -> Option<Start> {
-        if let Some(id) = self.wanted.pop_front() {
-            let offset = self.keys.get(&id).and_then(|key| key.queue.front()).map(|item| item.offset)?;
-            return Some(Start::Fetch { key: id, offset });
+    /// What may start now, if anything. `can_fetch`: a record that is not in memory can be read now.
+    pub fn next_start(&mut self, permits: &Permits, can_fetch: bool) -> Option<Start> {
+        while can_fetch && let Some(id) = self.wanted.pop_front() {
+            if let Some(front) = self.keys.get(&id).and_then(|key| key.queue.front()) {
+                return Some(Start::Fetch { offset: front.offset, key: id });
+            }
         }
         if self.uncommitted >= UNCOMMITTED {
             return None;
         }
-        let keys = &self.keys;
-        let cost = |id: &KeyId| keys.get(id).and_then(|key| key.queue.front()).map_or(0, Item::weight);
-        let (id, permit) = match self.lanes.next(cost, permits)? {
-            Ok(next) => next,
-            Err(lane::NoPermit) => return Some(Start::Starved),
-        };
-        let key = self.keys.get_mut(&id)?;
-        let item = key.queue.front()?;
-        match &item.record {
-            Some(record) => {
-                key.activity = Activity::InFlight;
-                Some(Start::Attempt { record: Arc::clone(record), key: id, permit })
-            }
-            None => {
-                key.activity = Activity::Fetching;
-                Some(Start::Fetch { offset: item.offset, key: id })
+        loop {
+            let keys = &self.keys;
+            let cost = |id: &KeyId| keys.get(id).and_then(|key| key.queue.front()).map_or(0, Item::weight);
+            let (id, permit) = match self.lanes.next(cost, permits)? {
+                Ok(next) => next,
+                Err(lane::NoPermit) => return Some(Start::Starved),
+            };
+            let Some(key) = self.keys.get_mut(&id) else { continue };
+            match key.queue.front().map(|front| front.record.clone()) {
+                Some(Some(record)) => {
+                    key.activity = Activity::InFlight;
+                    return Some(Start::Attempt { key: id, record, permit });
+                }
+                Some(None) => {
+                    // Reading it takes a while; the others do not wait for that.
+                    key.activity = Activity::Fetching;
+                    self.wanted.push_back(id);
+                    if can_fetch && self.wanted.len() == 1 {
+                        return self.next_start(permits, can_fetch);
+                    }
+                }
+                None => {}
             }
         }
-    }
-
-    /// The fetch could not begin now.
-    pub fn fetch_later(&mut self, id: &KeyId) {
-        self.wanted.push_back(id.clone());
     }
 
     /// A record that was to be read; none where the log has deleted it.
@@ -426,6 +428,11 @@ impl PartitionState {
 impl Drop for PartitionState {
     fn drop(&mut self) {
         tell_waiting(self.settings.stage, self.partition, self.waiting, None);
+        let partition = self.partition.to_string();
+        for gauge in [&metrics().lane_held, &metrics().lane_pending, &metrics().lane_bytes] {
+            // Absent where nothing was ever collected.
+            let _ = gauge.remove_label_values(&[&partition]);
+        }
     }
 }
 

@@ -15,6 +15,8 @@ use crate::telemetry::events;
 use super::DeliverSettings;
 
 const READ: Limit = Limit { records: 1_000, bytes: 4 << 20 };
+/// Progress that the committed offset names is waited for so long before it counts as missing.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How often is looked whether the last owner's transaction has been decided.
 const UNDECIDED: Duration = Duration::from_millis(20);
 
@@ -41,13 +43,13 @@ pub struct Restored {
 /// passed, however late its transaction's markers come.
 pub async fn restore<B: Backend>(
     backend: &B,
+    admin: &B::Admin,
     settings: &DeliverSettings,
     assignment: &Assignment,
     clock: &Clock,
 ) -> Result<Restored, LogError> {
     let began = clock.instant();
     let partition = assignment.partition;
-    let admin = backend.admin()?;
     let end = admin.watermarks(&settings.progress, partition).await?.end;
     while admin.watermarks(&settings.progress, partition).await?.stable < end {
         clock.sleep(UNDECIDED).await;
@@ -56,20 +58,39 @@ pub async fn restore<B: Backend>(
     let mut found: BTreeMap<Bytes, Bytes> = BTreeMap::new();
     let mut bytes = 0;
     if end > Offset::START {
-        while let Read::Records(records) = reader.read(READ).await? {
-            for record in records {
-                bytes += record.weight();
-                match (record.key, record.value) {
-                    (Some(key), Some(value)) => drop(found.insert(key, value)),
-                    (Some(key), None) => drop(found.remove(&key)),
-                    (None, _) => {}
+        loop {
+            while let Read::Records(records) = reader.read(READ).await? {
+                for record in records {
+                    bytes += record.weight();
+                    match (record.key, record.value) {
+                        (Some(key), Some(value)) => drop(found.insert(key, value)),
+                        (Some(key), None) => drop(found.remove(&key)),
+                        (None, _) => {}
+                    }
                 }
+            }
+            // A replica that has just taken over may not show the newest records yet.
+            let is_behind = stored_seq(&found, assignment) < committed_seq(assignment);
+            if !is_behind || began.elapsed() > PATIENCE {
+                break;
             }
         }
     }
     let restored = judge(found, assignment, settings)?;
     events::restored(settings.stage, partition, bytes, restored.keys.len(), began.elapsed());
     Ok(restored)
+}
+
+fn committed_seq(assignment: &Assignment) -> Option<u64> {
+    assignment.committed.as_ref().and_then(|committed| committed.metadata.parse().ok())
+}
+
+fn stored_seq(found: &BTreeMap<Bytes, Bytes>, assignment: &Assignment) -> Option<u64> {
+    let own_key = ProgressKey::Partition.encode(assignment.partition);
+    match codec::decode::<Progress>(found.get(own_key.as_bytes())?) {
+        Ok(Progress::Partition(stored)) => Some(stored.seq),
+        _ => None,
+    }
 }
 
 /// Believes the progress if its partition record is the one that the committed offset names.
@@ -86,7 +107,7 @@ pub(super) fn judge(
         Some(Err(error)) => return Err(unreadable(settings, partition, &own_key, &error)),
     };
     let committed = assignment.committed.as_ref();
-    let seq = committed.and_then(|committed| committed.metadata.parse::<u64>().ok());
+    let seq = committed_seq(assignment);
     match stored {
         Some(stored) if seq == Some(stored.seq) => believe(found, stored, assignment, settings),
         stored => {

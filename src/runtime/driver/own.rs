@@ -27,6 +27,8 @@ const REPEAT: Duration = Duration::from_millis(50);
 const REPEAT_CAP: Duration = Duration::from_secs(1);
 /// Workers answer between two of their steps; one that does not within this joins the next commit.
 const COLLECT: Duration = Duration::from_millis(200);
+/// After the drain: for the last commit.
+const LAST_COMMIT: Duration = Duration::from_secs(5);
 /// A session without any assignment for so long still counts as ready: others may own everything.
 const SETTLED: Duration = Duration::from_secs(10);
 
@@ -85,7 +87,15 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
         let ended = self.serve(shutdown, ready).await;
         if ended.is_ok() {
             let all: Vec<Partition> = self.slots.keys().copied().collect();
-            self.release(&all, shutdown.budget).await;
+            // A broker that does not answer must not keep a process that was told to stop.
+            let bounded =
+                tokio::time::timeout(shutdown.budget + LAST_COMMIT, self.release(&all, shutdown.budget)).await;
+            if !matches!(bounded, Ok(Ok(()))) {
+                tracing::warn!(
+                    stage = self.settings.stage,
+                    "stopped without a last commit; what was under way will be repeated"
+                );
+            }
         }
         self.workers.shutdown().await;
         events::owned(self.settings.stage, 0);
@@ -116,12 +126,17 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
                     }
                 }
                 Some(ended) = self.workers.join_next() => self.worker_ended(ended)?,
-                () = bell.0.notified() => self.answer_bell()?,
+                // While a commit is due anyway a ring says nothing new, and would only interrupt the poll.
+                () = bell.0.notified(), if self.due.is_none() || self.is_stashing() => self.answer_bell()?,
                 () = self.clock.sleep_until(due) => self.collect_or_commit().await?,
                 polled = self.session.poll(POLL) => self.react(polled?).await?,
             }
         }
         Ok(())
+    }
+
+    fn is_stashing(&self) -> bool {
+        self.slots.values().any(|slot| !slot.stash.is_empty())
     }
 
     async fn react(&mut self, polled: Polled) -> Result<(), LogError> {
@@ -138,9 +153,9 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
             }
             Polled::Revoked(taken) => {
                 events::rebalanced(self.settings.stage, "revoked", &taken);
-                self.release(&taken, self.settings.member.revoke_drain).await;
+                let released = self.release(&taken, self.settings.member.revoke_drain).await;
                 self.forget(&taken);
-                Ok(())
+                released
             }
             Polled::Lost(gone) => {
                 events::rebalanced(self.settings.stage, "lost", &gone);
@@ -153,6 +168,7 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
 
     fn begin(&mut self, assignment: Assignment) {
         let (partition, epoch) = (assignment.partition, assignment.epoch);
+        self.pending.forget(&[partition]);
         let (records, inbox_records) = mpsc::channel(INBOX_BATCHES);
         let (asks, inbox_asks) = mpsc::unbounded_channel();
         let (ready, restored) = oneshot::channel();
@@ -219,7 +235,10 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
             self.ask(&all);
             if self.answers.is_empty() { Ok(()) } else { self.gather().await }
         } else {
-            self.commit().await
+            self.commit().await?;
+            // Who rang while this commit was failing was not heard.
+            self.due.get_or_insert(self.last_commit + self.settings.commit_interval);
+            Ok(())
         }
     }
 
@@ -292,7 +311,7 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
     }
 
     /// Lets partitions finish and commits them, within `budget`. They are still ours.
-    async fn release(&mut self, partitions: &[Partition], budget: Duration) {
+    async fn release(&mut self, partitions: &[Partition], budget: Duration) -> Result<(), LogError> {
         let until = self.clock.instant() + budget;
         let mut drained = FuturesUnordered::new();
         for partition in partitions {
@@ -310,29 +329,25 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
             tokio::select! {
                 next = drained.next() => if next.is_none() { break },
                 () = self.clock.sleep_until(until) => break,
-                () = self.clock.sleep_until(next) => if !self.settle(partitions).await { return },
+                () = self.clock.sleep_until(next) => self.settle(partitions).await?,
             }
         }
         for _ in 0..5 {
-            if !self.settle(partitions).await || self.pending.is_empty() {
-                return;
+            self.settle(partitions).await?;
+            if self.pending.is_empty() {
+                break;
             }
             self.clock.sleep(REPEAT).await;
         }
+        Ok(())
     }
 
-    /// Collects and commits; false where the session cannot commit any more.
-    async fn settle(&mut self, partitions: &[Partition]) -> bool {
+    /// Collects and commits.
+    async fn settle(&mut self, partitions: &[Partition]) -> Result<(), LogError> {
         self.take_answers(COLLECT).await;
         self.ask(partitions);
         self.take_answers(COLLECT).await;
-        match self.commit().await {
-            Ok(()) => true,
-            Err(error) => {
-                events::commit_failed(self.settings.stage, &error);
-                false
-            }
-        }
+        self.commit().await
     }
 
     fn forget(&mut self, partitions: &[Partition]) {

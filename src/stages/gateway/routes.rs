@@ -4,14 +4,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, BodyDataStream};
 use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use flate2::read::MultiGzDecoder;
+use futures_util::StreamExt;
 
 use crate::clock::Clock;
 use crate::control::Current;
@@ -24,6 +25,8 @@ use super::{Admission, auth, cors};
 
 /// What a client is told to wait, in seconds, when the log does not take events.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
+/// Of a refused body so much is still taken; a client that sends more has to bear a broken connection.
+const DISCARD: usize = 16 << 20;
 /// Bodies above it are parsed off the async threads: it would take longer than half a millisecond.
 const LARGE: usize = 128 * 1024;
 
@@ -101,7 +104,13 @@ impl Drop for Open {
 
 async fn take<P: Publisher>(gateway: &Gateway<P>, call: Call, request: Request) -> Result<(), Refusal> {
     let (parts, body) = request.into_parts();
-    let source = auth::source(&parts.headers, &gateway.workspace.get())?;
+    let source = match auth::source(&parts.headers, &gateway.workspace.get()) {
+        Ok(source) => source,
+        Err(refusal) => {
+            discard(body.into_data_stream()).await;
+            return Err(refusal);
+        }
+    };
     let body = read_body(body, &parts.headers).await?;
     let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| *peer);
     let run = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok()).filter(|id| !id.is_empty());
@@ -137,15 +146,17 @@ async fn take<P: Publisher>(gateway: &Gateway<P>, call: Call, request: Request) 
 
 /// The body, inflated where it is compressed; never more of it in memory than is allowed.
 async fn read_body(body: Body, headers: &HeaderMap) -> Result<Bytes, Refusal> {
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    if announced.is_some_and(|length| length > MAX_BODY) {
-        return Err(Refusal::TooLarge);
+    let mut raw = BytesMut::new();
+    let mut chunks = body.into_data_stream();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|_| Refusal::UnreadableBody)?;
+        if raw.len() + chunk.len() > MAX_BODY {
+            discard(chunks).await;
+            return Err(Refusal::TooLarge);
+        }
+        raw.extend_from_slice(&chunk);
     }
-    let raw = to_bytes(body, MAX_BODY).await.map_err(|error| {
-        let is_limit =
-            std::error::Error::source(&error).is_some_and(|cause| cause.to_string().contains("length limit"));
-        if is_limit { Refusal::TooLarge } else { Refusal::UnreadableBody }
-    })?;
+    let raw = raw.freeze();
     match headers.get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes) {
         Some(encoding) if encoding.eq_ignore_ascii_case(b"gzip") => {
             if raw.len() <= LARGE / 8 {
@@ -154,6 +165,17 @@ async fn read_body(body: Body, headers: &HeaderMap) -> Result<Bytes, Refusal> {
             tokio::task::spawn_blocking(move || inflate(&raw)).await.map_err(|_| Refusal::UnreadableBody)?
         }
         _ => Ok(raw),
+    }
+}
+
+/// Takes the rest of a body that nobody wants. A client that is still sending when the connection closes sees a broken
+/// connection in place of the answer, and sends everything again.
+async fn discard(mut rest: BodyDataStream) {
+    let mut left = DISCARD;
+    while let Some(Ok(chunk)) = rest.next().await
+        && left > chunk.len()
+    {
+        left -= chunk.len();
     }
 }
 

@@ -121,6 +121,8 @@ impl Lanes {
             let cost = cost(key);
             if state.deficit < cost {
                 state.deficit += QUANTUM;
+                // Whoever is refused may be looked at again on the way: only a whole round of refusals counts.
+                refused = 0;
                 self.turns.rotate_left(1);
                 continue;
             }

@@ -117,7 +117,8 @@ impl World {
     }
 
     fn start(&mut self, state: &mut PartitionState) {
-        match state.next_start(&self.permits) {
+        let can_fetch = self.random.random_bool(0.7);
+        match state.next_start(&self.permits, can_fetch) {
             Some(Start::Attempt { key, record, permit }) => {
                 self.check_order(&record);
                 self.in_flight.push((key, record.offset, permit));
