@@ -9,18 +9,24 @@ pub enum Output {
     Json,
 }
 
+/// Prints a line; false where nobody reads any more (`| head`).
+pub fn line(text: &str) -> bool {
+    use std::io::Write;
+    writeln!(std::io::stdout().lock(), "{text}").is_ok()
+}
+
 /// Prints rows with aligned columns.
 pub fn table(head: &[&str], rows: &[Vec<String>]) {
     let width = |column: usize| {
         rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
     };
     let widths: Vec<usize> = head.iter().enumerate().map(|(n, title)| width(n).max(title.chars().count())).collect();
-    let line = |cells: &mut dyn Iterator<Item = &str>| {
+    let row_of = |cells: &mut dyn Iterator<Item = &str>| {
         let padded: Vec<String> = cells.zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        println!("{}", padded.join("  ").trim_end());
+        line(padded.join("  ").trim_end());
     };
-    line(&mut head.iter().copied());
+    row_of(&mut head.iter().copied());
     for row in rows {
-        line(&mut row.iter().map(String::as_str));
+        row_of(&mut row.iter().map(String::as_str));
     }
 }

@@ -3,7 +3,7 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::output::Output;
+use super::output::{Output, line};
 use super::{ConfigArgs, Usage, signalled};
 use crate::app::open::AnyLog;
 use crate::clock::Clock;
@@ -65,7 +65,8 @@ impl Tail {
         loop {
             tokio::select! {
                 record = printed.recv() => match record {
-                    Some(record) => self.print(&record),
+                    Some(record) if self.print(&record) => {}
+                    Some(_) => return Ok(()),
                     None => break,
                 },
                 Some(ended) = tasks.join_next() => ended??,
@@ -78,29 +79,30 @@ impl Tail {
         Ok(())
     }
 
-    fn print(&self, record: &Record) {
+    /// False where nobody reads any more.
+    fn print(&self, record: &Record) -> bool {
         let text = |bytes: &bytes::Bytes| String::from_utf8_lossy(bytes).into_owned();
         let key = record.key.as_ref().map(text);
         let value = record.value.as_ref().map(|value| show(&self.topic, value));
         match self.output {
-            Output::Table => println!(
+            Output::Table => line(&format!(
                 "{}/{}  {}  {}  {}",
                 record.partition,
                 record.offset,
                 record.timestamp,
                 key.as_deref().unwrap_or("-"),
                 value.map_or_else(|| "(tombstone)".to_owned(), |value| value.to_string())
-            ),
+            )),
             Output::Json => {
                 let headers: Vec<Value> =
                     record.headers.iter().map(|(name, value)| json!({"name": name, "value": text(value)})).collect();
-                println!(
-                    "{}",
-                    json!({
+                line(
+                    &json!({
                         "topic": self.topic, "partition": record.partition.0, "offset": record.offset.to_string(),
                         "timestamp": record.timestamp.to_string(), "key": key, "headers": headers, "value": value,
                     })
-                );
+                    .to_string(),
+                )
             }
         }
     }

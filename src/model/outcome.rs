@@ -11,8 +11,6 @@ pub enum Reason {
     Panicked,
     /// Its source is not in the workspace configuration.
     UnknownSource,
-    /// Its source is switched off.
-    SourceDisabled,
     /// Its destination is not in the workspace configuration, or is switched off.
     DestinationGone,
     /// No enabled destination wants it (`integrations`, connections).
@@ -34,11 +32,10 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 13] = [
+    pub const ALL: [Reason; 12] = [
         Reason::Unreadable,
         Reason::Panicked,
         Reason::UnknownSource,
-        Reason::SourceDisabled,
         Reason::DestinationGone,
         Reason::NoDestination,
         Reason::MessageType,
@@ -55,7 +52,6 @@ impl Reason {
             Reason::Unreadable => "unreadable",
             Reason::Panicked => "panicked",
             Reason::UnknownSource => "unknown_source",
-            Reason::SourceDisabled => "source_disabled",
             Reason::DestinationGone => "destination_gone",
             Reason::NoDestination => "no_destination",
             Reason::MessageType => "message_type",
