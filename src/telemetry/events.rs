@@ -9,6 +9,10 @@ use crate::telemetry::metrics::metrics;
 
 /// Partitions came or went.
 pub fn rebalanced(stage: &str, kind: &'static str, partitions: &[Partition]) {
+    if partitions.is_empty() {
+        // Every member hears of every rebalance, most of which are about others.
+        return;
+    }
     let numbers: Vec<u32> = partitions.iter().map(|partition| partition.0).collect();
     info!(stage, kind, partitions = ?numbers, "partitions changed hands");
     metrics().rebalances.with_label_values(&[stage, kind]).inc_by(partitions.len() as u64);

@@ -98,7 +98,11 @@ impl Rebalances {
                 }
                 _ => None,
             };
-            let from = position.as_ref().map_or(RawOffset::Beginning, |position| convert::raw_offset(position.offset));
+            // Always a number: a seek is forgotten while the client is looking up where the log begins.
+            let from = match &position {
+                Some(position) => convert::raw_offset(position.offset),
+                None => RawOffset::Offset(consumer.fetch_watermarks(&self.topic, element.partition(), COORDINATOR)?.0),
+            };
             start.add_partition_offset(element.topic(), element.partition(), from)?;
             let epoch = Epoch(EPOCHS.fetch_add(1, Ordering::Relaxed) as u64);
             let partition = Partition(element.partition().max(0) as u32);
@@ -201,6 +205,8 @@ pub struct Limits {
 /// What the thread has been told about its partitions.
 #[derive(Default)]
 struct Reading {
+    /// Where to read, and whether to resume then: a seek fails until fetching has started.
+    seeks: BTreeMap<Partition, (Offset, bool)>,
     /// Resumed by the runtime; the others are paused, as they are assigned.
     resumed: BTreeSet<Partition>,
     /// Some position lies outside the log.
@@ -235,16 +241,18 @@ pub fn run(consumer: &BaseConsumer<Rebalances>, commands: &Receiver<Command>, li
             Err(false) if full => continue,
             Err(false) => {}
         }
+        reading.seek_pending(consumer, &context);
         reading.resume_at_earliest(consumer, &context);
-        reading.outside |= fill_batch(consumer, &context, limits);
+        let wait = if reading.seeks.is_empty() { POLL } else { Duration::from_millis(5) };
+        reading.outside |= fill_batch(consumer, &context, limits, wait);
         context.hand_over();
     }
 }
 
 /// Polls until the batch is full or nothing is there; true where a position lies outside the log.
-fn fill_batch(consumer: &BaseConsumer<Rebalances>, context: &Rebalances, limits: &Limits) -> bool {
+fn fill_batch(consumer: &BaseConsumer<Rebalances>, context: &Rebalances, limits: &Limits, wait: Duration) -> bool {
     let (records, bytes) = (limits.records.load(Ordering::Relaxed), limits.bytes.load(Ordering::Relaxed));
-    let (mut count, mut size, mut wait) = (0, 0, POLL);
+    let (mut count, mut size, mut wait) = (0, 0, wait);
     while count < records && size < bytes {
         match consumer.poll(wait) {
             None => return false,
@@ -283,25 +291,54 @@ impl Reading {
         };
         match command {
             Command::Seek(partition, epoch, to) => {
-                if current(&(partition, epoch)).is_some()
-                    && let Err(error) = self.reassign(consumer, context, partition, convert::raw_offset(to))
-                {
-                    context.tell(Err(LogError::fenced(format!(
-                        "partition {partition} cannot be read from {to}: {error}"
-                    ))));
+                if current(&(partition, epoch)).is_some() {
+                    self.seeks.insert(partition, (to, false));
                 }
             }
             Command::Pause(partitions) => {
                 let partitions: Vec<Partition> = partitions.iter().filter_map(current).collect();
-                self.resumed.retain(|partition| !partitions.contains(partition));
+                for partition in &partitions {
+                    self.resumed.remove(partition);
+                    if let Some((_, resume)) = self.seeks.get_mut(partition) {
+                        *resume = false;
+                    }
+                }
                 switch(consumer, context, &partitions, false);
             }
             Command::Resume(partitions) => {
-                let partitions: Vec<Partition> = partitions.iter().filter_map(current).collect();
-                self.resumed.extend(&partitions);
-                switch(consumer, context, &partitions, true);
+                // A partition that is still to be sought is resumed after that.
+                let mut now = Vec::new();
+                for partition in partitions.iter().filter_map(current) {
+                    self.resumed.insert(partition);
+                    match self.seeks.get_mut(&partition) {
+                        Some((_, resume)) => *resume = true,
+                        None => now.push(partition),
+                    }
+                }
+                switch(consumer, context, &now, true);
             }
             Command::Close(_) => {}
+        }
+    }
+
+    /// A seek fails until fetching has started: it is tried again until it succeeds or the partition is gone.
+    fn seek_pending(&mut self, consumer: &BaseConsumer<Rebalances>, context: &Rebalances) {
+        self.seeks.retain(|partition, _| context.owned().contains_key(partition));
+        let mut done = Vec::new();
+        for (partition, (to, resume)) in &self.seeks {
+            let number = convert::partition(*partition);
+            match consumer.seek(&context.topic, number, convert::raw_offset(*to), Duration::from_millis(500)) {
+                Ok(()) => {
+                    if *resume {
+                        switch(consumer, context, &[*partition], true);
+                    }
+                    done.push(*partition);
+                }
+                Err(error) => tracing::debug!(%error, partition = number, "seek is not possible yet"),
+            }
+        }
+        for partition in done {
+            self.seeks.remove(&partition);
         }
     }
 
@@ -336,8 +373,7 @@ impl Reading {
         self.outside = unclear;
     }
 
-    /// Reads a partition from another offset. `seek` is not used: it fails until fetching has started, and where the first
-    /// offset is still being looked up it is forgotten.
+    /// Reads a partition from another offset where the client has stopped fetching it: a seek would fail for ever.
     fn reassign(
         &self,
         consumer: &BaseConsumer<Rebalances>,

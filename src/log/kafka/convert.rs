@@ -62,8 +62,6 @@ pub fn offset(raw: i64) -> Offset {
 
 pub fn raw_offset(offset: Offset) -> RawOffset {
     match i64::try_from(offset.raw()) {
-        // Before every record: wherever the log begins now.
-        Ok(0) => RawOffset::Beginning,
         Ok(raw) => RawOffset::Offset(raw),
         Err(_) => RawOffset::End,
     }

@@ -5,7 +5,7 @@
 //!
 //! What this adapter settles for the engine, each point seen on a real broker:
 //! - every delivery report is awaited before `commit_transaction` is called: its own flush waits 100 ms otherwise;
-//! - reading from elsewhere assigns the partition anew instead of seeking, which a client still looking up offsets forgets;
+//! - it is assigned with numbers only, and sought only where it has to be: a seek is forgotten while an offset is looked up;
 //! - an assignment is answered at once, paused and with explicit offsets, since until then *all* partitions stand still;
 //! - a commit takes the group's metadata under the same lock under which partitions are lost, so that a member which has
 //!   rejoined cannot commit for what it lost;

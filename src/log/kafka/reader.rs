@@ -118,9 +118,8 @@ fn run(
             (seek, waited) = (number, None);
             pending.clear();
             let mut list = TopicPartitionList::new();
-            let assigned = list
-                .add_partition_offset(&place.0, place.1, convert::raw_offset(to))
-                .and_then(|()| consumer.assign(&list));
+            let assigned =
+                list.add_partition_offset(&place.0, place.1, start(to)).and_then(|()| consumer.assign(&list));
             pending.extend(assigned.err().map(|error| Err(convert::error(error))));
         }
         if brings.is_closed() {
@@ -137,6 +136,11 @@ fn run(
             Err(_) => waited = orders.recv_timeout(FULL).ok(),
         }
     }
+}
+
+/// From the start means: wherever the log begins now.
+fn start(from: Offset) -> rdkafka::Offset {
+    if from == Offset::START { rdkafka::Offset::Beginning } else { convert::raw_offset(from) }
 }
 
 fn fill(consumer: &BaseConsumer) -> Vec<Result<Read, LogError>> {

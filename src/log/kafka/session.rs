@@ -9,7 +9,7 @@ use std::time::Duration;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::log::{Commit, Guarantee, Limit, LogError, Member, Polled, Session};
+use crate::log::{Assignment, Commit, Guarantee, Limit, LogError, Member, Polled, Session};
 use crate::model::record::{Epoch, Offset, Partition};
 
 use super::config::KafkaConfig;
@@ -29,6 +29,8 @@ pub struct KafkaSession {
     limits: Arc<Limits>,
     /// Which epoch of a partition this session has been told of: what a command is about.
     epochs: BTreeMap<Partition, Epoch>,
+    /// Where each partition was assigned, until it is sought or read.
+    starts: BTreeMap<Partition, Offset>,
     /// How often partitions were revoked; the next poll says that the last of these are released.
     revokes: u64,
     owes_release: bool,
@@ -76,7 +78,15 @@ impl KafkaSession {
         })?;
         has_joined.await.map_err(|_| LogError::transient("the kafka client ended"))??;
         let ends = consume::Ends { commands, released, polled };
-        Ok(Self { ends, orders, limits, epochs: BTreeMap::new(), revokes: 0, owes_release: false })
+        Ok(Self {
+            ends,
+            orders,
+            limits,
+            epochs: BTreeMap::new(),
+            starts: BTreeMap::new(),
+            revokes: 0,
+            owes_release: false,
+        })
     }
 
     fn with_epochs(&self, partitions: &[Partition]) -> Vec<(Partition, Epoch)> {
@@ -101,7 +111,13 @@ impl Session for KafkaSession {
         let polled = self.ends.polled.recv().await;
         let polled = polled.unwrap_or_else(|| Err(LogError::fenced("the kafka consumer has ended")))?;
         match &polled {
-            Polled::Assigned(given) => self.epochs.extend(given.iter().map(|given| (given.partition, given.epoch))),
+            Polled::Assigned(given) => {
+                for Assignment { partition, epoch, committed } in given {
+                    self.epochs.insert(*partition, *epoch);
+                    let start = committed.as_ref().map_or(Offset::START, |committed| committed.offset);
+                    self.starts.insert(*partition, start);
+                }
+            }
             Polled::Revoked(_) => {
                 self.revokes += 1;
                 self.owes_release = true;
@@ -113,6 +129,10 @@ impl Session for KafkaSession {
     }
 
     fn seek(&mut self, partition: Partition, to: Offset) -> Result<(), LogError> {
+        // It was assigned there: nothing is to be done, and nothing can go wrong.
+        if self.starts.remove(&partition) == Some(to) {
+            return Ok(());
+        }
         self.epochs.get(&partition).map_or(Ok(()), |epoch| self.command(Command::Seek(partition, *epoch, to)))
     }
 
