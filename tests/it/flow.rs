@@ -42,14 +42,17 @@ async fn events_arrive_once_and_in_order_on_kafka() {
     assert_clean(&report, 20_000);
 }
 
+/// How long a killed process stays away: the fault itself, not a wait for anything.
+const OUTAGE: Duration = Duration::from_secs(1);
+
 /// Kills with -9 while events flow and starts again a second later.
 async fn survive_kills(flow: Flow, parts: &[&str]) {
     let mut running = flow.start_all().await;
     let load = flow.load(&["--events", "6000", "--rate", "500", "--users", "200"]);
     for (n, part) in parts.iter().enumerate() {
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        running[0].takes(500.0).await;
         running[n].kill();
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        tokio::time::sleep(OUTAGE).await;
         running[n] = flow.start(part, &format!("{part}-1"));
         running[n].ready().await;
     }
@@ -84,7 +87,7 @@ async fn a_second_instance_takes_over_what_a_killed_one_owned() {
         process.ready().await;
     }
     let load = flow.load(&["--events", "6000", "--rate", "400", "--users", "200"]);
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    first[0].takes(800.0).await;
     first[1].kill();
     first[2].kill();
     let report = load.report().await;
@@ -109,7 +112,7 @@ async fn sigterm_under_load_drains_and_repeats_nothing() {
     for (flow, part) in [(Flow::embedded(), "all"), (Flow::on_kafka(), "router")] {
         let mut running = flow.start_all().await;
         let load = flow.load(&["--events", "4000", "--rate", "500", "--users", "200", "--sink-delay", "20"]);
-        tokio::time::sleep(Duration::from_secs(3)).await;
+        running[0].takes(800.0).await;
         let last = running.len() - 1;
         running[last].terminate();
         let status = running[last].ended(Duration::from_secs(20)).await;
@@ -125,9 +128,9 @@ async fn sigterm_under_load_drains_and_repeats_nothing() {
 async fn a_broker_that_goes_away_costs_503_and_nothing_else() {
     let broker = Broker::start();
     let flow = Flow::on_kafka_at(&broker.address());
-    let _running = flow.start_all().await;
+    let running = flow.start_all().await;
     let load = flow.load(&["--events", "4000", "--rate", "300", "--users", "100", "--patience", "90"]);
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    running[0].takes(800.0).await;
     broker.run("kill");
     let client = reqwest::Client::new();
     eventually("the edge answers 503", Duration::from_secs(40), async || {

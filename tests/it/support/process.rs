@@ -64,6 +64,24 @@ impl Process {
         }
     }
 
+    /// Waits until this gateway has taken so many more events: the load is under way.
+    pub async fn takes(&self, events: f64) {
+        let url = format!("http://127.0.0.1:{}/metrics", self.admin);
+        let taken = async || {
+            let page = match reqwest::get(&url).await {
+                Ok(answer) => answer.text().await.unwrap_or_default(),
+                Err(_) => String::new(),
+            };
+            let counters = page.lines().filter(|line| line.starts_with("laneway_gateway_events_total{"));
+            counters.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>()
+        };
+        let (goal, until) = (taken().await + events, Instant::now() + Duration::from_secs(60));
+        while taken().await < goal {
+            assert!(Instant::now() < until, "the gateway takes nothing:\n{}", self.said());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// What it has printed so far.
     pub fn said(&self) -> String {
         std::fs::read_to_string(&self.output).unwrap_or_default()

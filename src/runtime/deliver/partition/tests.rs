@@ -179,11 +179,11 @@ impl World {
             return;
         }
         for output in self.pending.drain(..) {
-            match (output.topic == Topic::PROGRESS_ROUTER, output.key, output.value) {
-                (false, ..) => self.dead_letters += 1,
-                (true, Some(key), Some(value)) => drop(self.stored.insert(key, value)),
-                (true, Some(key), None) => drop(self.stored.remove(&key)),
-                (true, None, _) => panic!("progress has keys"),
+            let key = output.key.expect("everything that is written has a key");
+            match (output.topic == Topic::PROGRESS_ROUTER, output.value) {
+                (false, _) => self.dead_letters += 1,
+                (true, Some(value)) => drop(self.stored.insert(key, value)),
+                (true, None) => drop(self.stored.remove(&key)),
             }
         }
         if let Some(position) = self.position.take() {
