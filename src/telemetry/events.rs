@@ -57,6 +57,12 @@ pub fn progress_missing(stage: &str, partition: Partition) {
     );
 }
 
+/// Offsets of a transaction that nobody decides any more; those before it are used.
+pub fn hanging_transaction(topic: &str) {
+    error!(topic, "a former owner's transaction is neither committed nor aborted; its offsets are passed over");
+    metrics().hanging.with_label_values(&[topic]).inc();
+}
+
 /// A partition begins or ends waiting on purpose.
 pub fn waiting(stage: &str, partition: Partition, reason: &'static str, begins: bool) {
     if begins {

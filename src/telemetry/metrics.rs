@@ -67,6 +67,7 @@ catalogue! {
     restored_bytes: IntCounterVec "laneway_runtime_restored_bytes_total" ["stage"] "Progress read to restore partitions, in bytes.";
     restore_seconds: HistogramVec "laneway_runtime_restore_seconds" ["stage"] "Time to restore a partition, in seconds.";
     sessions: IntCounterVec "laneway_runtime_sessions_total" ["stage", "cause"] "Sessions opened: start, transient or fenced.";
+    hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Assignments that passed over offsets of a transaction which the broker left undecided.";
     config_loads: IntCounterVec "laneway_control_workspace_loads_total" ["result"] "Workspace configurations read: applied, unchanged or refused.";
 }
 

@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
@@ -13,9 +14,11 @@ use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 use rdkafka::types::RDKafkaRespErr;
 use tokio::sync::mpsc;
 
+use crate::clock::Clock;
 use crate::log::{Assignment, Committed, LogError, Polled};
 use crate::model::record::{Epoch, Offset, Partition, Record};
 
+use super::config::TRANSACTION_TIMEOUT;
 use super::convert;
 
 /// A poll waits so long; a command waits at most so long to be noticed.
@@ -24,6 +27,8 @@ const POLL: Duration = Duration::from_millis(50);
 const FULL: Duration = Duration::from_millis(2);
 /// Requests to the group coordinator made inside a rebalance.
 const COORDINATOR: Duration = Duration::from_secs(10);
+/// After so long no transaction is open any more: its time-out, and the broker's search for those that are over it (10 s).
+const UNDECIDED: Duration = TRANSACTION_TIMEOUT.saturating_add(Duration::from_secs(10));
 
 /// Epochs are given by the process, so that they differ over sessions.
 static EPOCHS: AtomicUsize = AtomicUsize::new(1);
@@ -51,6 +56,8 @@ pub struct Rebalances {
     revokes: AtomicUsize,
     revoke_wait: Duration,
     closing: AtomicBool,
+    /// A client of the group that is told of decided offsets only.
+    decided: ClientConfig,
 }
 
 impl Rebalances {
@@ -60,10 +67,11 @@ impl Rebalances {
         owned: Owned,
         released: Receiver<u64>,
         revoke_wait: Duration,
+        decided: ClientConfig,
     ) -> Self {
         let (batch, released) = (Mutex::default(), Mutex::new(released));
         let (revokes, closing) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Self { topic, polled, batch, owned, released, revokes, revoke_wait, closing }
+        Self { topic, polled, batch, owned, released, revokes, revoke_wait, closing, decided }
     }
 
     fn batch(&self) -> MutexGuard<'_, Vec<Record>> {
@@ -116,17 +124,33 @@ impl Rebalances {
     }
 
     /// Stable offsets only: librdkafka waits for transactions that are about to decide (`require_stable`).
+    ///
+    /// A transaction lives for [`TRANSACTION_TIMEOUT`], so an offset that is not stable after [`UNDECIDED`] never will be: a
+    /// broker that was killed can leave a transaction's offsets without their marker. Then what was committed before it
+    /// counts. Had it been committed after all, its progress does not fit that offset, and the runtime reads on from there:
+    /// repeats are possible, loss is not.
     fn committed(
         &self,
         consumer: &BaseConsumer<Self>,
         of: &TopicPartitionList,
     ) -> Result<TopicPartitionList, KafkaError> {
+        let began = Clock::system().instant();
         loop {
             match consumer.committed_offsets(of.clone(), COORDINATOR).and_then(all_known) {
                 Err(error) if !self.polled.is_closed() => {
                     tracing::warn!(%error, "committed offsets are not to be had yet, asking again");
                 }
                 answer => return answer,
+            }
+            if began.elapsed() >= UNDECIDED {
+                let decided: Result<BaseConsumer, _> = self.decided.create();
+                match decided.and_then(|client| client.committed_offsets(of.clone(), COORDINATOR)).and_then(all_known) {
+                    Ok(found) => {
+                        crate::telemetry::events::hanging_transaction(&self.topic);
+                        return Ok(found);
+                    }
+                    Err(error) => tracing::warn!(%error, "nor are those committed before"),
+                }
             }
         }
     }

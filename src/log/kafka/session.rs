@@ -46,7 +46,8 @@ impl KafkaSession {
         let topic = config.topic(&member.topic);
         // Beyond the drain there must be time for the commit that follows it.
         let wait = member.revoke_drain + Duration::from_secs(5);
-        let context = Rebalances::new(topic.clone(), polled_in, Arc::clone(&owned), released_in, wait);
+        let decided = config.observer(&member.group, "read_uncommitted");
+        let context = Rebalances::new(topic.clone(), polled_in, Arc::clone(&owned), released_in, wait, decided);
         let consumer: BaseConsumer<Rebalances> =
             config.consumer(&member).create_with_context(context).map_err(convert::error)?;
         let producer: TransactionalProducer =
