@@ -114,6 +114,21 @@ impl Clock {
         Instant::now()
     }
 
+    /// Time since some fixed point, which goes on while the machine or the process is suspended.
+    pub fn uptime(&self) -> Duration {
+        match &self.0 {
+            #[cfg(target_os = "linux")]
+            Kind::System => {
+                let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+                Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0))
+            }
+            #[cfg(not(target_os = "linux"))]
+            Kind::System => Duration::from_micros(self.now().micros().try_into().unwrap_or(0)),
+            // Not zero: that is before everything.
+            Kind::Derived { at, .. } => at.elapsed() + Duration::from_secs(1),
+        }
+    }
+
     #[allow(clippy::disallowed_methods, reason = "see now")]
     pub async fn sleep(&self, time: Duration) {
         tokio::time::sleep(time).await;

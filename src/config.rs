@@ -12,7 +12,7 @@ use toml::{Table, Value};
 pub const DEFAULTS: &str = include_str!("../deploy/laneway.toml");
 const PREFIX: &str = "LANEWAY_";
 /// Sections whose keys are the user's own.
-const FREE: [&str; 1] = ["log.kafka.properties"];
+const FREE: [&str; 2] = ["log.kafka.properties", "router.destinations"];
 
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
@@ -122,6 +122,26 @@ pub struct Router {
     #[serde(deserialize_with = "duration")]
     pub retry_window: Duration,
     pub retry_min_attempts: u32,
+    /// By destination type or id.
+    pub destinations: std::collections::BTreeMap<String, DestinationRules>,
+}
+
+/// What is different for a destination, or a type of destinations.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DestinationRules {
+    pub ordered: Option<bool>,
+    /// Requests per second over the whole cluster.
+    pub rate: Option<f64>,
+    /// Requests at a time over the whole cluster.
+    pub concurrency: Option<usize>,
+    #[serde(default, deserialize_with = "some_duration")]
+    pub retry_first: Option<Duration>,
+    #[serde(default, deserialize_with = "some_duration")]
+    pub retry_cap: Option<Duration>,
+    #[serde(default, deserialize_with = "some_duration")]
+    pub retry_window: Option<Duration>,
+    pub retry_min_attempts: Option<u32>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -238,7 +258,7 @@ fn set(table: &mut Table, key: &str, value: Value) {
     let (first, rest) = key.split_once('.').unwrap_or((key, ""));
     if rest.is_empty() {
         table.insert(first.to_owned(), value);
-    } else if let Some(Value::Table(inner)) = table.get_mut(first) {
+    } else if let Value::Table(inner) = table.entry(first.to_owned()).or_insert_with(|| Value::Table(Table::new())) {
         set(inner, rest, value);
     }
 }
@@ -281,6 +301,10 @@ fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(input)?;
     let parsed = text.parse::<jiff::SignedDuration>().ok().and_then(|span| Duration::try_from(span).ok());
     parsed.ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration such as 500ms, 10s or 3h")))
+}
+
+fn some_duration<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Duration>, D::Error> {
+    duration(input).map(Some)
 }
 
 fn size<'de, D: Deserializer<'de>>(input: D) -> Result<usize, D::Error> {
@@ -359,6 +383,18 @@ mod tests {
         assert!(!message("[log.kafka.properties]\n\"sasl.password\" = \"hunter2", &[]).contains("hunter2"));
         let flag = load("", &[], &[("log.bakend", "kafka".into())]).unwrap_err().to_string();
         assert!(flag.contains("the nearest is log.backend"), "{flag}");
+    }
+
+    #[test]
+    fn destinations_have_rules_of_their_own() {
+        let file = "[router.destinations.WEBHOOK]\nrate = 0.5\nretry_window = \"1m\"\n\
+                    [router.destinations.d1]\nordered = false\nconcurrency = 3";
+        let rules = load(file, &[], &[]).expect("valid").router.destinations;
+        let (webhook, one) = (&rules["WEBHOOK"], &rules["d1"]);
+        assert_eq!((webhook.rate, webhook.retry_window), (Some(0.5), Some(Duration::from_secs(60))));
+        assert_eq!((one.ordered, one.concurrency, one.rate), (Some(false), Some(3), None));
+        let wrong = load("[router.destinations.d1]\nrat = 1", &[], &[]).unwrap_err().to_string();
+        assert!(wrong.contains("rat"), "{wrong}");
     }
 
     #[test]

@@ -12,14 +12,14 @@ use tokio::net::TcpListener;
 
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::control::Current;
+use crate::control::{Current, commands};
 use crate::delivery::http::{Client, ClientSettings, Guard};
 use crate::log::partitioner::Placement;
 use crate::log::topic::Topics;
 use crate::log::{Admin, Backend, Member};
-use crate::model::id::InstanceId;
+use crate::model::id::{DestinationType, InstanceId};
 use crate::model::record::Topic;
-use crate::runtime::deliver::{Bounds, DeliverSettings, DeliverWork, Permits, RetryPolicy};
+use crate::runtime::deliver::{Bounds, Deliver, DeliverSettings, DeliverWork, Destinations, RetryPolicy, Rules};
 use crate::runtime::driver;
 use crate::runtime::failure::FailureTopic;
 use crate::runtime::shutdown::Shutdown;
@@ -27,7 +27,7 @@ use crate::runtime::supervisor::Supervisor;
 use crate::runtime::transform::TransformWork;
 use crate::stages::gateway::{self, Admission, Gateway, GatewaySettings};
 use crate::stages::processor::Processor;
-use crate::stages::router::Router;
+use crate::stages::router::{Configured, Router};
 use crate::telemetry::server::{self, Readiness};
 
 /// A part of the flow that a process can run.
@@ -135,7 +135,7 @@ pub async fn run<B: Backend>(
         start_processor(&parts, &placements, &readiness, &mut supervisor);
     }
     if stages.contains(&Stage::Router) {
-        start_router(&parts, &placements, &readiness, &mut supervisor)?;
+        start_router(&parts, &placements, &readiness, &mut supervisor).await?;
     }
     starting.set(true);
     let ended = supervisor.join().await;
@@ -228,7 +228,7 @@ fn start_processor<B: Backend>(
     supervisor.start("processor", running);
 }
 
-fn start_router<B: Backend>(
+async fn start_router<B: Backend>(
     parts: &Parts<B>,
     placements: &Placements,
     readiness: &Readiness,
@@ -244,29 +244,28 @@ fn start_router<B: Backend>(
         client: Client::new(client, parts.clock.clone()).context("the HTTP client")?,
         workspace: parts.workspace.clone(),
         clock: parts.clock.clone(),
+        rules: rules(router.clone()),
     };
     let deliver = DeliverSettings {
         input: Topic::DELIVERIES,
         progress: Topic::PROGRESS_ROUTER,
         failures: failures(placements, Stage::Router, Topic::DELIVERIES, Topic::DEAD_LETTERS),
-        retry: RetryPolicy {
-            first: router.retry_first,
-            cap: router.retry_cap,
-            window: router.retry_window,
-            min_attempts: router.retry_min_attempts,
-            ..RetryPolicy::default()
-        },
         bounds: Bounds {
             process_bytes: runtime.process_memory,
             partition_bytes: runtime.partition_memory,
             ..Bounds::default()
         },
         stage: Stage::Router.as_str(),
+        seed: rand::random(),
     };
-    let permits = Permits::new(router.in_flight, router.in_flight_per_destination);
+    let placement = placements[&Topic::DELIVERIES];
+    let destinations = Destinations::new(router.in_flight, router.in_flight_per_destination, placement);
+    let commands = commands::follow(parts.log.clone(), parts.clock.clone()).await.context("the topic control")?;
+    let (stage, clock) = (Arc::new(stage), parts.clock.clone());
+    pause(destinations.clone(), Arc::clone(&stage), commands.clone());
     let running = driver::run(
         parts.log.clone(),
-        Arc::new(DeliverWork::new(parts.log.clone(), stage, deliver, permits, parts.clock.clone())?),
+        Arc::new(DeliverWork::new(parts.log.clone(), stage, deliver, destinations, commands, clock)?),
         settings(parts, Stage::Router, Topic::DELIVERIES),
         parts.clock.clone(),
         parts.shutdown.clone(),
@@ -274,6 +273,45 @@ fn start_router<B: Backend>(
     );
     supervisor.start("router", running);
     Ok(())
+}
+
+/// Keeps the destinations paused that are to be, as long as there is somebody to command it.
+fn pause(destinations: Destinations, stage: Arc<Router>, mut commands: commands::Current) {
+    let apply = move |commands: &commands::Commands| destinations.pause(&commands.paused(), |id| stage.rules(id));
+    // Before the first partition comes.
+    apply(&commands.borrow_and_update());
+    tokio::spawn(async move {
+        while commands.changed().await.is_ok() {
+            apply(&commands.borrow_and_update());
+        }
+    });
+}
+
+/// The rules for a destination: the defaults, what is configured for its type, what is configured for its id.
+fn rules(router: crate::config::Router) -> Configured {
+    Box::new(move |id, kind| {
+        let mut rules = Rules {
+            retry: RetryPolicy {
+                first: router.retry_first,
+                cap: router.retry_cap,
+                window: router.retry_window,
+                min_attempts: router.retry_min_attempts,
+                ..RetryPolicy::default()
+            },
+            ..Rules::default()
+        };
+        for name in kind.map(DestinationType::as_str).into_iter().chain([id.as_str()]) {
+            let Some(own) = router.destinations.get(name) else { continue };
+            rules.ordered = own.ordered.unwrap_or(rules.ordered);
+            rules.rate = own.rate.or(rules.rate);
+            rules.concurrency = own.concurrency.or(rules.concurrency);
+            rules.retry.first = own.retry_first.unwrap_or(rules.retry.first);
+            rules.retry.cap = own.retry_cap.unwrap_or(rules.retry.cap);
+            rules.retry.window = own.retry_window.unwrap_or(rules.retry.window);
+            rules.retry.min_attempts = own.retry_min_attempts.unwrap_or(rules.retry.min_attempts);
+        }
+        rules
+    })
 }
 
 /// Serves until shutdown, then lets open requests end within the budget.

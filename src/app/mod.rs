@@ -3,3 +3,4 @@
 pub mod engine;
 pub mod inbox;
 pub mod open;
+pub mod standing;

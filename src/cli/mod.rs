@@ -1,6 +1,7 @@
 //! The command line: one file for each command.
 
 mod dev;
+mod lanes;
 mod load;
 mod metrics;
 mod output;
@@ -36,6 +37,8 @@ enum Command {
     Publish(publish::Publish),
     /// Follow a topic.
     Tail(tail::Tail),
+    /// What each destination is doing; pause, resume, retry and drain.
+    Lanes(lanes::Lanes),
     /// Send a realistic load to a gateway and, with --sink, be the destination and judge what arrives.
     Load(load::Load),
     /// Print the catalogue of metrics.
@@ -114,6 +117,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Topics(topics) => topics.run().await,
         Command::Publish(publish) => publish.run().await,
         Command::Tail(tail) => tail.run().await,
+        Command::Lanes(lanes) => lanes.run().await,
         Command::Load(load) => load.run().await,
         Command::Metrics(metrics) => metrics.run(),
     }

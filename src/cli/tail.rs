@@ -10,6 +10,7 @@ use crate::clock::Clock;
 use crate::log::embedded::Access;
 use crate::log::{Admin, Backend, Limit, LogError, Read, Reader};
 use crate::model::codec;
+use crate::model::command::Control;
 use crate::model::delivery::{Delivery, Payload};
 use crate::model::event::Event;
 use crate::model::failure::Failure;
@@ -19,7 +20,7 @@ use crate::with_log;
 
 #[derive(Args)]
 pub struct Tail {
-    /// events, deliveries, progress.router, dead-letters or proc-errors.
+    /// events, deliveries, progress.router, control, dead-letters or proc-errors.
     topic: String,
     /// Begin with the earliest record, instead of what comes from now on.
     #[arg(long)]
@@ -158,6 +159,9 @@ fn show(topic: &str, value: &bytes::Bytes) -> Value {
                 "destination": failure.destination, "source": failure.source, "topic": failure.topic.as_str(),
                 "partition": failure.partition.0, "offset": failure.offset.to_string(),
             })
+        }),
+        "control" => codec::decode::<Control>(value).map(|control| {
+            json!({"kind": control.kind, "id": control.id, "version": control.version, "payload": text(&control.payload)})
         }),
         _ => codec::decode::<Progress>(value).map(|progress| json!(format!("{progress:?}"))),
     };

@@ -1,5 +1,6 @@
 //! What the operator has configured: the workspace with its sources and destinations, as every stage sees it.
 
+pub mod commands;
 pub mod file;
 pub mod workspace;
 

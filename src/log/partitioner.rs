@@ -40,6 +40,17 @@ impl Placement {
         }
     }
 
+    /// All partitions that records under the isolation key may go to.
+    pub fn shard_of(&self, isolation_key: &str) -> Vec<Partition> {
+        let numbers = match self.spread {
+            Some(spread) if spread < self.partitions && self.isolate_by != IsolateBy::None => {
+                self.shard(isolation_key, spread)
+            }
+            _ => (0..self.partitions).collect(),
+        };
+        numbers.into_iter().map(Partition).collect()
+    }
+
     fn shard(&self, key: &str, spread: u32) -> Vec<u32> {
         let mut input = prefix(&[key]);
         let mut ranked: Vec<(u64, u32)> = (0..self.partitions).map(|p| (score(&mut input, p), p)).collect();

@@ -68,10 +68,11 @@ pub enum TopicError {
 #[derive(Clone, Debug)]
 pub struct Topics(BTreeMap<String, TopicSpec>);
 
-const COMPILED_IN: [(&str, &str); 5] = [
+const COMPILED_IN: [(&str, &str); 6] = [
     ("events.yaml", include_str!("../../topics/events.yaml")),
     ("deliveries.yaml", include_str!("../../topics/deliveries.yaml")),
     ("progress.yaml", include_str!("../../topics/progress.yaml")),
+    ("control.yaml", include_str!("../../topics/control.yaml")),
     ("dead-letters.yaml", include_str!("../../topics/dead-letters.yaml")),
     ("proc-errors.yaml", include_str!("../../topics/proc-errors.yaml")),
 ];

@@ -2,6 +2,7 @@
 //! everything else is built from these.
 
 pub mod codec;
+pub mod command;
 pub mod delivery;
 pub mod event;
 pub mod failure;

@@ -1,6 +1,8 @@
 //! What an owner writes down about a partition of `deliveries`, so that its successor goes on where it stood
 //! (schemas/progress.avsc). One record per thing that can change; the record key says which.
 
+use std::time::Duration;
+
 use crate::clock::Timestamp;
 use crate::model::id::{DestinationId, User};
 use crate::model::record::{Offset, Partition};
@@ -34,14 +36,65 @@ pub struct PartitionProgress {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drain {
     pub id: String,
-    pub target: String,
+    pub target: Target,
     pub bound: Offset,
 }
 
-/// `l/<partition>/<lane>`: a lane that live reading does not feed.
+/// What an admin's command is about. As text: `destination/<id>`, `user/<destination>/<user>`, `job-run/<id>`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Target {
+    Destination(DestinationId),
+    User(DestinationId, User),
+    JobRun(String),
+}
+
+impl Target {
+    /// Whether a delivery of this destination, user and job run is meant.
+    pub fn covers(&self, destination: &str, user: Option<&str>, job_run: Option<&str>) -> bool {
+        match self {
+            Target::Destination(id) => id.as_str() == destination,
+            Target::User(id, of) => id.as_str() == destination && user == Some(of.as_str()),
+            Target::JobRun(run) => job_run == Some(run.as_str()),
+        }
+    }
+
+    /// Whether deliveries of this destination may be meant.
+    pub fn concerns(&self, destination: &str) -> bool {
+        match self {
+            Target::Destination(id) | Target::User(id, _) => id.as_str() == destination,
+            Target::JobRun(_) => true,
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<Target> {
+        let (kind, rest) = text.split_once('/').filter(|(_, rest)| !rest.is_empty())?;
+        match kind {
+            "destination" => Some(Target::Destination(rest.into())),
+            "user" => rest.split_once('/').map(|(id, user)| Target::User(id.into(), user.into())),
+            "job-run" => Some(Target::JobRun(rest.to_owned())),
+            _ => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Target::Destination(id) => write!(f, "destination/{id}"),
+            Target::User(id, user) => write!(f, "user/{id}/{}", user.as_str()),
+            Target::JobRun(run) => write!(f, "job-run/{run}"),
+        }
+    }
+}
+
+/// `l/<partition>/<lane>`: a detached lane, which live reading does not feed. It covers all of the lane's unfinished records
+/// but those of held keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LaneProgress {
+    pub lane: Lane,
+    /// The oldest unfinished record of the lane, or where its reading goes on.
     pub tail: Offset,
+    /// What is finished, or covered by its keys' marks, at or above `tail`.
     pub done: Vec<Run>,
     pub pending: u64,
     pub pending_bytes: u64,
@@ -53,6 +106,9 @@ pub struct LaneProgress {
 pub struct Head {
     pub offset: Offset,
     pub attempts: u32,
+    /// How much of the retry window is used up. Time in which nothing could be tried (an open breaker, a pause, no owner) is
+    /// not in it.
+    pub spent: Duration,
     pub first_failed_at: Timestamp,
     pub next_try_at: Timestamp,
     pub first_code: u16,
@@ -81,6 +137,15 @@ pub struct Ledger {
     pub filtered: u64,
     pub aborted: u64,
     pub drained: u64,
+    /// The owner's breaker for the destination is open since then.
+    pub open_since: Option<Timestamp>,
+}
+
+impl Ledger {
+    /// Taken and not final.
+    pub fn pending(&self) -> u64 {
+        self.taken.saturating_sub(self.delivered + self.filtered + self.aborted + self.drained)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

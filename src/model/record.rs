@@ -15,6 +15,7 @@ impl Topic {
     pub const EVENTS: Topic = Topic(Cow::Borrowed("events"));
     pub const DELIVERIES: Topic = Topic(Cow::Borrowed("deliveries"));
     pub const PROGRESS_ROUTER: Topic = Topic(Cow::Borrowed("progress.router"));
+    pub const CONTROL: Topic = Topic(Cow::Borrowed("control"));
     pub const PROC_ERRORS: Topic = Topic(Cow::Borrowed("proc-errors"));
     pub const DEAD_LETTERS: Topic = Topic(Cow::Borrowed("dead-letters"));
 

@@ -5,8 +5,10 @@
 //! collected stays here until a commit has succeeded: a failed one is repeated with it, without partitions that were lost, and
 //! nothing is done again.
 
+mod lease;
 mod own;
 mod pending;
+mod watchdog;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -20,6 +22,8 @@ use crate::model::record::{Addressed, Offset, Record};
 use crate::runtime::shutdown::Shutdown;
 use crate::telemetry::events;
 use crate::telemetry::server::Ready;
+
+pub use lease::Lease;
 
 /// Batches that wait in front of a worker. More would be memory without more speed.
 const INBOX_BATCHES: usize = 4;
@@ -54,6 +58,7 @@ pub struct Inbox {
     /// Takes the offset to read from, once, when the worker is ready for records.
     pub ready: oneshot::Sender<Offset>,
     pub bell: Arc<Bell>,
+    pub lease: Arc<Lease>,
 }
 
 /// How a worker gets the driver's attention.
@@ -105,7 +110,9 @@ pub async fn run<B: Backend, W: Work>(
         let joined_at = clock.instant();
         let ended = match opened {
             Ok(session) => {
-                own::Driver::new(session, Arc::clone(&work), &settings, &clock).run(&shutdown, &mut ready).await
+                own::Driver::new(backend.clone(), session, Arc::clone(&work), &settings, &clock)
+                    .run(&shutdown, &mut ready)
+                    .await
             }
             Err(error) => Err(error),
         };

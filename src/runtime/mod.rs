@@ -12,6 +12,7 @@
 pub mod deliver;
 pub mod driver;
 pub mod failure;
+pub mod planted;
 pub mod shutdown;
 pub mod supervisor;
 pub mod transform;

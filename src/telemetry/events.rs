@@ -57,6 +57,32 @@ pub fn progress_missing(stage: &str, partition: Partition) {
     );
 }
 
+/// A destination counts as down from now on, or as up again.
+pub fn breaker(destination: &str, is_open: bool) {
+    if is_open {
+        warn!(destination, "the destination fails: its breaker opens, one probe at a time is sent");
+    } else {
+        info!(destination, "the destination answers again: its breaker closes");
+    }
+    metrics().breaker.with_label_values(&[destination]).set(i64::from(is_open));
+}
+
+/// A lane leaves live reading, or comes back to it.
+pub fn lane_detached(partition: Partition, destination: &str, why: &'static str) {
+    info!(partition = partition.0, destination, why, "lane detached: a cursor will bring its deliveries");
+    metrics().lanes_detached.with_label_values(&[why]).inc();
+}
+
+pub fn lane_attached(partition: Partition, destination: &str) {
+    info!(partition = partition.0, destination, "lane attached again");
+}
+
+/// Live reading stands still although there are records: the session is built anew.
+pub fn stalled(stage: &str, partition: Partition, position: &dyn std::fmt::Display) {
+    error!(stage, partition = partition.0, %position, "reading stands still before records that are there");
+    metrics().stalled.with_label_values(&[stage]).inc();
+}
+
 /// Offsets of a transaction that nobody decides any more; those before it are used.
 pub fn hanging_transaction(topic: &str) {
     error!(topic, "a former owner's transaction is neither committed nor aborted; its offsets are passed over");

@@ -59,6 +59,13 @@ catalogue! {
     lane_pending: IntGaugeVec "laneway_router_pending_deliveries" ["partition"] "Deliveries taken and not final.";
     lane_held: IntGaugeVec "laneway_router_held_keys" ["partition"] "Users whose next delivery waits for a retry, by partition.";
     lane_bytes: IntGaugeVec "laneway_router_window_bytes" ["partition"] "Deliveries kept in memory, in bytes.";
+    lane_detached: IntGaugeVec "laneway_router_detached_lanes" ["partition"] "Lanes that a cursor feeds instead of live reading.";
+    lanes_detached: IntCounterVec "laneway_router_lanes_detached_total" ["reason"] "Lanes detached: bytes, holes, window or down.";
+    parked: IntGaugeVec "laneway_router_parked_keys" ["partition"] "Users part of whose deliveries is only marked, to be read again.";
+    cursors: IntGaugeVec "laneway_router_cursors" ["partition"] "Cursors that read deliveries again for detached lanes and parked users.";
+    scanned_bytes: IntCounterVec "laneway_router_scanned_bytes_total" [] "Read by cursors, in bytes.";
+    fetched: IntCounterVec "laneway_router_fetched_deliveries_total" [] "Deliveries read one by one at their offsets.";
+    breaker: IntGaugeVec "laneway_router_breaker_open" ["destination"] "1 while the destination counts as down.";
     commits: IntCounterVec "laneway_runtime_commits_total" ["stage", "result"] "Commits: ok, or failed and repeated.";
     commit_seconds: HistogramVec "laneway_runtime_commit_seconds" ["stage"] "Time of one commit, in seconds.";
     partitions: IntGaugeVec "laneway_runtime_partitions" ["stage"] "Partitions that this process owns.";
@@ -67,6 +74,7 @@ catalogue! {
     restored_bytes: IntCounterVec "laneway_runtime_restored_bytes_total" ["stage"] "Progress read to restore partitions, in bytes.";
     restore_seconds: HistogramVec "laneway_runtime_restore_seconds" ["stage"] "Time to restore a partition, in seconds.";
     sessions: IntCounterVec "laneway_runtime_sessions_total" ["stage", "cause"] "Sessions opened: start, transient or fenced.";
+    stalled: IntCounterVec "laneway_runtime_stalled_total" ["stage"] "Sessions built anew because reading stood still before records that were there.";
     hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Assignments that passed over offsets of a transaction which the broker left undecided.";
     config_loads: IntCounterVec "laneway_control_workspace_loads_total" ["result"] "Workspace configurations read: applied, unchanged or refused.";
 }

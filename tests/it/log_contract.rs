@@ -139,9 +139,10 @@ impl<B: Backend> Tester<B> {
         Self { session, owned: BTreeMap::new(), positions: BTreeMap::new(), seen: Vec::new() }
     }
 
-    /// Polls once, taking over what it is given and committing what is revoked.
-    async fn step(&mut self) -> Result<(), LogError> {
-        match self.session.poll(LIMIT).await? {
+    /// Polls for a moment, taking over what it is given and committing what is revoked. Only the poll may be cut off.
+    async fn step(&mut self, patience: Duration) -> Result<(), LogError> {
+        let Ok(polled) = tokio::time::timeout(patience, self.session.poll(LIMIT)).await else { return Ok(()) };
+        match polled? {
             Polled::Records(records) => {
                 for record in &records {
                     assert!(self.owned.contains_key(&record.partition), "a record of a partition that is not ours");
@@ -176,8 +177,7 @@ impl<B: Backend> Tester<B> {
         let until = Instant::now() + PATIENCE;
         while !done(self) {
             assert!(Instant::now() < until, "did not happen: {what}; owned {:?}, seen {}", self.owned, self.seen.len());
-            let _ =
-                tokio::time::timeout(Duration::from_millis(300), self.step()).await.map(|step| step.expect("a poll"));
+            self.step(Duration::from_millis(300)).await.expect("a poll");
         }
     }
 
@@ -294,8 +294,7 @@ async fn two_members_share_and_hand_over_without_repeats<B: Backend>(log: B) {
     while first.owned.len() != 2 || second.owned.len() != 2 {
         assert!(Instant::now() < until, "not shared: {:?} {:?}", first.owned, second.owned);
         for tester in [&mut first, &mut second] {
-            let step = tokio::time::timeout(Duration::from_millis(50), tester.step()).await;
-            step.map_or(Ok(()), |step| step).expect("a poll");
+            tester.step(Duration::from_millis(50)).await.expect("a poll");
         }
     }
     numbers(&log, &topic, 4, 400).await;
@@ -303,8 +302,7 @@ async fn two_members_share_and_hand_over_without_repeats<B: Backend>(log: B) {
     while first.seen.len() + second.seen.len() < 800 {
         assert!(Instant::now() < until, "{} + {}", first.seen.len(), second.seen.len());
         for tester in [&mut first, &mut second] {
-            let step = tokio::time::timeout(Duration::from_millis(50), tester.step()).await;
-            step.map_or(Ok(()), |step| step).expect("a poll");
+            tester.step(Duration::from_millis(50)).await.expect("a poll");
         }
     }
     let partitions: BTreeSet<Partition> = first.owned.keys().chain(second.owned.keys()).copied().collect();

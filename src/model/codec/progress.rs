@@ -2,10 +2,14 @@
 //! 64 bits. A list of offsets is the first one and then the steps to the next, a list of runs the steps from end to start and
 //! the lengths, all LEB128: a held key's thousand followers fit in a kilobyte.
 
+use std::time::Duration;
+
 use super::avro::{Reader, Unreadable, Writer};
 use super::{KnownSchema, PROGRESS, Value};
 use crate::clock::Timestamp;
-use crate::model::progress::{Drain, Head, KeyProgress, Lane, LaneProgress, Ledger, PartitionProgress, Progress, Run};
+use crate::model::progress::{
+    Drain, Head, KeyProgress, Lane, LaneProgress, Ledger, PartitionProgress, Progress, Run, Target,
+};
 use crate::model::record::Offset;
 
 impl Value for Progress {
@@ -21,6 +25,7 @@ impl Value for Progress {
             }
             Progress::Lane(lane) => {
                 out.long(1);
+                write_lane(&lane.lane, out);
                 write_offset(lane.tail, out);
                 write_runs(&lane.done, out);
                 out.count(lane.pending);
@@ -37,6 +42,7 @@ impl Value for Progress {
                 for value in [ledger.taken, ledger.delivered, ledger.filtered, ledger.aborted, ledger.drained] {
                     out.count(value);
                 }
+                out.option(ledger.open_since, |out, since| out.long(since.micros()));
             }
         }
     }
@@ -45,6 +51,7 @@ impl Value for Progress {
         Ok(match input.long()? {
             0 => Progress::Partition(read_partition(input)?),
             1 => Progress::Lane(LaneProgress {
+                lane: read_lane(input)?,
                 tail: read_offset(input)?,
                 done: read_runs(input)?,
                 pending: input.count()?,
@@ -60,6 +67,7 @@ impl Value for Progress {
                     filtered: input.count()?,
                     aborted: input.count()?,
                     drained: input.count()?,
+                    open_since: input.option(|input| Ok(Timestamp::from_micros(input.long()?)))?,
                 },
             ),
             other => return input.fail(format!("no branch {other} in progress")),
@@ -76,7 +84,7 @@ fn write_partition(partition: &PartitionProgress, out: &mut Writer) {
     out.boolean(partition.clean_stop);
     out.array(&partition.drains, |out, drain| {
         out.text(&drain.id);
-        out.text(&drain.target);
+        out.text(&drain.target.to_string());
         write_offset(drain.bound, out);
     });
 }
@@ -90,7 +98,7 @@ fn read_partition(input: &mut Reader<'_>) -> Result<PartitionProgress, Unreadabl
         live: read_offset(input)?,
         clean_stop: input.boolean()?,
         drains: input
-            .array(|input| Ok(Drain { id: input.text()?, target: input.text()?, bound: read_offset(input)? }))?,
+            .array(|input| Ok(Drain { id: input.text()?, target: read_target(input)?, bound: read_offset(input)? }))?,
     })
 }
 
@@ -100,6 +108,7 @@ fn write_key(key: &KeyProgress, out: &mut Writer) {
     out.option(key.head.as_ref(), |out, head| {
         write_offset(head.offset, out);
         out.long(i64::from(head.attempts));
+        out.long(i64::try_from(head.spent.as_micros()).unwrap_or(i64::MAX));
         out.long(head.first_failed_at.micros());
         out.long(head.next_try_at.micros());
         out.long(i64::from(head.first_code));
@@ -125,6 +134,7 @@ fn read_key(input: &mut Reader<'_>) -> Result<KeyProgress, Unreadable> {
             Ok(Head {
                 offset: read_offset(input)?,
                 attempts: input.count()?,
+                spent: Duration::from_micros(input.count()?),
                 first_failed_at: Timestamp::from_micros(input.long()?),
                 next_try_at: Timestamp::from_micros(input.long()?),
                 first_code: input.count()?,
@@ -154,6 +164,11 @@ fn write_lane(lane: &Lane, out: &mut Writer) {
 
 fn read_lane(input: &mut Reader<'_>) -> Result<Lane, Unreadable> {
     Ok(Lane { destination: input.text()?, replay: input.option(Reader::text)? })
+}
+
+fn read_target(input: &mut Reader<'_>) -> Result<Target, Unreadable> {
+    let text: String = input.text()?;
+    Target::parse(&text).map_or_else(|| input.fail(format!("no target: {text}")), Ok)
 }
 
 fn write_offset(offset: Offset, out: &mut Writer) {

@@ -1,62 +1,97 @@
-//! From a topic to the outside world: in order per user and destination, without one user blocking another.
+//! From a topic to the outside world: in order per user and destination, without one user or destination blocking another.
 //!
-//! A partition's state (`partition`) is pure: records and verdicts go in, deliveries to start and progress to write come out.
-//! This module runs it: it spawns attempts, keeps timers, reads what is not in memory, answers the driver.
+//! A partition's state ([`partition`]) is pure: records and verdicts go in, deliveries to start, things to read and progress to
+//! write come out. `runner` runs it: it spawns attempts, keeps timers, answers the driver. `reading` reads what is not in
+//! memory.
 //!
-//! Each unfinished record is covered by **exactly one** of two (a third, the lane's mark, belongs to detached lanes):
+//! # Who covers what
 //!
-//! - **memory**: it counts as unfinished in the partition's `window`; the partition's progress record names the lowest such
-//!   offset (`base`) and what is finished above it (`runs`), so a successor reads it again;
-//! - **its key's mark**: the key is *held* (its head failed and waits). The head and as many followers as fit into a kilobyte
-//!   stand in the key's own progress record and count as finished in the window. So a user who fails for hours holds nothing
-//!   back.
+//! Each unfinished record is covered by **exactly one** of three:
 //!
-//! After a crash: the progress record with the number (`seq`) in the committed offset's metadata is the last one, since both
-//! are in one transaction. Live reading starts at `base` and skips `runs`; held keys come with their marks and read their
-//! records at their offsets. What was in flight and not yet committed is sent again, with the same delivery id: nothing else.
+//! - **memory**: its lane is attached and its key is not held. It is open in the partition's `window`; the partition's progress
+//!   record names the lowest such offset (`base`) and what is finished above it (`runs`), so a successor reads it again;
+//! - **its lane's mark**: its lane is *detached*, its key is not held. It is open in the lane's own window, or still ahead of
+//!   the lane's reading; the lane's progress record names `tail` and `done`. So a destination that is down for days, or a
+//!   backlog that does not fit into memory, holds nothing else back;
+//! - **its key's mark**: its key is *held*: the head failed and waits, or there is more of it than may be queued. The key's
+//!   progress record names the head, the next followers and where the rest begins (`parked`). So a user who fails for hours
+//!   holds nothing back either.
 //!
-//! Where memory (or the 1,000 holes of the partition record) is full, the partition takes nothing until there is room, and says
-//! so in a metric and a log line.
+//! Wherever cover goes from one to another, that happens in one step of the state, and both sides are written by the same
+//! commit, since a commit writes everything that changed. A window counts a record that a key's mark covers as finished.
+//!
+//! # After a crash
+//!
+//! The progress record with the number (`seq`) in the committed offset's metadata is the last one: both are in one
+//! transaction, together with every mark that had changed. Live reading starts at `base` and passes over `runs`. Detached lanes
+//! start at `tail` and pass over `done`. Held keys come with their marks and read their records at their offsets.
+//!
+//! - A record that live had passed but whose passing was not committed is read again by live: `base` and `live` are older too.
+//! - A record whose final outcome was not committed is open in what is restored, and is sent again with the same delivery id.
+//! - A record is never covered twice: marks of lanes and keys were written with the `runs` that leave out what they cover. Until
+//!   live reading is where the last owner's was (`live`), cursors read up to there, and lanes are not attached: what is between
+//!   counts as finished for live if a mark covers it.
+//! - Order holds: a held key's mark covers all of its unfinished records, so none of them comes by another way.
+//!
+//! # Where the rules are
+//!
+//! | rule (runtimes 5.2) | where |
+//! |---|---|
+//! | 1 from live | `partition` `admit` |
+//! | 2 starting, permits, turns | `partition` `next_start`, `partition/lane`, `destination` |
+//! | 3 settlement | `partition/settle`, `backoff` |
+//! | 4 breaker | `breaker`, `destination` |
+//! | 5 shedding | `partition/detach` `shed` |
+//! | 6 heads that are not in memory | `partition` `fetched`, `reading` |
+//! | 7 cursors, attaching | `partition/scan`, `partition/detach` |
+//! | 8 restore | `restore`, `partition` `new` |
+//! | 10 pause, drain, retry | `partition/settle`, `destination` |
+//! | 5.3 shares of limits | `destination` |
+//! | 2.7 lease, 2.8 watchdog | `driver/lease`, `driver/watchdog` |
 
 mod backoff;
+mod breaker;
+mod destination;
 mod key;
 mod memory;
 mod partition;
-mod permits;
+mod reading;
 mod restore;
+mod runner;
 mod window;
 
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
 
-use futures_util::FutureExt;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::clock::Clock;
+use crate::control::commands::Current;
 use crate::delivery::verdict::Verdict;
-use crate::log::{Assignment, Backend, Limit, LogError, Read, Reader};
-use crate::model::outcome::Reason;
-use crate::model::record::{Offset, Partition, Record, Topic};
-use crate::runtime::driver::{Ask, Inbox, Work};
+use crate::log::{Assignment, Backend, LogError};
+use crate::model::id::DestinationId;
+use crate::model::record::{Partition, Record, Topic};
+use crate::runtime::driver::{Inbox, Work};
 use crate::runtime::failure::FailureTopic;
 use crate::telemetry::events;
 
 pub use backoff::RetryPolicy;
+pub use destination::{Destinations, Rules};
 pub use memory::{Bounds, Memory};
-pub use permits::Permits;
 
-use partition::{KeyId, PartitionState, Start};
-
-/// What failed for the moment is tried again after this.
-const AGAIN: Duration = Duration::from_millis(500);
+use partition::{Given, PartitionState};
+use reading::{AGAIN, Reading};
+use runner::{Runner, Sources};
 
 /// A stage's logic: one attempt.
 pub trait Deliver: Send + Sync + 'static {
-    /// Sends one delivery once and says what came of it. `record` is as it lies in the log.
-    fn attempt(&self, record: Arc<Record>) -> impl Future<Output = Verdict> + Send;
+    /// Sends deliveries of one user in one request and says what came of each, in order, up to the first that is not final.
+    /// `records` are as they lie in the log; there is more than one only where [`Rules::batch`] allows it.
+    fn attempt(&self, records: Vec<Arc<Record>>) -> impl Future<Output = Vec<Verdict>> + Send;
+
+    /// What a destination wants. Asked once for each.
+    fn rules(&self, destination: &DestinationId) -> Rules;
 }
 
 /// What the runtime needs to know beside the stage.
@@ -65,9 +100,10 @@ pub struct DeliverSettings {
     pub input: Topic,
     pub progress: Topic,
     pub failures: FailureTopic,
-    pub retry: RetryPolicy,
     pub bounds: Bounds,
     pub stage: &'static str,
+    /// Decides the jitter of retries.
+    pub seed: u64,
 }
 
 /// Runs a [`Deliver`] stage on a log.
@@ -76,8 +112,9 @@ pub struct DeliverWork<B: Backend, D> {
     admin: B::Admin,
     stage: Arc<D>,
     settings: DeliverSettings,
-    permits: Permits,
+    destinations: Destinations,
     memory: Memory,
+    commands: Current,
     clock: Clock,
 }
 
@@ -86,227 +123,68 @@ impl<B: Backend, D: Deliver> DeliverWork<B, D> {
     /// Where the log cannot be asked.
     pub fn new(
         backend: B,
-        stage: D,
+        stage: Arc<D>,
         settings: DeliverSettings,
-        permits: Permits,
+        destinations: Destinations,
+        commands: Current,
         clock: Clock,
     ) -> Result<Self, LogError> {
         let memory = Memory::new(settings.bounds.process_bytes);
         let admin = backend.admin()?;
-        Ok(Self { backend, admin, stage: Arc::new(stage), settings, permits, memory, clock })
+        Ok(Self { backend, admin, stage, settings, destinations, memory, commands, clock })
     }
 }
 
 impl<B: Backend, D: Deliver> Work for DeliverWork<B, D> {
     async fn run(self: Arc<Self>, assignment: Assignment, inbox: Inbox) -> Result<(), LogError> {
+        let Inbox { records, asks, ready, bell, lease } = inbox;
+        let since = lease.now();
+        let partition = assignment.partition;
         let restored = loop {
             match restore::restore(&self.backend, &self.admin, &self.settings, &assignment, &self.clock).await {
                 Err(LogError::Transient(error)) => {
                     // The other partitions of this session go on meanwhile.
-                    tracing::warn!(partition = assignment.partition.0, %error, "restore failed, trying again");
+                    tracing::warn!(partition = partition.0, %error, "restore failed, trying again");
                     self.clock.sleep(AGAIN).await;
                 }
                 restored => break restored?,
             }
         };
-        let state = PartitionState::new(
-            assignment.partition,
-            assignment.epoch,
-            self.settings.clone(),
-            self.memory.clone(),
-            restored,
-            self.clock.now(),
-        );
-        let from = state.live();
-        let (fetch, fetches) = mpsc::channel(1);
-        let (fetched_in, fetched) = mpsc::channel(1);
-        let mut tasks = JoinSet::new();
-        let (backend, input, clock) = (self.backend.clone(), self.settings.input.clone(), self.clock.clone());
-        tasks.spawn(read_single(backend, input, assignment.partition, clock, fetches, fetched_in));
-        let Inbox { records, asks, ready, bell } = inbox;
+        let stage = Arc::clone(&self.stage);
+        let given = Given {
+            partition,
+            epoch: assignment.epoch,
+            settings: self.settings.clone(),
+            memory: self.memory.clone(),
+            destinations: self.destinations.clone(),
+            rules: Arc::new(move |id| stage.rules(id)),
+            seed: self.settings.seed ^ (assignment.epoch.0 << 16) ^ u64::from(partition.0),
+        };
+        let state = PartitionState::new(given, restored, self.clock.now());
+        let (wanted, wishes) = mpsc::unbounded_channel();
+        let (found_in, found) = mpsc::unbounded_channel();
+        let (backend, topic, clock) = (self.backend.clone(), self.settings.input.clone(), self.clock.clone());
+        let mut reading = JoinSet::new();
+        reading.spawn(Reading { backend, topic, partition, clock }.run(wishes, found_in));
         // A driver that is gone does not want the partition any more.
-        let _ = ready.send(from);
+        let _ = ready.send(state.live());
+        let freed = self.destinations.subscribe();
+        let commands = self.commands.clone();
         let runner = Runner {
-            work: Arc::clone(&self),
+            work: self,
             state,
             attempts: JoinSet::new(),
             draining: None,
             stopped: false,
             starved: false,
-            fetch,
+            wanted,
             bell,
+            lease,
+            since,
+            renew: false,
+            known: std::collections::HashSet::new(),
         };
-        runner.run(records, asks, fetched).await
-    }
-}
-
-/// A worker's moving parts.
-struct Runner<B: Backend, D> {
-    work: Arc<DeliverWork<B, D>>,
-    state: PartitionState,
-    attempts: JoinSet<(KeyId, Verdict)>,
-    draining: Option<oneshot::Sender<()>>,
-    stopped: bool,
-    /// A delivery was ready, but no permit was free.
-    starved: bool,
-    fetch: mpsc::Sender<(KeyId, Offset)>,
-    bell: Arc<crate::runtime::driver::Bell>,
-}
-
-impl<B: Backend, D: Deliver> Runner<B, D> {
-    async fn run(
-        mut self,
-        mut records: mpsc::Receiver<Vec<Record>>,
-        mut asks: mpsc::UnboundedReceiver<Ask>,
-        mut fetched: mpsc::Receiver<(KeyId, Result<Option<Record>, LogError>)>,
-    ) -> Result<(), LogError> {
-        let mut freed = self.work.permits.subscribe();
-        let clock = self.work.clock.clone();
-        loop {
-            self.start_what_may();
-            let room = !self.stopped && self.state.has_room();
-            let wake = self.state.next_timer().map(|at| clock.instant() + at.since(clock.now()));
-            let wake = wake.unwrap_or_else(|| clock.instant() + Duration::from_secs(3_600));
-            tokio::select! {
-                biased;
-                ask = asks.recv() => match ask {
-                    Some(ask) => self.answer(ask),
-                    None => return Ok(()),
-                },
-                Some(attempt) = self.attempts.join_next(), if !self.attempts.is_empty() => self.settle(attempt)?,
-                Some((key, record)) = fetched.recv() => {
-                    self.state.fetched(&key, record?, clock.now());
-                    self.bell.ring();
-                }
-                _ = freed.changed(), if self.starved => {}
-                batch = records.recv(), if room => match batch {
-                    Some(batch) => {
-                        self.state.admit_all(batch, clock.now());
-                        self.bell.ring();
-                    }
-                    None => return Ok(()),
-                },
-                () = clock.sleep_until(wake), if !self.stopped => self.state.wake(clock.now()),
-                // Room may come from another partition's memory, which rings nobody here.
-                () = clock.sleep(Duration::from_millis(100)), if !room && !self.stopped => {}
-            }
-        }
-    }
-
-    fn start_what_may(&mut self) {
-        self.starved = false;
-        if self.stopped {
-            if self.attempts.is_empty()
-                && let Some(done) = self.draining.take()
-            {
-                // Whoever asked has given up waiting; the drain is over all the same.
-                let _ = done.send(());
-            }
-            return;
-        }
-        while let Some(start) = self.state.next_start(&self.work.permits, self.fetch.capacity() > 0) {
-            match start {
-                Start::Attempt { key, record, permit } => {
-                    let stage = Arc::clone(&self.work.stage);
-                    self.attempts.spawn(async move {
-                        let attempt = AssertUnwindSafe(stage.attempt(record)).catch_unwind().await;
-                        let verdict = attempt.unwrap_or_else(|_| Verdict::Abort {
-                            reason: Reason::Panicked,
-                            code: 0,
-                            message: "the stage panicked on this record".into(),
-                        });
-                        drop(permit);
-                        (key, verdict)
-                    });
-                }
-                Start::Fetch { key, offset } => {
-                    // There is room: this is the only sender. A reader that has ended takes the worker down when it is joined.
-                    let _ = self.fetch.try_send((key, offset));
-                }
-                Start::Starved => {
-                    self.starved = true;
-                    return;
-                }
-            }
-        }
-    }
-
-    fn settle(&mut self, attempt: Result<(KeyId, Verdict), tokio::task::JoinError>) -> Result<(), LogError> {
-        let (key, verdict) = attempt.map_err(|error| LogError::transient(format!("an attempt crashed: {error}")))?;
-        self.state.settle(&key, verdict, self.work.clock.now());
-        self.bell.ring();
-        Ok(())
-    }
-
-    fn answer(&mut self, ask: Ask) {
-        match ask {
-            Ask::Collect(answer) => {
-                let clean = self.stopped && self.attempts.is_empty();
-                let changes = self.state.collect(clean);
-                // A driver that does not wait any more has lost the partition, and drops this worker.
-                let _ = answer.send(changes);
-            }
-            Ask::Committed => self.state.committed(),
-            Ask::Drain(done) => {
-                self.stopped = true;
-                self.draining = Some(done);
-            }
-        }
-    }
-}
-
-/// Reads single records at their offsets, one after the other, through a reader that is opened when it is first needed.
-async fn read_single<B: Backend>(
-    backend: B,
-    topic: Topic,
-    partition: Partition,
-    clock: Clock,
-    mut wanted: mpsc::Receiver<(KeyId, Offset)>,
-    found: mpsc::Sender<(KeyId, Result<Option<Record>, LogError>)>,
-) {
-    let mut reader: Option<B::Reader> = None;
-    while let Some((key, offset)) = wanted.recv().await {
-        let record = loop {
-            match read_at(&backend, &topic, partition, &mut reader, offset).await {
-                Err(LogError::Transient(error)) => {
-                    tracing::warn!(partition = partition.0, %error, "a delivery could not be read, trying again");
-                    clock.sleep(AGAIN).await;
-                }
-                record => break record,
-            }
-        };
-        if found.send((key, record)).await.is_err() {
-            return;
-        }
-    }
-}
-
-async fn read_at<B: Backend>(
-    backend: &B,
-    topic: &Topic,
-    partition: Partition,
-    reader: &mut Option<B::Reader>,
-    offset: Offset,
-) -> Result<Option<Record>, LogError> {
-    let open = match reader.take() {
-        Some(mut open) => {
-            open.seek(offset).await?;
-            open
-        }
-        None => backend.reader(topic, partition, offset).await?,
-    };
-    let open = reader.insert(open);
-    loop {
-        let Read::Records(records) = open.read(Limit { records: 1, bytes: 1 }).await? else {
-            // The end before it: a replica that took over does not show it yet.
-            return Err(LogError::transient(format!("nothing is to be read at {topic}/{partition}/{offset} yet")));
-        };
-        match records.into_iter().find(|record| record.offset >= offset) {
-            Some(record) if record.offset == offset => return Ok(Some(record)),
-            // What follows stands in its place: the log has deleted it.
-            Some(_) => return Ok(None),
-            None => {}
-        }
+        runner.run(Sources { records, asks, found, reading, freed, commands }).await
     }
 }
 

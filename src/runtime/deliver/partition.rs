@@ -1,38 +1,59 @@
-//! A partition's whole state, without any I/O: records, verdicts and the time go in; deliveries to start and progress to write
-//! come out.
+//! A partition's whole state, without any I/O: records, verdicts and the time go in; deliveries to start, things to read and
+//! progress to write come out.
+//!
+//! | file | what |
+//! |---|---|
+//! | `partition` | taking records in, starting deliveries |
+//! | `cover` | who covers a record: holding and parking keys |
+//! | `restored` | lanes and keys as the last owner left them |
+//! | `settle` | what came of an attempt: finished, held, aborted, drained |
+//! | `detach` | lanes that live reading does not feed: detaching, forgetting, attaching, shedding |
+//! | `scan` | cursors that bring back what is not in memory |
+//! | `collect` | what a commit writes |
+//! | `lane` | the lanes, and whose turn it is |
 
 mod collect;
+mod cover;
+mod detach;
 mod lane;
+mod restored;
+mod scan;
+mod settle;
 #[cfg(test)]
 mod tests;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
 
 use crate::clock::Timestamp;
-use crate::delivery::verdict::Verdict;
-use crate::model::failure::{Try, shorten};
+use crate::model::id::DestinationId;
 use crate::model::outcome::Reason;
-use crate::model::progress::{Lane, Run};
+use crate::model::progress::{Drain, Lane};
 use crate::model::record::{Addressed, Epoch, Headers, Offset, Partition, Record, header};
-use crate::runtime::failure::Cause;
 use crate::telemetry::metrics::metrics;
 
-use super::DeliverSettings;
-use super::key::{Activity, Cover, Failing, Item, Key};
+use super::destination::{Destinations, Permit, Rules};
+use super::key::{Activity, Item, Key};
 use super::memory::{Account, Memory};
-use super::permits::{Permit, Permits};
 use super::restore::Restored;
-use super::window::Window;
-use super::{Bounds, tell_waiting};
+use super::window::{Place, Window};
+use super::{Bounds, DeliverSettings, tell_waiting};
+use crate::runtime::planted::{Mistake, is_planted};
 
-use lane::Lanes;
+use lane::{LaneState, Lanes};
+use scan::Cursors;
+
+pub use scan::CursorId;
 
 /// Nothing new is started while so many final outcomes wait for a commit: after a crash they would all be repeated.
 const UNCOMMITTED: usize = 10_000;
+/// What a held key costs beside its records: its state, its name, its mark's place in the list of lowest offsets.
+const HELD: usize = 512;
 
 /// A user of a lane: what stays in order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -43,90 +64,127 @@ pub struct KeyId {
 
 /// What to do next.
 pub enum Start {
-    Attempt {
-        key: KeyId,
-        record: Arc<Record>,
-        permit: Permit,
-    },
+    /// Send these, in this order, in one request; then [`PartitionState::settle`].
+    Attempt { key: KeyId, records: Vec<Arc<Record>>, permit: Permit },
     /// Read the record at this offset, and give it to [`PartitionState::fetched`].
-    Fetch {
-        key: KeyId,
-        offset: Offset,
-    },
+    Fetch { key: KeyId, offset: Offset },
+    /// Read on with this cursor from here, and give what comes to [`PartitionState::scanned`].
+    Scan { cursor: CursorId, from: Offset, until: Offset },
+    /// This cursor is not needed any more.
+    Close { cursor: CursorId },
     /// Something is ready, but no permit is free.
     Starved,
+}
+
+/// What a timer is for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Alarm {
+    Key(KeyId),
+    Lane(usize),
+    /// Look at the cursors again.
+    Seats,
 }
 
 pub struct PartitionState {
     partition: Partition,
     epoch: Epoch,
     settings: DeliverSettings,
+    destinations: Destinations,
+    rules: Arc<dyn Fn(&DestinationId) -> Rules + Send + Sync>,
     account: Account,
+    /// What memory covers: the records of attached lanes' keys that are not held.
     window: Window,
-    /// Finished stretches of the last owner's window, still ahead of live reading.
-    skip: VecDeque<Run>,
-    /// Records below it were counted as taken by an earlier owner.
+    /// Records below it were counted as taken by an earlier owner, and may be finished or marked.
     taken_until: Offset,
     lanes: Lanes,
-    keys: HashMap<KeyId, Key>,
-    /// Offsets that marks cover.
-    marked: BTreeSet<Offset>,
-    timers: BinaryHeap<Reverse<(Timestamp, KeyId)>>,
-    /// Keys whose front record has to be read.
+    cursors: Cursors,
+    /// The lowest unfinished offset of each held key, with how many have it.
+    lows: BTreeMap<Offset, usize>,
+    alarms: BinaryHeap<Reverse<(Timestamp, Alarm)>>,
+    /// Keys whose front record has to be read, and the one that is being read.
     wanted: VecDeque<KeyId>,
+    fetching: Option<KeyId>,
+    drains: Vec<Drain>,
     seq: u64,
-    /// Keys whose progress record is to be written again.
-    dirty: HashSet<KeyId>,
+    /// Keys and lanes whose progress records are to be written again.
+    dirty: BTreeSet<KeyId>,
+    dirty_lanes: BTreeSet<usize>,
     outputs: Vec<Addressed>,
     changed: bool,
     stopped_clean: bool,
+    /// Requests under way.
+    in_flight: usize,
     uncommitted: usize,
     collected: usize,
     waiting: Option<&'static str>,
-    /// Records taken and not final, and keys whose head fails: for the metrics.
-    pending: usize,
-    held: usize,
+    random: SmallRng,
+    /// For the metrics.
+    pending: u64,
+    failing: usize,
+    parked: usize,
+}
+
+/// What a partition is made of.
+pub struct Given {
+    pub partition: Partition,
+    pub epoch: Epoch,
+    pub settings: DeliverSettings,
+    pub memory: Memory,
+    pub destinations: Destinations,
+    pub rules: Arc<dyn Fn(&DestinationId) -> Rules + Send + Sync>,
+    /// Decides the jitter of retries.
+    pub seed: u64,
 }
 
 impl PartitionState {
-    pub fn new(
-        partition: Partition,
-        epoch: Epoch,
-        settings: DeliverSettings,
-        memory: Memory,
-        restored: Restored,
-        now: Timestamp,
-    ) -> Self {
+    pub fn new(given: Given, restored: Restored, now: Timestamp) -> Self {
+        let Given { partition, epoch, settings, memory, destinations, rules, seed } = given;
+        destinations.own(partition, true);
+        let runs = if is_planted(Mistake::ForgetRunsAtRestore) { Vec::new() } else { restored.runs };
         let mut state = Self {
             partition,
             epoch,
-            settings,
             account: memory.account(),
-            window: Window::new(restored.base),
-            skip: restored.runs.into(),
+            window: Window::new(restored.base, runs),
             taken_until: restored.live,
             lanes: Lanes::default(),
-            keys: HashMap::new(),
-            marked: BTreeSet::new(),
-            timers: BinaryHeap::new(),
+            cursors: Cursors::default(),
+            lows: BTreeMap::new(),
+            alarms: BinaryHeap::new(),
             wanted: VecDeque::new(),
+            fetching: None,
+            drains: restored.drains,
             seq: restored.seq,
-            dirty: HashSet::new(),
+            dirty: BTreeSet::new(),
+            dirty_lanes: BTreeSet::new(),
             outputs: Vec::new(),
             changed: false,
             stopped_clean: false,
+            in_flight: 0,
             uncommitted: 0,
             collected: 0,
             waiting: None,
+            random: SmallRng::seed_from_u64(seed),
             pending: 0,
-            held: 0,
+            failing: 0,
+            parked: 0,
+            settings,
+            destinations,
+            rules,
         };
         for key in restored.stale {
             state.outputs.push(state.tombstone(key));
             state.changed = true;
         }
         for (lane, ledger) in restored.ledgers {
-            state.lanes.restore(lane, ledger);
+            if !is_planted(Mistake::ForgetLedger) {
+                let index = state.lane(&lane);
+                state.pending += ledger.pending();
+                state.lanes.at_mut(index).ledger = ledger;
+            }
+        }
+        for lane in restored.lanes {
+            state.restore_lane(lane, now);
         }
         for key in restored.keys {
             state.restore_key(key, now);
@@ -139,270 +197,234 @@ impl PartitionState {
         self.window.live()
     }
 
-    fn restore_key(&mut self, stored: crate::model::progress::KeyProgress, now: Timestamp) {
-        let lane = self.lanes.index(&stored.lane);
-        let id = KeyId { lane, user: stored.user.as_str().into() };
-        let mut key = Key::new();
-        key.recorded = true;
-        let head = stored.head.as_ref().map(|head| head.offset);
-        for offset in head.into_iter().chain(stored.followers) {
-            self.marked.insert(offset);
-            self.pending += 1;
-            key.push(Item { offset, cover: Cover::Mark, record: None });
-        }
-        if let Some(head) = stored.head {
-            let first = Try { at: head.first_failed_at, code: head.first_code, message: head.first_message };
-            let last = Try { at: now, code: head.last_code, message: head.last_message };
-            key.failing = Some(Failing { attempts: head.attempts, first, last, next_try_at: head.next_try_at });
-            key.activity = Activity::Waiting;
-            self.held += 1;
-            self.timers.push(Reverse((head.next_try_at, id.clone())));
-        }
-        let idle = key.activity == Activity::Idle && !key.queue.is_empty();
-        self.keys.insert(id.clone(), key);
-        if idle {
-            self.make_ready(&id, false);
-        }
+    /// Below it everything has been read by live reading, now or by an earlier owner: cursors may hand it over.
+    fn frontier(&self) -> Offset {
+        self.window.live().max(self.taken_until)
+    }
+
+    /// A lane's index; a new one is opened.
+    fn lane(&mut self, lane: &Lane) -> usize {
+        self.lanes.find(lane).unwrap_or_else(|| {
+            let destination = self.destinations.get(&lane.destination, |id| (self.rules)(id));
+            self.lanes.open(lane.clone(), destination)
+        })
     }
 
     /// Takes what live reading brings.
     pub fn admit_all(&mut self, records: Vec<Record>, now: Timestamp) {
+        let was_behind = self.window.live() < self.taken_until;
         for record in records {
             self.admit(record, now);
         }
+        if was_behind && self.window.live() >= self.taken_until {
+            // Lanes and keys that waited for this may go on.
+            (0..self.lanes.len()).for_each(|index| self.ask_all(index));
+        }
+        self.shed(now);
     }
 
     fn admit(&mut self, record: Record, now: Timestamp) {
-        if record.offset < self.window.live() {
+        let offset = record.offset;
+        if offset < self.window.live() {
             // A position before what was taken: the log was reset under us, or the seek is still on its way.
             return;
         }
         self.changed = true;
-        let offset = record.offset;
-        let place = self.window.push(offset);
-        while self.skip.front().is_some_and(|run| run.last < offset) {
-            self.skip.pop_front();
-        }
-        if self.skip.front().is_some_and(|run| run.first <= offset) {
-            return self.window.finish(place);
-        }
-        let lane = lane_of(&record);
-        let index = self.lanes.index(&lane);
+        let index = self.lane(&lane_of(&record));
         if offset >= self.taken_until {
             self.lanes.ledger(index).taken += 1;
+            self.pending += 1;
         }
-        let user: Arc<str> = match record.headers.text(header::USER) {
+        // Finished already, or covered by a mark that came with the restore.
+        let Some(place) = self.window.push(offset, index as u32) else { return };
+        if self.lanes.at(index).detached.is_some() {
+            self.window.finish(place);
+            return self.cursors.ask_lane(index);
+        }
+        let id = self.key_of(index, &record);
+        self.hand(&id, record, Some(place), now);
+        self.bound_lane(index, now);
+    }
+
+    fn key_of(&self, lane: usize, record: &Record) -> KeyId {
+        let user = record.headers.text(header::USER).filter(|_| self.lanes.at(lane).destination.rules.ordered);
+        let user: Arc<str> = match user {
             Some(user) => user.into(),
             // Nobody to keep in order: the record is a key of its own.
-            None => format!("#{offset}").into(),
+            None => format!("#{}", record.offset).into(),
         };
-        let id = KeyId { lane: index, user };
-        let item = Item { offset, cover: Cover::Memory(place), record: Some(Arc::new(record)) };
-        self.account.add(item.weight());
-        self.pending += 1;
-        let key = self.keys.entry(id.clone()).or_insert_with(Key::new);
-        key.push(item);
-        if key.failing.is_some() {
-            self.dirty.insert(id.clone());
-        }
-        if key.activity == Activity::Idle {
-            self.make_ready(&id, false);
-        }
-        if lane.destination.as_str().is_empty() {
-            let message = "the record names no destination (header lw-destination)".to_owned();
-            self.lanes.take_back(&id);
-            self.settle(&id, Verdict::Abort { reason: Reason::Unreadable, code: 0, message }, now);
-        }
+        KeyId { lane, user }
     }
 
-    fn make_ready(&mut self, id: &KeyId, first: bool) {
-        if let Some(key) = self.keys.get_mut(id) {
-            key.activity = Activity::Ready;
-            self.lanes.push(id.clone(), first);
+    /// Gives a record to its key. `place`: in the window that covers it; none where the key's mark does, since it comes from
+    /// the key's own scan.
+    fn hand(&mut self, id: &KeyId, record: Record, place: Option<Place>, now: Timestamp) {
+        let offset = record.offset;
+        let parked = self.lanes.key(id).and_then(|key| key.parked);
+        if parked.is_some_and(|parked| parked <= offset) && place.is_some() {
+            // Its own scan will bring it.
+            self.cursors.ask_key(id);
+            return self.cover_by_mark(id, place);
         }
-    }
-
-    /// What may start now, if anything. `can_fetch`: a record that is not in memory can be read now.
-    pub fn next_start(&mut self, permits: &Permits, can_fetch: bool) -> Option<Start> {
-        while can_fetch && let Some(id) = self.wanted.pop_front() {
-            if let Some(front) = self.keys.get(&id).and_then(|key| key.queue.front()) {
-                return Some(Start::Fetch { offset: front.offset, key: id });
+        if let Some(reason) = self.refusal(id, &record) {
+            if let Some(place) = place {
+                self.release(id.lane, place);
             }
+            return self.refuse(id.lane, &record, reason, now);
         }
-        if self.uncommitted >= UNCOMMITTED {
+        let (weight, bound) = (record.weight(), self.settings.bounds.key_bytes);
+        let lane = self.lanes.at_mut(id.lane);
+        let key = lane.keys.entry(Arc::clone(&id.user)).or_insert_with(Key::new);
+        if key.is_full(weight, bound) {
+            self.park(id, offset);
+            return self.cover_by_mark(id, place);
+        }
+        let held = key.held;
+        key.push(Item { offset, place: place.filter(|_| !held), record: Some(Arc::new(record)) });
+        let idle = key.activity == Activity::Idle;
+        lane.bytes += weight;
+        lane.unfinished += usize::from(!held);
+        lane.destination.add_bytes(weight);
+        self.account.add(weight);
+        if held {
+            self.cover_by_mark(id, place);
+        }
+        if idle {
+            self.lanes.push(id, false);
+        }
+    }
+
+    /// What may start now, if anything. `may_send`: this owner may start requests.
+    pub fn next_start(&mut self, now: Timestamp, may_send: bool) -> Option<Start> {
+        if let Some(start) = self.next_reading(now) {
+            return Some(start);
+        }
+        if !may_send || self.uncommitted >= UNCOMMITTED {
             return None;
         }
         loop {
-            let keys = &self.keys;
-            let cost = |id: &KeyId| keys.get(id).and_then(|key| key.queue.front()).map_or(0, Item::weight);
-            let (id, permit) = match self.lanes.next(cost, permits)? {
+            let bounds = self.settings.bounds;
+            let full = self.account.held_is_full();
+            let alarms = &mut self.alarms;
+            let next = self.lanes.next(
+                now,
+                |lane| full || lane.held_bytes >= bounds.held_bytes,
+                |lane, at| alarms.push(Reverse((at, Alarm::Lane(lane)))),
+            );
+            let (id, permit) = match next? {
                 Ok(next) => next,
                 Err(lane::NoPermit) => return Some(Start::Starved),
             };
-            let Some(key) = self.keys.get_mut(&id) else { continue };
-            match key.queue.front().map(|front| front.record.clone()) {
-                Some(Some(record)) => {
-                    key.activity = Activity::InFlight;
-                    return Some(Start::Attempt { key: id, record, permit });
-                }
-                Some(None) => {
-                    // Reading it takes a while; the others do not wait for that.
-                    key.activity = Activity::Fetching;
-                    self.wanted.push_back(id);
-                    if can_fetch && self.wanted.len() == 1 {
-                        return self.next_start(permits, can_fetch);
-                    }
-                }
-                None => {}
+            if let Some(records) = self.take_batch(&id, now) {
+                return Some(Start::Attempt { key: id, records, permit });
+            }
+            if let Some(start) = self.next_reading(now) {
+                return Some(start);
             }
         }
+    }
+
+    /// The records of the key's next request; none where the first one has to be read before.
+    fn take_batch(&mut self, id: &KeyId, now: Timestamp) -> Option<Vec<Arc<Record>>> {
+        let batch = self.lanes.at(id.lane).destination.rules.batch;
+        let key = self.lanes.key_mut(id)?;
+        let most = if key.careful || key.failing.is_some() { 1 } else { batch.max(1) };
+        let records: Vec<Arc<Record>> =
+            key.queue.iter().take(most).map_while(|item| item.record.as_ref().map(Arc::clone)).collect();
+        if records.is_empty() {
+            if !key.queue.is_empty() {
+                // Reading it takes a while; the others do not wait for that.
+                key.activity = Activity::Fetching;
+                self.wanted.push_back(id.clone());
+            }
+            return None;
+        }
+        key.activity = Activity::InFlight;
+        self.in_flight += 1;
+        key.in_flight = records.len();
+        key.started_at = now;
+        Some(records)
+    }
+
+    fn next_reading(&mut self, now: Timestamp) -> Option<Start> {
+        while self.fetching.is_none()
+            && let Some(id) = self.wanted.pop_front()
+        {
+            let front = self.lanes.key(&id).filter(|key| key.activity == Activity::Fetching);
+            if let Some(front) = front.and_then(|key| key.queue.front()) {
+                let offset = front.offset;
+                self.fetching = Some(id.clone());
+                metrics().fetched.with_label_values::<&str>(&[]).inc();
+                return Some(Start::Fetch { offset, key: id });
+            }
+        }
+        self.next_scan(now)
     }
 
     /// A record that was to be read; none where the log has deleted it.
     pub fn fetched(&mut self, id: &KeyId, record: Option<Record>, now: Timestamp) {
-        let Some(key) = self.keys.get_mut(id).filter(|key| key.activity == Activity::Fetching) else { return };
-        match (record, key.queue.front_mut()) {
-            (Some(record), Some(front)) => {
-                front.record = Some(Arc::new(record));
-                let weight = front.weight();
-                key.bytes += weight;
-                self.account.add(weight);
-                self.make_ready(id, true);
-            }
-            _ => {
-                let message = "the log had deleted it before it could be delivered".to_owned();
-                self.settle(id, Verdict::Abort { reason: Reason::Retention, code: 0, message }, now);
-            }
-        }
-    }
-
-    /// What came of an attempt.
-    pub fn settle(&mut self, id: &KeyId, verdict: Verdict, now: Timestamp) {
-        let Some(key) = self.keys.get_mut(id) else { return };
-        self.changed = true;
-        match verdict {
-            Verdict::Delivered { .. } => self.finish(id, "delivered"),
-            Verdict::Filtered { .. } => self.finish(id, "filtered"),
-            Verdict::Abort { reason, code, message } => {
-                let last = Try { at: now, code, message: shorten(message) };
-                let failing = key.failing.clone();
-                let attempts = failing.as_ref().map_or(0, |failing| failing.attempts) + u32::from(code != 0);
-                let first = failing.map_or_else(|| last.clone(), |failing| failing.first);
-                self.abort(id, reason, attempts, first, last);
-            }
-            Verdict::Retry { code, message, not_before } => {
-                let last = Try { at: now, code, message: shorten(message) };
-                let (attempts, first) = match &key.failing {
-                    Some(failing) => (failing.attempts + 1, failing.first.clone()),
-                    None => (1, last.clone()),
-                };
-                let front = key.queue.front().and_then(|item| item.record.as_ref());
-                let is_job_run = front.is_some_and(|record| record.headers.text(header::JOB_RUN).is_some());
-                let retry = &self.settings.retry;
-                if retry.is_exhausted(attempts, first.at, now, is_job_run) {
-                    return self.abort(id, Reason::RetriesExhausted, attempts, first, last);
-                }
-                let next_try_at = now.plus(retry.wait(attempts, not_before));
-                self.held += usize::from(key.failing.is_none());
-                key.failing = Some(Failing { attempts, first, last, next_try_at });
-                key.activity = Activity::Waiting;
-                self.timers.push(Reverse((next_try_at, id.clone())));
-                self.dirty.insert(id.clone());
-            }
-        }
-    }
-
-    fn abort(&mut self, id: &KeyId, reason: Reason, attempts: u32, first: Try, last: Try) {
-        let lane = self.lanes.lane(id.lane).clone();
-        let front = self.keys.get(id).and_then(|key| key.queue.front());
-        let Some(front) = front else { return };
-        let original = front.record.as_deref().cloned().unwrap_or_else(|| Record {
-            partition: self.partition,
-            offset: front.offset,
-            timestamp: Timestamp::default(),
-            key: None,
-            value: None,
-            headers: Headers::new(),
-        });
-        let destination = lane.destination.clone();
-        let cause = Cause {
-            reason,
-            message: last.message.clone(),
-            attempts,
-            first: Some(first),
-            last: Some(last),
-            key: destination.to_string(),
-            source: original.headers.text(header::SOURCE).map(Into::into),
-            destination: Some(destination),
+        self.fetching = None;
+        let lane = self.lanes.at_mut(id.lane);
+        let Some(key) = lane.keys.get_mut(&id.user).filter(|key| key.activity == Activity::Fetching) else { return };
+        key.activity = Activity::Idle;
+        let Some(record) = record else {
+            let message = "the log had deleted it before it could be delivered".to_owned();
+            self.abort(id, Reason::Retention, 0, message, now);
+            return self.go_on(id, now);
         };
-        self.outputs.push(self.settings.failures.record(&original, &cause));
-        metrics().router_aborted.with_label_values(&[lane.destination.as_str(), reason.as_str()]).inc();
-        self.finish(id, "aborted");
+        let Some(front) = key.queue.front_mut() else { return };
+        let weight = record.weight();
+        front.record = Some(Arc::new(record));
+        key.bytes += weight;
+        lane.bytes += weight;
+        lane.destination.add_bytes(weight);
+        self.account.add(weight);
+        let record = self.lanes.key(id).and_then(|key| key.queue.front()?.record.clone());
+        if let Some(reason) = record.and_then(|record| self.refusal(id, &record)) {
+            self.give_up_front(id, reason, now);
+            return self.go_on(id, now);
+        }
+        self.lanes.push(id, true);
     }
 
-    /// The front of a key is final: its next may go.
-    fn finish(&mut self, id: &KeyId, outcome: &'static str) {
-        let Some(key) = self.keys.get_mut(id) else { return };
-        let Some(item) = key.pop() else { return };
-        self.account.sub(item.weight());
-        match item.cover {
-            Cover::Memory(place) => self.window.finish(place),
-            Cover::Mark => {
-                self.marked.remove(&item.offset);
-            }
-        }
-        self.held -= usize::from(key.failing.take().is_some());
-        self.pending -= 1;
-        if key.recorded || item.is_marked() {
-            self.dirty.insert(id.clone());
-        }
-        if !key.queue.is_empty() {
-            self.make_ready(id, false);
-        } else if key.recorded || self.dirty.contains(id) {
-            key.activity = Activity::Idle;
-        } else {
-            self.keys.remove(id);
-        }
-        self.uncommitted += 1;
-        let destination = self.lanes.count(id.lane, outcome);
-        metrics().router_outcomes.with_label_values(&[destination.as_str(), outcome]).inc();
-    }
-
-    /// When the next held key is due.
+    /// When something is due.
     pub fn next_timer(&self) -> Option<Timestamp> {
-        self.timers.peek().map(|Reverse((at, _))| *at)
+        self.alarms.peek().map(|Reverse((at, _))| *at)
     }
 
-    /// Lets the held keys that are due try again.
+    /// Lets what is due go on.
     pub fn wake(&mut self, now: Timestamp) {
-        while let Some(Reverse((at, _))) = self.timers.peek()
+        while let Some(Reverse((at, _))) = self.alarms.peek()
             && *at <= now
         {
-            let Some(Reverse((at, id))) = self.timers.pop() else { return };
-            let due = |key: &Key| {
-                key.activity == Activity::Waiting
-                    && key.failing.as_ref().is_some_and(|failing| failing.next_try_at == at)
-            };
-            if self.keys.get(&id).is_some_and(due) {
-                self.make_ready(&id, true);
+            let Some(Reverse((at, alarm))) = self.alarms.pop() else { return };
+            match alarm {
+                Alarm::Key(id) => {
+                    let due = |key: &Key| {
+                        key.activity == Activity::Waiting
+                            && key.failing.as_ref().is_some_and(|failing| failing.next_try_at == at)
+                    };
+                    if id.lane < self.lanes.len() && self.lanes.key(&id).is_some_and(due) {
+                        self.lanes.push(&id, true);
+                    }
+                }
+                Alarm::Lane(index) => {
+                    self.lanes.at_mut(index).shut = false;
+                    self.lanes.rouse(index);
+                    self.ask_all(index);
+                }
+                Alarm::Seats => self.cursors.alarm_set = false,
             }
         }
     }
 
     /// Whether more may be taken from live reading; tells when that changes.
     pub fn has_room(&mut self) -> bool {
-        let Bounds { partition_bytes, holes, window_records, .. } = self.settings.bounds;
+        let Bounds { partition_bytes, .. } = self.settings.bounds;
         let used = self.account.used();
         // A partition that keeps nothing may always take a batch: another one's memory must not shut it out.
-        let reason = if used >= partition_bytes || (used > 0 && self.account.process_is_full()) {
-            Some("memory")
-        } else if self.window.holes() >= holes {
-            Some("holes")
-        } else if self.window.len() >= window_records {
-            Some("window")
-        } else {
-            None
-        };
+        let is_full = used >= partition_bytes || (used > 0 && self.account.process_is_short());
+        let reason = is_full.then_some("memory");
         tell_waiting(self.settings.stage, self.partition, self.waiting, reason);
         self.waiting = reason;
         reason.is_none()
@@ -412,6 +434,11 @@ impl PartitionState {
     pub fn committed(&mut self) {
         self.uncommitted -= self.collected.min(self.uncommitted);
         self.collected = 0;
+    }
+
+    /// Something waits for its turn to be sent.
+    pub fn has_ready(&self) -> bool {
+        self.lanes.has_turns()
     }
 
     fn tombstone(&self, key: Bytes) -> Addressed {
@@ -427,9 +454,22 @@ impl PartitionState {
 
 impl Drop for PartitionState {
     fn drop(&mut self) {
+        self.destinations.own(self.partition, false);
+        for index in 0..self.lanes.len() {
+            let lane: &LaneState = self.lanes.at(index);
+            lane.destination.sub_bytes(lane.bytes);
+        }
         tell_waiting(self.settings.stage, self.partition, self.waiting, None);
         let partition = self.partition.to_string();
-        for gauge in [&metrics().lane_held, &metrics().lane_pending, &metrics().lane_bytes] {
+        let metrics = metrics();
+        for gauge in [
+            &metrics.lane_held,
+            &metrics.lane_pending,
+            &metrics.lane_bytes,
+            &metrics.lane_detached,
+            &metrics.parked,
+            &metrics.cursors,
+        ] {
             // Absent where nothing was ever collected.
             let _ = gauge.remove_label_values(&[&partition]);
         }

@@ -8,7 +8,9 @@ use bytes::Bytes;
 use crate::clock::Clock;
 use crate::log::{Admin, Assignment, Backend, Limit, LogError, Read, Reader};
 use crate::model::codec;
-use crate::model::progress::{KeyProgress, Lane, Ledger, PartitionProgress, Progress, ProgressKey, Run};
+use crate::model::progress::{
+    Drain, KeyProgress, Lane, LaneProgress, Ledger, PartitionProgress, Progress, ProgressKey, Run,
+};
 use crate::model::record::Offset;
 use crate::telemetry::events;
 
@@ -31,6 +33,8 @@ pub struct Restored {
     pub live: Offset,
     pub seq: u64,
     pub keys: Vec<KeyProgress>,
+    pub lanes: Vec<LaneProgress>,
+    pub drains: Vec<Drain>,
     pub ledgers: Vec<(Lane, Ledger)>,
     /// Keys of progress records that are not to be believed: removed in the first commit.
     pub stale: Vec<Bytes>,
@@ -128,13 +132,14 @@ fn believe(
     assignment: &Assignment,
     settings: &DeliverSettings,
 ) -> Result<Restored, LogError> {
-    let PartitionProgress { seq, base, runs, live, .. } = stored;
-    let mut restored = Restored { base, runs, live, seq, ..Restored::default() };
+    let PartitionProgress { seq, base, runs, live, drains, .. } = stored;
+    let mut restored = Restored { base, runs, live, seq, drains, ..Restored::default() };
     for (key, value) in found {
         match codec::decode::<Progress>(&value) {
             Ok(Progress::Key(key)) => restored.keys.push(key),
             Ok(Progress::Ledger(lane, ledger)) => restored.ledgers.push((lane, ledger)),
-            Ok(Progress::Partition(_) | Progress::Lane(_)) => {}
+            Ok(Progress::Lane(lane)) => restored.lanes.push(lane),
+            Ok(Progress::Partition(_)) => {}
             Err(error) => {
                 let key = String::from_utf8_lossy(&key);
                 return Err(unreadable(settings, assignment.partition, &key, &error));

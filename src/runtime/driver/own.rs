@@ -12,13 +12,16 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
 use crate::clock::Clock;
-use crate::log::{Assignment, Limit, LogError, Polled, Session};
+use crate::log::{Assignment, Backend, Limit, LogError, Polled, Session};
 use crate::model::record::{Epoch, Offset, Partition, Record};
+use crate::runtime::planted::{Mistake, is_planted};
 use crate::runtime::shutdown::Shutdown;
 use crate::telemetry::events;
 use crate::telemetry::server::Ready;
 
+use super::lease::Lease;
 use super::pending::Pending;
+use super::watchdog::{self, Found, Watch};
 use super::{Ask, Bell, Changes, INBOX_BATCHES, Inbox, Settings, Work};
 
 const POLL: Limit = Limit { records: 1_000, bytes: 4 << 20 };
@@ -41,13 +44,15 @@ struct Slot {
     /// Its worker has been asked and has not answered yet.
     asked: bool,
     restored: bool,
+    watch: Watch,
     worker: AbortHandle,
 }
 
 type Answer<T> = Pin<Box<dyn Future<Output = (Partition, Epoch, Option<T>)> + Send>>;
 
-pub struct Driver<'a, S: Session, W: Work> {
-    session: S,
+pub struct Driver<'a, B: Backend, W: Work> {
+    backend: B,
+    session: B::Session,
     work: Arc<W>,
     settings: &'a Settings,
     clock: &'a Clock,
@@ -55,17 +60,21 @@ pub struct Driver<'a, S: Session, W: Work> {
     workers: JoinSet<(Partition, Epoch, Result<(), LogError>)>,
     restoring: FuturesUnordered<Answer<Offset>>,
     answers: FuturesUnordered<Answer<Option<Changes>>>,
+    looks: FuturesUnordered<Answer<Found>>,
+    look_at: Instant,
     pending: Pending,
     bell: Arc<Bell>,
+    lease: Arc<Lease>,
     /// When the next commit may begin; none while nothing has changed.
     due: Option<Instant>,
     last_commit: Instant,
     repeat: Duration,
 }
 
-impl<'a, S: Session, W: Work> Driver<'a, S, W> {
-    pub fn new(session: S, work: Arc<W>, settings: &'a Settings, clock: &'a Clock) -> Self {
+impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
+    pub fn new(backend: B, session: B::Session, work: Arc<W>, settings: &'a Settings, clock: &'a Clock) -> Self {
         Self {
+            backend,
             session,
             work,
             settings,
@@ -74,8 +83,11 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
             workers: JoinSet::new(),
             restoring: FuturesUnordered::new(),
             answers: FuturesUnordered::new(),
+            looks: FuturesUnordered::new(),
+            look_at: clock.instant() + watchdog::LOOK,
             pending: Pending::default(),
             bell: Arc::default(),
+            lease: Arc::new(Lease::new(clock.clone(), settings.member.session_timeout)),
             due: None,
             last_commit: clock.instant(),
             repeat: REPEAT,
@@ -129,8 +141,41 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
                 // While a commit is due anyway a ring says nothing new, and would only interrupt the poll.
                 () = bell.0.notified(), if self.due.is_none() || self.is_stashing() => self.answer_bell()?,
                 () = self.clock.sleep_until(due) => self.collect_or_commit().await?,
+                Some(found) = self.looks.next() => self.judge(found)?,
+                () = self.clock.sleep_until(self.look_at) => self.look(),
                 polled = self.session.poll(POLL) => self.react(polled?).await?,
             }
+        }
+        Ok(())
+    }
+
+    /// Looks into partitions whose live reading stands still.
+    fn look(&mut self) {
+        let now = self.clock.instant();
+        self.look_at = now + watchdog::LOOK;
+        if !self.looks.is_empty() {
+            return;
+        }
+        for (partition, slot) in &mut self.slots {
+            if !slot.stash.is_empty() || !slot.restored {
+                slot.watch.waits(now);
+            } else if slot.watch.is_still(now) {
+                let (partition, epoch, watch) = (*partition, slot.epoch, slot.watch);
+                let (backend, topic) = (self.backend.clone(), self.settings.member.topic.clone());
+                self.looks.push(Box::pin(async move {
+                    (partition, epoch, Some(watchdog::look(backend, topic, partition, watch).await))
+                }));
+            }
+        }
+    }
+
+    fn judge(&mut self, (partition, epoch, found): (Partition, Epoch, Option<Found>)) -> Result<(), LogError> {
+        let now = self.clock.instant();
+        let Some(slot) = self.slots.get_mut(&partition).filter(|slot| slot.epoch == epoch) else { return Ok(()) };
+        if slot.stash.is_empty() && slot.watch.judge(found.unwrap_or(Found::Unknown), now) {
+            let position = slot.watch.position();
+            events::stalled(self.settings.stage, partition, &position);
+            return Err(LogError::transient(format!("reading of partition {partition} stands still at {position}")));
         }
         Ok(())
     }
@@ -172,11 +217,13 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
         let (records, inbox_records) = mpsc::channel(INBOX_BATCHES);
         let (asks, inbox_asks) = mpsc::unbounded_channel();
         let (ready, restored) = oneshot::channel();
-        let inbox = Inbox { records: inbox_records, asks: inbox_asks, ready, bell: Arc::clone(&self.bell) };
+        let (bell, lease) = (Arc::clone(&self.bell), Arc::clone(&self.lease));
+        let inbox = Inbox { records: inbox_records, asks: inbox_asks, ready, bell, lease };
         let work = Arc::clone(&self.work);
         let worker = self.workers.spawn(async move { (partition, epoch, work.run(assignment, inbox).await) });
         self.restoring.push(Box::pin(async move { (partition, epoch, restored.await.ok()) }));
-        let slot = Slot { epoch, records, asks, stash: Vec::new(), asked: false, restored: false, worker };
+        let watch = Watch::new(Offset::START, self.clock.instant());
+        let slot = Slot { epoch, records, asks, stash: Vec::new(), asked: false, restored: false, watch, worker };
         if let Some(old) = self.slots.insert(partition, slot) {
             old.worker.abort();
         }
@@ -187,6 +234,7 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
         // A worker that ended before it was ready says why when it is joined.
         let Some(from) = from else { return Ok(()) };
         slot.restored = true;
+        slot.watch = Watch::new(from, self.clock.instant());
         self.session.seek(partition, from)?;
         self.session.resume(&[partition])
     }
@@ -198,6 +246,9 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
         }
         for (partition, batch) in by_partition {
             let Some(slot) = self.slots.get_mut(&partition) else { continue };
+            if let Some(last) = batch.last() {
+                slot.watch.moved(last.offset.just_after(), self.clock.instant());
+            }
             if slot.stash.is_empty() {
                 match slot.records.try_send(batch) {
                     Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => continue,
@@ -273,8 +324,10 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
     }
 
     fn take(&mut self, (partition, epoch, changes): (Partition, Epoch, Option<Option<Changes>>)) {
-        let Some(slot) = self.slots.get_mut(&partition).filter(|slot| slot.epoch == epoch) else { return };
+        let is_current = |slot: &&mut Slot| slot.epoch == epoch || is_planted(Mistake::ForgetEpoch);
+        let Some(slot) = self.slots.get_mut(&partition).filter(is_current) else { return };
         slot.asked = false;
+        let epoch = slot.epoch;
         if let Some(Some(changes)) = changes {
             self.pending.add(partition, epoch, changes);
         }
@@ -285,11 +338,12 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
         if self.pending.is_empty() {
             return Ok(());
         }
-        let began = self.clock.instant();
+        let (began, uptime) = (self.clock.instant(), self.lease.now());
         self.last_commit = began;
         match self.session.commit(Arc::new(self.pending.commit())).await {
             Ok(()) => {
                 events::committed(self.settings.stage, began.elapsed());
+                self.lease.renew(uptime);
                 for partition in self.pending.partitions() {
                     if let Some(slot) = self.slots.get(&partition) {
                         // A worker that has ended is told by its join.
@@ -302,6 +356,9 @@ impl<'a, S: Session, W: Work> Driver<'a, S, W> {
             }
             Err(LogError::Transient(error)) => {
                 events::commit_failed(self.settings.stage, &error);
+                if is_planted(Mistake::DropAfterFailedCommit) {
+                    self.pending.clear();
+                }
                 self.due = Some(self.clock.instant() + self.repeat);
                 self.repeat = (self.repeat * 2).min(REPEAT_CAP);
                 Ok(())

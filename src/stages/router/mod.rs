@@ -8,19 +8,41 @@ use crate::delivery::http::Client;
 use crate::delivery::verdict::Verdict;
 use crate::model::codec;
 use crate::model::delivery::{Delivery, Payload};
+use crate::model::id::{DestinationId, DestinationType};
 use crate::model::outcome::Reason;
 use crate::model::record::Record;
-use crate::runtime::deliver::Deliver;
+use crate::runtime::deliver::{Deliver, Rules};
 use crate::telemetry::metrics::metrics;
+
+/// Gives the rules for a destination of this id and type.
+pub type Configured = Box<dyn Fn(&DestinationId, Option<&DestinationType>) -> Rules + Send + Sync>;
 
 pub struct Router {
     pub client: Client,
     pub workspace: Current,
     pub clock: Clock,
+    /// What is configured for a destination, by its id and its type.
+    pub rules: Configured,
 }
 
 impl Deliver for Router {
-    async fn attempt(&self, record: Arc<Record>) -> Verdict {
+    async fn attempt(&self, records: Vec<Arc<Record>>) -> Vec<Verdict> {
+        // A webhook takes one event a request.
+        match records.first() {
+            Some(record) => vec![self.send(record).await],
+            None => Vec::new(),
+        }
+    }
+
+    fn rules(&self, destination: &DestinationId) -> Rules {
+        let workspace = self.workspace.get();
+        let kind = workspace.destination(destination).map(|found| found.kind.clone());
+        (self.rules)(destination, kind.as_ref())
+    }
+}
+
+impl Router {
+    async fn send(&self, record: &Record) -> Verdict {
         let abort = |reason, message: String| Verdict::Abort { reason, code: 0, message };
         let delivery: Delivery = match record.value.as_ref().map(codec::decode) {
             Some(Ok(delivery)) => delivery,

@@ -4,20 +4,21 @@ use bytes::Bytes;
 
 use crate::log::Committed;
 use crate::model::codec;
-use crate::model::progress::{KeyProgress, Lane, PartitionProgress, Progress, ProgressKey, Run};
+use crate::model::progress::{KeyProgress, LaneProgress, PartitionProgress, Progress, ProgressKey};
 use crate::model::record::{Addressed, Headers, Offset, header};
 use crate::runtime::driver::Changes;
 use crate::telemetry::metrics::metrics;
 
-use super::super::key::Activity;
 use super::{KeyId, PartitionState};
+use crate::runtime::planted::{Mistake, is_planted};
 
 impl PartitionState {
-    /// Everything that changed since this was asked last; none where nothing did. `clean`: the owner has stopped and has
-    /// nothing under way.
-    pub fn collect(&mut self, clean: bool) -> Option<Changes> {
+    /// Everything that changed since this was asked last; none where nothing did, unless `renew`: then the same position once
+    /// more. `clean`: the owner has stopped and has nothing under way.
+    pub fn collect(&mut self, clean: bool, renew: bool) -> Option<Changes> {
         let newly_clean = clean && !self.stopped_clean;
-        if !self.changed && self.dirty.is_empty() && !newly_clean {
+        let is_dirty = self.changed || !self.dirty.is_empty() || !self.dirty_lanes.is_empty();
+        if !is_dirty && !newly_clean && !renew {
             return None;
         }
         self.changed = false;
@@ -26,69 +27,82 @@ impl PartitionState {
         for id in std::mem::take(&mut self.dirty) {
             outputs.extend(self.key_record(&id));
         }
-        for (lane, ledger) in self.lanes.take_counted() {
+        for index in std::mem::take(&mut self.dirty_lanes) {
+            outputs.extend(self.lane_record(index));
+        }
+        for index in self.lanes.take_counted() {
+            let lane = self.lanes.at(index).lane.clone();
+            let mut ledger = self.lanes.at(index).ledger;
+            ledger.open_since = self.lanes.at(index).destination.open_since();
             let key = ProgressKey::Ledger(&lane).encode(self.partition);
             outputs.push(self.progress(key, &Progress::Ledger(lane, ledger)));
         }
         self.seq += 1;
+        let lowest = self.lowest_unfinished();
+        self.drains.retain(|drain| drain.bound > lowest);
         let record = PartitionProgress {
             seq: self.seq,
             epoch: self.epoch.0,
             base: self.window.base(),
-            runs: self.runs(),
+            runs: self.window.runs(),
             // After a restore the window is behind what the last owner had read: a second crash must not count it again.
-            live: self.window.live().max(self.taken_until),
+            live: self.frontier(),
             clean_stop: clean,
-            drains: Vec::new(),
+            drains: self.drains.clone(),
         };
         let last = self.progress(ProgressKey::Partition.encode(self.partition), &Progress::Partition(record));
         self.collected = self.uncommitted;
         self.tell();
-        let position = Committed { offset: self.lowest_unfinished(), metadata: self.seq.to_string() };
+        let position = Committed { offset: lowest, metadata: self.seq.to_string() };
         Some(Changes { outputs, last: Some(last), position })
-    }
-
-    /// What is finished or marked: in the window, and of the last owner's runs what live reading has not passed yet. Leaving
-    /// those out would let a second crash read records again that a mark covers.
-    fn runs(&self) -> Vec<Run> {
-        let mut runs = self.window.runs();
-        let live = self.window.live();
-        let ahead = self.skip.iter().filter(|run| run.last >= live);
-        runs.extend(ahead.map(|run| Run { first: run.first.max(live), last: run.last }));
-        runs
     }
 
     /// The lowest unfinished offset, whoever covers it: what the group commits, so that lag never lies low.
     fn lowest_unfinished(&self) -> Offset {
-        let base = self.window.base();
-        self.marked.first().map_or(base, |marked| base.min(*marked))
+        let lanes = self.lanes.detached.iter().map(|index| self.lane_tail(*index));
+        let keys = self.lows.keys().next().copied().filter(|_| !is_planted(Mistake::CommitPastMark));
+        lanes.chain(keys).fold(self.window.base(), Offset::min)
     }
 
-    /// A key's progress record as it is to be now: its mark, or a tombstone.
-    fn key_record(&mut self, id: &KeyId) -> Option<Addressed> {
-        let key = self.keys.get_mut(id)?;
-        let lane: Lane = self.lanes.lane(id.lane).clone();
-        if !key.needs_record() {
-            let was_recorded = std::mem::take(&mut key.recorded);
-            if key.queue.is_empty() && key.activity == Activity::Idle {
-                self.keys.remove(id);
-            }
-            let name = ProgressKey::Key(&lane, &id.user).encode(self.partition);
-            return was_recorded.then(|| self.tombstone(name.into()));
+    /// The oldest record that a detached lane's mark covers, or where its reading goes on.
+    fn lane_tail(&self, index: usize) -> Offset {
+        let scan = self.lane_scan(index);
+        let Some(detached) = &self.lanes.at(index).detached else { return scan };
+        match detached.window.is_empty() {
+            true => detached.window.live().max(scan),
+            false => detached.window.base(),
         }
-        let (window, marked) = (&mut self.window, &mut self.marked);
-        key.extend_mark(|place, offset| {
-            window.finish(place);
-            marked.insert(offset);
-        });
-        let freed = key.shed(self.settings.bounds.key_bytes);
-        self.account.sub(freed);
+    }
+
+    fn lane_record(&mut self, index: usize) -> Option<Addressed> {
+        let tail = self.lane_tail(index);
+        let lane = self.lanes.at_mut(index);
+        let detached = lane.detached.as_ref()?;
+        lane.recorded = true;
+        let record = LaneProgress {
+            lane: lane.lane.clone(),
+            tail,
+            done: detached.window.runs(),
+            pending: lane.ledger.pending(),
+            pending_bytes: 0,
+            oldest: lane.oldest,
+        };
+        let name = ProgressKey::Lane(&record.lane).encode(self.partition);
+        Some(self.progress(name, &Progress::Lane(record)))
+    }
+
+    /// A held key's progress record.
+    fn key_record(&mut self, id: &KeyId) -> Option<Addressed> {
+        let lane = self.lanes.at(id.lane).lane.clone();
+        let key = self.lanes.key_mut(id).filter(|key| key.held)?;
         key.recorded = true;
-        let (head, followers) = key.mark();
+        let (head, followers, mut parked) = key.mark();
+        if is_planted(Mistake::ForgetParkedInMark) {
+            parked = None;
+        }
         let name = ProgressKey::Key(&lane, &id.user).encode(self.partition);
         let user = id.user.as_ref().into();
-        let record = Progress::Key(KeyProgress { lane, user, head, followers, parked: None });
-        Some(self.progress(name, &record))
+        Some(self.progress(name, &Progress::Key(KeyProgress { lane, user, head, followers, parked })))
     }
 
     fn progress(&self, key: String, value: &Progress) -> Addressed {
@@ -105,8 +119,16 @@ impl PartitionState {
 
     fn tell(&self) {
         let partition = self.partition.to_string();
-        metrics().lane_held.with_label_values(&[&partition]).set(self.held as i64);
-        metrics().lane_pending.with_label_values(&[&partition]).set(self.pending as i64);
-        metrics().lane_bytes.with_label_values(&[&partition]).set(self.account.used() as i64);
+        let metrics = metrics();
+        for (gauge, value) in [
+            (&metrics.lane_held, self.failing),
+            (&metrics.lane_pending, self.pending as usize),
+            (&metrics.lane_bytes, self.account.used()),
+            (&metrics.lane_detached, self.lanes.detached.len()),
+            (&metrics.parked, self.parked),
+            (&metrics.cursors, self.cursors.count()),
+        ] {
+            gauge.with_label_values(&[&partition]).set(value as i64);
+        }
     }
 }

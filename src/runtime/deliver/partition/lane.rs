@@ -1,11 +1,17 @@
 //! The lanes of a partition and whose turn it is: deficit round robin over destinations, in bytes.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
 
-use crate::model::id::DestinationId;
+use indexmap::IndexMap;
+
+use crate::clock::Timestamp;
 use crate::model::progress::{Lane, Ledger};
+use crate::model::record::Offset;
 
-use super::super::permits::{Permit, Permits};
+use super::super::destination::{Destination, Permit, Refused};
+use super::super::key::{Activity, Key};
+use super::super::window::Window;
 use super::KeyId;
 
 /// What a lane may send before it is another's turn.
@@ -17,126 +23,217 @@ pub struct Lanes {
     index: HashMap<Lane, usize>,
     /// Lanes with ready keys, in turn.
     turns: VecDeque<usize>,
+    /// Lanes whose ledger changed.
+    counted: BTreeSet<usize>,
+    pub detached: BTreeSet<usize>,
 }
 
-struct LaneState {
-    lane: Lane,
-    ready: VecDeque<KeyId>,
+/// What is known of one lane.
+pub struct LaneState {
+    pub lane: Lane,
+    pub destination: Arc<Destination>,
+    /// In the order in which they came, so that equal runs go equal ways.
+    pub keys: IndexMap<Arc<str>, Key>,
+    /// Keys that may send: held ones, and others. They take turns, so that neither has to wait for all of the other.
+    ready: [VecDeque<Arc<str>>; 2],
+    next_ready: usize,
     in_turn: bool,
+    /// Refused until an alarm.
+    pub shut: bool,
     deficit: usize,
-    ledger: Ledger,
-    counted: bool,
+    pub ledger: Ledger,
+    /// Of records in memory.
+    pub bytes: usize,
+    /// Records in queues of keys that are not held: in the window, and in memory.
+    pub unfinished: usize,
+    /// Of held keys.
+    pub held_bytes: usize,
+    pub detached: Option<Detached>,
+    /// A progress record of it is in the log.
+    pub recorded: bool,
+    /// When the oldest known unfinished record was written, or one before it.
+    pub oldest: Timestamp,
+}
+
+/// A lane that a cursor feeds.
+pub struct Detached {
+    /// Covers all unfinished records of the lane but those of held keys.
+    pub window: Window,
+    /// Everything below has been handed over.
+    pub scan: Offset,
+    pub cursor: Option<u64>,
+    pub joined_at: Timestamp,
+    /// So long it has made its cursor wait, and since when it does.
+    pub blocked_millis: u64,
+    pub full_since: Option<Timestamp>,
+    /// The cursor that it held up, and left for a slower one.
+    pub moved_from: Option<u64>,
 }
 
 /// Something is ready, but its destination may have no more requests now.
 pub struct NoPermit;
 
 impl Lanes {
-    pub fn index(&mut self, lane: &Lane) -> usize {
-        if let Some(index) = self.index.get(lane) {
-            return *index;
-        }
+    pub fn find(&self, lane: &Lane) -> Option<usize> {
+        self.index.get(lane).copied()
+    }
+
+    pub fn open(&mut self, lane: Lane, destination: Arc<Destination>) -> usize {
         self.all.push(LaneState {
             lane: lane.clone(),
-            ready: VecDeque::new(),
+            destination,
+            keys: IndexMap::new(),
+            ready: Default::default(),
+            next_ready: 0,
             in_turn: false,
+            shut: false,
             deficit: 0,
             ledger: Ledger::default(),
-            counted: false,
+            bytes: 0,
+            unfinished: 0,
+            held_bytes: 0,
+            detached: None,
+            recorded: false,
+            oldest: Timestamp::default(),
         });
-        self.index.insert(lane.clone(), self.all.len() - 1);
+        self.index.insert(lane, self.all.len() - 1);
         self.all.len() - 1
     }
 
-    pub fn restore(&mut self, lane: Lane, ledger: Ledger) {
-        let index = self.index(&lane);
-        self.all[index].ledger = ledger;
+    pub fn len(&self) -> usize {
+        self.all.len()
     }
 
-    pub fn lane(&self, index: usize) -> &Lane {
-        &self.all[index].lane
+    pub fn has_turns(&self) -> bool {
+        !self.turns.is_empty()
+    }
+
+    pub fn at(&self, index: usize) -> &LaneState {
+        &self.all[index]
+    }
+
+    pub fn at_mut(&mut self, index: usize) -> &mut LaneState {
+        &mut self.all[index]
+    }
+
+    pub fn key(&self, id: &KeyId) -> Option<&Key> {
+        self.all[id.lane].keys.get(&id.user)
+    }
+
+    pub fn key_mut(&mut self, id: &KeyId) -> Option<&mut Key> {
+        self.all[id.lane].keys.get_mut(&id.user)
     }
 
     /// A lane's ledger, to be changed.
     pub fn ledger(&mut self, index: usize) -> &mut Ledger {
-        self.all[index].counted = true;
+        self.counted.insert(index);
         &mut self.all[index].ledger
     }
 
-    pub fn count(&mut self, index: usize, outcome: &str) -> &DestinationId {
-        let ledger = self.ledger(index);
-        match outcome {
-            "delivered" => ledger.delivered += 1,
-            "filtered" => ledger.filtered += 1,
-            _ => ledger.aborted += 1,
-        }
-        &self.all[index].lane.destination
-    }
-
-    /// The ledgers that changed since this was asked last.
-    pub fn take_counted(&mut self) -> Vec<(Lane, Ledger)> {
-        let mut counted = Vec::new();
-        for state in &mut self.all {
-            if std::mem::take(&mut state.counted) {
-                counted.push((state.lane.clone(), state.ledger));
-            }
-        }
-        counted
+    /// The lanes whose ledgers changed since this was asked last.
+    pub fn take_counted(&mut self) -> BTreeSet<usize> {
+        std::mem::take(&mut self.counted)
     }
 
     /// Puts a key into its lane's ready queue.
-    pub fn push(&mut self, key: KeyId, first: bool) {
-        let index = key.lane;
-        let state = &mut self.all[index];
+    pub fn push(&mut self, id: &KeyId, first: bool) {
+        let lane = &mut self.all[id.lane];
+        let Some(key) = lane.keys.get_mut(&id.user) else { return };
+        key.activity = Activity::Ready;
+        let ready = &mut lane.ready[usize::from(!key.held)];
         match first {
-            true => state.ready.push_front(key),
-            false => state.ready.push_back(key),
+            true => ready.push_front(Arc::clone(&id.user)),
+            false => ready.push_back(Arc::clone(&id.user)),
         }
-        if !std::mem::replace(&mut state.in_turn, true) {
-            self.turns.push_back(index);
-        }
+        self.rouse(id.lane);
     }
 
-    /// Takes a key out of its ready queue.
-    pub fn take_back(&mut self, key: &KeyId) {
-        self.all[key.lane].ready.retain(|ready| ready != key);
+    /// Forgets who is ready: those that are left are pushed again.
+    pub fn clear_ready(&mut self, index: usize) {
+        self.all[index].ready = Default::default();
     }
 
-    /// The next key that may send, with its permit. `cost` is the weight of its next record.
+    /// A lane takes its turn if it has something to send and nothing is known against it.
+    pub fn rouse(&mut self, index: usize) {
+        let lane = &mut self.all[index];
+        if lane.shut || lane.in_turn || lane.ready.iter().all(VecDeque::is_empty) {
+            return;
+        }
+        lane.in_turn = true;
+        self.turns.push_back(index);
+    }
+
+    /// The next key that may send, with its permit. `only_held`: whether a lane may start no key that is not held. Lanes that
+    /// may not send for a while leave the round and are told by `shut`, with the time when they are to be roused.
     pub fn next(
         &mut self,
-        cost: impl Fn(&KeyId) -> usize,
-        permits: &Permits,
+        now: Timestamp,
+        only_held: impl Fn(&LaneState) -> bool,
+        mut shut: impl FnMut(usize, Timestamp),
     ) -> Option<Result<(KeyId, Permit), NoPermit>> {
         let mut refused = 0;
         while refused < self.turns.len() {
             let index = *self.turns.front()?;
-            let state = &mut self.all[index];
-            let Some(key) = state.ready.front() else {
-                state.in_turn = false;
-                state.deficit = 0;
-                self.turns.pop_front();
+            let lane = &mut self.all[index];
+            let Some((queue, cost)) = lane.next_ready(only_held(lane)) else {
+                let waits = lane.ready.iter().any(|ready| !ready.is_empty());
+                self.leave_turn(index);
+                if waits {
+                    // Other lanes' held keys may have used up what there is; nobody here hears when they end.
+                    self.all[index].shut = true;
+                    shut(index, now.plus(std::time::Duration::from_millis(500)));
+                }
                 continue;
             };
-            let cost = cost(key);
-            if state.deficit < cost {
-                state.deficit += QUANTUM;
+            if lane.deficit < cost {
+                lane.deficit += QUANTUM;
                 // Whoever is refused may be looked at again on the way: only a whole round of refusals counts.
                 refused = 0;
                 self.turns.rotate_left(1);
                 continue;
             }
-            match permits.try_acquire(&state.lane.destination) {
-                Some(permit) => {
-                    state.deficit -= cost;
-                    return state.ready.pop_front().map(|key| Ok((key, permit)));
+            match lane.destination.try_start(now) {
+                Ok(permit) => {
+                    lane.deficit -= cost;
+                    lane.next_ready = 1 - queue;
+                    return lane.ready[queue].pop_front().map(|user| Ok((KeyId { lane: index, user }, permit)));
                 }
-                None => {
+                Err(Refused::Permits) => {
                     refused += 1;
                     self.turns.rotate_left(1);
+                }
+                Err(Refused::Until(at)) => {
+                    self.leave_turn(index);
+                    self.all[index].shut = true;
+                    shut(index, at);
                 }
             }
         }
         (!self.turns.is_empty()).then_some(Err(NoPermit))
+    }
+
+    /// The lane in front leaves the round.
+    fn leave_turn(&mut self, index: usize) {
+        self.all[index].in_turn = false;
+        self.all[index].deficit = 0;
+        self.turns.pop_front();
+    }
+}
+
+impl LaneState {
+    /// Which ready queue is next, and the weight of the record in front of it. Keys that were forgotten since are dropped.
+    fn next_ready(&mut self, only_held: bool) -> Option<(usize, usize)> {
+        for queue in [self.next_ready, 1 - self.next_ready] {
+            if queue == 1 && only_held {
+                continue;
+            }
+            while let Some(user) = self.ready[queue].front() {
+                match self.keys.get(user).filter(|key| key.activity == Activity::Ready) {
+                    Some(key) => return Some((queue, key.queue.front().map_or(0, super::super::key::Item::weight))),
+                    None => drop(self.ready[queue].pop_front()),
+                }
+            }
+        }
+        None
     }
 }

@@ -1,0 +1,161 @@
+//! The operator's commands, followed in the `control` topic.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::clock::{Clock, Timestamp};
+use crate::log::{Backend, Limit, LogError, Read, Reader};
+use crate::model::codec;
+use crate::model::command::{Action, Command, Control};
+use crate::model::id::DestinationId;
+use crate::model::progress::Target;
+use crate::model::record::{Offset, Partition, Record, Topic};
+
+const PARTITION: Partition = Partition(0);
+const READ: Limit = Limit { records: 500, bytes: 1 << 20 };
+const AGAIN: Duration = Duration::from_secs(1);
+/// A drain is about deliveries older than itself. When those cannot be in the log any more it has nothing to say.
+const DRAIN_LIFE: Duration = Duration::from_secs(8 * 24 * 3_600);
+/// A wish to retry now is not one to retry later.
+const RETRY_LIFE: Duration = Duration::from_secs(60);
+
+/// What is wanted now: the last word on each thing.
+#[derive(Clone, Debug, Default)]
+pub struct Commands(BTreeMap<(String, String), Command>);
+
+impl Commands {
+    pub fn paused(&self) -> HashSet<DestinationId> {
+        self.0
+            .values()
+            .filter(|command| command.action == Action::Pause)
+            .filter_map(|command| match &command.target {
+                Target::Destination(id) => Some(id.clone()),
+                Target::User(..) | Target::JobRun(_) => None,
+            })
+            .collect()
+    }
+
+    pub fn drains(&self, now: Timestamp) -> impl Iterator<Item = &Command> {
+        self.0.values().filter(move |command| command.action == Action::Drain && now.since(command.at) < DRAIN_LIFE)
+    }
+
+    pub fn retries(&self, now: Timestamp) -> impl Iterator<Item = &Command> {
+        self.0.values().filter(move |command| command.action == Action::Retry && now.since(command.at) < RETRY_LIFE)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Command> {
+        self.0.values()
+    }
+
+    /// Takes a record of the topic in. One that cannot be read is told and passed over: the others have to be heard.
+    pub fn take(&mut self, record: &Record) {
+        let Some(value) = &record.value else {
+            let key = record.key.as_ref().map(|key| String::from_utf8_lossy(key).into_owned()).unwrap_or_default();
+            if let Some((kind, id)) = key.split_once('/') {
+                self.0.remove(&(kind.to_owned(), id.to_owned()));
+            }
+            return;
+        };
+        let command = codec::decode::<Control>(value).map_err(|error| error.to_string()).and_then(|control| {
+            Ok(Command::of_control(&control)?.map(|command| ((control.kind, control.id), command)))
+        });
+        match command {
+            Ok(Some((key, command))) => drop(self.0.insert(key, command)),
+            Ok(None) => {}
+            Err(error) => tracing::error!(offset = %record.offset, %error, "a control record cannot be read"),
+        }
+    }
+
+    /// Reads everything that is there.
+    ///
+    /// # Errors
+    /// Where the log cannot be read.
+    pub async fn load<B: Backend>(log: &B) -> Result<(Self, B::Reader), LogError> {
+        let mut reader = log.reader(&Topic::CONTROL, PARTITION, Offset::START).await?;
+        let mut commands = Self::default();
+        while let Read::Records(records) = reader.read(READ).await? {
+            records.iter().for_each(|record| commands.take(record));
+        }
+        Ok((commands, reader))
+    }
+}
+
+/// The commands in force. Clones see the same ones.
+pub type Current = watch::Receiver<Arc<Commands>>;
+
+/// Reads the topic and goes on following it in the background, as long as somebody listens.
+///
+/// # Errors
+/// Where the log cannot be read at the start: without knowing what is paused nothing may begin.
+pub async fn follow<B: Backend>(log: B, clock: Clock) -> Result<Current, LogError> {
+    let (mut commands, mut reader) = Commands::load(&log).await?;
+    let (sender, current) = watch::channel(Arc::new(commands.clone()));
+    tokio::spawn(async move {
+        while !sender.is_closed() {
+            match reader.read(READ).await {
+                Ok(Read::Records(records)) => {
+                    for record in &records {
+                        commands.take(record);
+                    }
+                    sender.send_replace(Arc::new(commands.clone()));
+                }
+                Ok(Read::End) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "commands cannot be read, trying again");
+                    clock.sleep(AGAIN).await;
+                }
+            }
+        }
+    });
+    Ok(current)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::record::Headers;
+
+    fn record(action: Action, target: &str, at: i64) -> Record {
+        let target = Target::parse(target).expect("a target");
+        let (id, at) = (format!("{}-{at}", action.as_str()), Timestamp::from_millis(at));
+        let control = Command { id, action, target, at, by: "me".into() }.to_control();
+        Record {
+            partition: PARTITION,
+            offset: Offset::START,
+            timestamp: at,
+            key: Some(format!("{}/{}", control.kind, control.id).into()),
+            value: Some(codec::encode(&control).into()),
+            headers: Headers::new(),
+        }
+    }
+
+    #[test]
+    fn the_last_word_on_each_thing_counts() {
+        let mut commands = Commands::default();
+        for (action, target, at) in [
+            (Action::Pause, "destination/a", 1),
+            (Action::Pause, "destination/b", 2),
+            (Action::Drain, "destination/a", 3),
+            (Action::Drain, "user/a/u", 4),
+            (Action::Retry, "destination/a", 5),
+            (Action::Resume, "destination/a", 6),
+        ] {
+            commands.take(&record(action, target, at));
+        }
+        let mut broken = record(Action::Pause, "destination/c", 9);
+        broken.value = Some("nonsense".into());
+        commands.take(&broken);
+        assert_eq!(commands.paused(), HashSet::from(["b".into()]));
+        let soon = Timestamp::from_millis(1_000);
+        assert_eq!((commands.drains(soon).count(), commands.retries(soon).count()), (2, 1));
+        let late = soon.plus(RETRY_LIFE);
+        assert_eq!((commands.drains(late).count(), commands.retries(late).count()), (2, 0));
+        let mut gone = record(Action::Pause, "destination/b", 9);
+        gone.value = None;
+        commands.take(&gone);
+        assert!(commands.paused().is_empty());
+    }
+}

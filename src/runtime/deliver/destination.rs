@@ -1,0 +1,344 @@
+//! What all partitions of the process share about a destination: how many requests are under way, how many bytes wait, its
+//! breaker, its limits. A destination may hold half of what is free at that moment, and one request is always kept for each:
+//! one that only answers slowly cannot take the process.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::clock::Timestamp;
+use crate::log::partitioner::Placement;
+use crate::model::id::DestinationId;
+use crate::model::record::Partition;
+use crate::telemetry::events;
+use crate::telemetry::metrics::metrics;
+
+use super::backoff::RetryPolicy;
+use super::breaker::Breaker;
+
+/// Who was refused by a breaker or a pause looks again after this at the latest: another partition may have found out more.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// What a destination wants of us.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rules {
+    /// Deliveries of a user go out one after the other.
+    pub ordered: bool,
+    /// So many deliveries of a user may share one request.
+    pub batch: usize,
+    /// Requests per second, and at a time, over the whole cluster.
+    pub rate: Option<f64>,
+    pub concurrency: Option<usize>,
+    pub retry: RetryPolicy,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self { ordered: true, batch: 1, rate: None, concurrency: None, retry: RetryPolicy::default() }
+    }
+}
+
+/// The destinations of a process.
+#[derive(Clone)]
+pub struct Destinations(Arc<Shared>);
+
+struct Shared {
+    total: usize,
+    per_destination: usize,
+    /// How `deliveries` is partitioned: which partitions a destination's limits are shared over.
+    placement: Placement,
+    in_flight: AtomicUsize,
+    known: Mutex<HashMap<DestinationId, Arc<Destination>>>,
+    owned: Mutex<BTreeSet<Partition>>,
+    freed: watch::Sender<u64>,
+}
+
+pub struct Destination {
+    pub id: DestinationId,
+    pub rules: Rules,
+    /// The partitions its deliveries are spread over.
+    shard: Vec<Partition>,
+    in_flight: AtomicUsize,
+    /// Of its records in memory.
+    bytes: AtomicUsize,
+    paused: AtomicBool,
+    circuit: Mutex<Circuit>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Circuit {
+    breaker: Breaker,
+    /// Requests that the rate allows now, and as of when.
+    tokens: Option<(f64, Timestamp)>,
+}
+
+/// Why a request may not start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// Too many are under way; [`Destinations::subscribe`] tells when that changes.
+    Permits,
+    /// Not before then.
+    Until(Timestamp),
+}
+
+impl Destinations {
+    pub fn new(total: usize, per_destination: usize, placement: Placement) -> Self {
+        Self(Arc::new(Shared {
+            total,
+            per_destination,
+            placement,
+            in_flight: AtomicUsize::new(0),
+            known: Mutex::default(),
+            owned: Mutex::default(),
+            freed: watch::Sender::new(0),
+        }))
+    }
+
+    /// The destination of this id; `rules` are asked for once.
+    pub fn get(&self, id: &DestinationId, rules: impl FnOnce(&DestinationId) -> Rules) -> Arc<Destination> {
+        let mut known = lock(&self.0.known);
+        if let Some(destination) = known.get(id) {
+            return Arc::clone(destination);
+        }
+        let destination = Arc::new(Destination {
+            id: id.clone(),
+            rules: rules(id),
+            shard: self.0.placement.shard_of(id.as_str()),
+            in_flight: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            paused: AtomicBool::new(false),
+            circuit: Mutex::default(),
+            shared: Arc::clone(&self.0),
+        });
+        known.insert(id.clone(), Arc::clone(&destination));
+        destination
+    }
+
+    /// These are paused, and no others.
+    pub fn pause(&self, paused: &HashSet<DestinationId>, rules: impl Fn(&DestinationId) -> Rules) {
+        for id in paused {
+            self.get(id, &rules);
+        }
+        for (id, destination) in lock(&self.0.known).iter() {
+            destination.paused.store(paused.contains(id), Ordering::Relaxed);
+        }
+        self.0.freed.send_modify(|version| *version += 1);
+    }
+
+    /// A partition is ours from now on, or no longer.
+    pub fn own(&self, partition: Partition, is_ours: bool) {
+        let mut owned = lock(&self.0.owned);
+        match is_ours {
+            true => owned.insert(partition),
+            false => owned.remove(&partition),
+        };
+    }
+
+    /// Tells when permits are given back, or a breaker or pause has changed.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.0.freed.subscribe()
+    }
+}
+
+impl Destination {
+    /// A permit for one request, if it may start now.
+    ///
+    /// # Errors
+    /// [`Refused`] says what to wait for.
+    pub fn try_start(self: &Arc<Self>, now: Timestamp) -> Result<Permit, Refused> {
+        if self.paused.load(Ordering::Relaxed) {
+            return Err(Refused::Until(now.plus(AGAIN)));
+        }
+        let mut circuit = lock(&self.circuit);
+        if let Some(until) = circuit.breaker.shut_until(now) {
+            return Err(Refused::Until(until.min(now.plus(AGAIN))));
+        }
+        let (all, own) = (self.shared.in_flight.load(Ordering::Relaxed), self.in_flight.load(Ordering::Relaxed));
+        let fair = (self.shared.total.saturating_sub(all) + own) / 2;
+        if own > 0 && own >= fair.min(self.shared.per_destination).min(self.concurrency()) {
+            return Err(Refused::Permits);
+        }
+        if let Some(rate) = self.rules.rate {
+            circuit.take(rate * self.share(), now)?;
+        }
+        let probe = circuit.breaker.start();
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let all = self.shared.in_flight.fetch_add(1, Ordering::Relaxed) + 1;
+        metrics().router_in_flight.with_label_values::<&str>(&[]).set(all as i64);
+        Ok(Permit { destination: Arc::clone(self), probe, reported: false })
+    }
+
+    /// Its limit, by how many of its partitions are here; at least one.
+    fn concurrency(&self) -> usize {
+        self.rules.concurrency.map_or(usize::MAX, |limit| ((limit as f64 * self.share()) as usize).max(1))
+    }
+
+    fn share(&self) -> f64 {
+        let owned = lock(&self.shared.owned);
+        let here = self.shard.iter().filter(|partition| owned.contains(partition)).count();
+        here as f64 / self.shard.len().max(1) as f64
+    }
+
+    /// Not paused, and not believed to be down.
+    pub fn can_run(&self) -> bool {
+        !self.paused.load(Ordering::Relaxed) && self.open_since().is_none()
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    pub fn open_since(&self) -> Option<Timestamp> {
+        lock(&self.circuit).breaker.open_since()
+    }
+
+    /// Its records in memory became more, or less.
+    pub fn add_bytes(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub fn sub_bytes(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
+
+impl Circuit {
+    /// Takes one request out of a second's worth.
+    fn take(&mut self, rate: f64, now: Timestamp) -> Result<(), Refused> {
+        let burst = rate.max(1.0);
+        let (tokens, at) = self.tokens.unwrap_or((burst, now));
+        let tokens = (tokens + now.since(at).as_secs_f64() * rate).min(burst);
+        if tokens < 1.0 {
+            self.tokens = Some((tokens, now));
+            // A rate of next to nothing is asked again now and then: its share may have grown.
+            let wait = Duration::try_from_secs_f64((1.0 - tokens) / rate).unwrap_or(AGAIN).min(AGAIN);
+            return Err(Refused::Until(now.plus(wait.max(Duration::from_millis(1)))));
+        }
+        self.tokens = Some((tokens - 1.0, now));
+        Ok(())
+    }
+}
+
+/// One request under way.
+pub struct Permit {
+    destination: Arc<Destination>,
+    probe: bool,
+    reported: bool,
+}
+
+impl Permit {
+    /// What came of the request. True: the destination counts as down, and the try as not made.
+    pub fn report(mut self, now: Timestamp, user: u64, failed: bool) -> bool {
+        self.reported = true;
+        let mut circuit = lock(&self.destination.circuit);
+        let before = circuit.breaker.open_since();
+        circuit.breaker.report(now, user, failed, self.probe);
+        let after = circuit.breaker.open_since();
+        drop(circuit);
+        if before.is_some() != after.is_some() {
+            events::breaker(self.destination.id.as_str(), after.is_some());
+        }
+        after.is_some() && (self.probe || before.is_some())
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if self.probe && !self.reported {
+            lock(&self.destination.circuit).breaker.give_up_probe();
+        }
+        self.destination.in_flight.fetch_sub(1, Ordering::Relaxed);
+        let shared = &self.destination.shared;
+        let all = shared.in_flight.fetch_sub(1, Ordering::Relaxed) - 1;
+        metrics().router_in_flight.with_label_values::<&str>(&[]).set(all as i64);
+        shared.freed.send_modify(|version| *version += 1);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::partitioner::IsolateBy;
+
+    const NOW: Timestamp = Timestamp::from_millis(0);
+
+    fn destinations(total: usize, each: usize) -> Destinations {
+        let placement = Placement { isolate_by: IsolateBy::Destination, spread: Some(4), partitions: 12 };
+        Destinations::new(total, each, placement)
+    }
+
+    fn take(destination: &Arc<Destination>, now: Timestamp) -> Vec<Permit> {
+        std::iter::from_fn(|| destination.try_start(now).ok()).take(1_000).collect()
+    }
+
+    #[test]
+    fn a_slow_destination_takes_half_and_leaves_one_for_each() {
+        let all = destinations(100, 1_000);
+        let slow = all.get(&"slow".into(), |_| Rules::default());
+        let taken = take(&slow, NOW);
+        assert_eq!(taken.len(), 50);
+        let others: Vec<Permit> = (0..200)
+            .filter_map(|n| all.get(&format!("other-{n}").as_str().into(), |_| Rules::default()).try_start(NOW).ok())
+            .collect();
+        assert_eq!(others.len(), 200, "the first request of a destination always goes");
+        drop(taken);
+        drop(others);
+        assert_eq!(take(&slow, NOW).len(), 50, "everything was given back");
+    }
+
+    #[test]
+    fn a_destination_has_a_cap_of_its_own() {
+        let one = destinations(10_000, 3).get(&"one".into(), |_| Rules::default());
+        assert_eq!(take(&one, NOW).len(), 3);
+    }
+
+    #[test]
+    fn limits_are_shared_by_the_partitions_that_are_here() {
+        let all = destinations(10_000, 1_000);
+        let rules = Rules { concurrency: Some(40), rate: Some(20.0), ..Rules::default() };
+        let limited = all.get(&"limited".into(), |_| rules);
+        assert_eq!(take(&limited, NOW).len(), 1, "none of its partitions is here: no more than one");
+        for partition in limited.shard.iter().take(2) {
+            all.own(*partition, true);
+        }
+        let later = NOW.plus(Duration::from_secs(10));
+        assert_eq!(take(&limited, later).len(), 10, "half of a second's worth");
+        let Err(Refused::Until(at)) = limited.try_start(later) else { panic!("the rate is used up") };
+        assert_eq!(at.since(later).as_millis(), 100);
+        let held: Vec<Permit> = (1..100).flat_map(|n| limited.try_start(later.plus(Duration::from_secs(n)))).collect();
+        assert_eq!(held.len(), 20, "half of the concurrency");
+    }
+
+    #[test]
+    fn a_pause_and_an_open_breaker_let_nothing_start() {
+        let all = destinations(100, 100);
+        let one = all.get(&"one".into(), |_| Rules::default());
+        all.pause(&HashSet::from(["one".into()]), |_| Rules::default());
+        assert!(matches!(one.try_start(NOW), Err(Refused::Until(_))) && !one.can_run());
+        all.pause(&HashSet::new(), |_| Rules::default());
+        let report = |permit: Permit, user, failed| permit.report(NOW, user, failed);
+        let lost: Vec<Permit> = take(&one, NOW);
+        let counted: Vec<bool> = lost.into_iter().zip(0..).map(|(permit, user)| report(permit, user, true)).collect();
+        assert_eq!(counted.iter().position(|spent_nothing| *spent_nothing), Some(20), "those behind are not spent");
+        assert!(one.try_start(NOW).is_err() && !one.can_run());
+        let later = NOW.plus(Duration::from_secs(2));
+        let probe = one.try_start(later).expect("a probe");
+        assert!(one.try_start(later).is_err(), "one at a time");
+        drop(probe);
+        let probe = one.try_start(later).expect("the last one ended without a result");
+        assert!(!probe.report(later, 1, false));
+        assert!(one.can_run() && one.try_start(later).is_ok());
+    }
+}

@@ -1,0 +1,495 @@
+//! Cursors: they read the partition again for detached lanes and parked keys.
+//!
+//! A cursor moves forward only and is shared by everyone whom it passes. Whoever cannot run, and a key that is full, leaves at
+//! once; a lane that is full makes its cursor wait, and one that makes it wait for more than half of the time goes to a slower
+//! cursor. So what is read is at most the backlog times the number of cursors, whoever catches up.
+//!
+//! Where a member stands is lazy: as long as a cursor carries it, the cursor's position counts, once that is past its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use crate::clock::Timestamp;
+use crate::model::record::{Offset, Record};
+use crate::telemetry::metrics::metrics;
+
+use super::super::window::Located;
+use super::{Activity, Alarm, KeyId, PartitionState, Reverse, Start, lane_of};
+use crate::runtime::planted::{Mistake, is_planted};
+
+pub type CursorId = u64;
+
+/// A lane is judged as slow after so long.
+const SLOW: Duration = Duration::from_secs(2);
+/// Cursors that wait, and members without a cursor, are looked at this often.
+const LOOK: Duration = Duration::from_millis(200);
+
+#[derive(Debug, Default)]
+pub struct Cursors {
+    open: BTreeMap<CursorId, Cursor>,
+    last_id: CursorId,
+    /// One is read at a time, so that live reading keeps its half.
+    reading: Option<CursorId>,
+    /// Whose turn it was.
+    turn: CursorId,
+    closed: Vec<CursorId>,
+    /// Who may want a cursor.
+    asking: BTreeSet<Seeker>,
+    /// Who wants one and found none.
+    stuck: BTreeSet<Seeker>,
+    pub alarm_set: bool,
+}
+
+#[derive(Debug)]
+struct Cursor {
+    position: Offset,
+    lanes: BTreeSet<usize>,
+    keys: BTreeSet<KeyId>,
+    /// Lanes that can take no more for now.
+    full: BTreeSet<usize>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Seeker {
+    Lane(usize),
+    Key(KeyId),
+}
+
+impl Cursors {
+    pub fn ask_lane(&mut self, index: usize) {
+        self.asking.insert(Seeker::Lane(index));
+    }
+
+    pub fn ask_key(&mut self, id: &KeyId) {
+        self.asking.insert(Seeker::Key(id.clone()));
+    }
+
+    pub fn leave_key(&mut self, cursor: CursorId, id: &KeyId) {
+        if let Some(open) = self.open.get_mut(&cursor) {
+            open.keys.remove(id);
+        }
+        self.close_if_empty(cursor);
+    }
+
+    fn leave_lane(&mut self, cursor: CursorId, index: usize) {
+        if let Some(open) = self.open.get_mut(&cursor) {
+            open.lanes.remove(&index);
+            open.full.remove(&index);
+        }
+        self.close_if_empty(cursor);
+    }
+
+    fn close_if_empty(&mut self, cursor: CursorId) {
+        let is_empty = |open: &Cursor| open.lanes.is_empty() && open.keys.is_empty();
+        // One that is being read is closed when that has ended.
+        if self.reading != Some(cursor) && self.open.get(&cursor).is_some_and(is_empty) {
+            self.open.remove(&cursor);
+            self.closed.push(cursor);
+            self.asking.append(&mut self.stuck);
+        }
+    }
+
+    fn position(&self, cursor: Option<CursorId>) -> Offset {
+        cursor.and_then(|cursor| self.open.get(&cursor)).map_or(Offset::START, |open| open.position)
+    }
+
+    pub fn count(&self) -> usize {
+        self.open.len()
+    }
+
+    /// The next one that has something to read before `frontier`, and whose members can all take more.
+    fn next(&mut self, frontier: Offset) -> Option<(CursorId, Offset)> {
+        if self.reading.is_some() {
+            return None;
+        }
+        let can = |(_, open): &(&CursorId, &Cursor)| open.full.is_empty() && open.position < frontier;
+        let behind = self.open.range(self.turn + 1..).find(can);
+        let (id, open) = behind.or_else(|| self.open.range(..=self.turn).find(can))?;
+        (self.turn, self.reading) = (*id, Some(*id));
+        Some((*id, open.position))
+    }
+}
+
+impl PartitionState {
+    /// What is to be read, or closed, next.
+    pub(super) fn next_scan(&mut self, now: Timestamp) -> Option<Start> {
+        if let Some(cursor) = self.cursors.closed.pop() {
+            return Some(Start::Close { cursor });
+        }
+        if !self.cursors.asking.is_empty() {
+            self.seat(now);
+        }
+        if !self.cursors.alarm_set && self.look_again(now) {
+            self.cursors.alarm_set = true;
+            self.alarms.push(Reverse((now.plus(LOOK), Alarm::Seats)));
+        }
+        let until = self.frontier();
+        self.cursors.next(until).map(|(cursor, from)| Start::Scan { cursor, from, until })
+    }
+
+    /// Moves lanes that hold their cursors up. True while somebody waits.
+    fn look_again(&mut self, now: Timestamp) -> bool {
+        self.cursors.asking.append(&mut self.cursors.stuck);
+        let waiting: Vec<usize> = self.cursors.open.values().flat_map(|open| open.full.iter().copied()).collect();
+        for index in &waiting {
+            self.reconsider(*index, now);
+            let Some(detached) = &self.lanes.at(*index).detached else { continue };
+            let (blocked, total) = Self::blocked(detached, now);
+            let (Some(from), true) = (detached.cursor, total > SLOW && blocked * 2 > total) else { continue };
+            let at = self.lane_scan(*index);
+            let company = self.cursors.open.get(&from).map_or(0, |open| open.lanes.len() + open.keys.len());
+            let slower = self.cursors.open.iter().any(|(id, open)| *id != from && open.position <= at);
+            // One place is kept for newcomers.
+            if company > 1 && (slower || self.cursors.open.len() + 1 < self.settings.bounds.cursors) {
+                self.leave_lane(*index);
+                if let Some(detached) = &mut self.lanes.at_mut(*index).detached {
+                    detached.moved_from = Some(from);
+                }
+                self.cursors.ask_lane(*index);
+            }
+        }
+        !waiting.is_empty() || !self.cursors.asking.is_empty()
+    }
+
+    /// Where a detached lane's reading stands.
+    pub(super) fn lane_scan(&self, index: usize) -> Offset {
+        let lane = self.lanes.at(index);
+        let Some(detached) = &lane.detached else { return self.frontier() };
+        detached.scan.max(self.cursors.position(detached.cursor))
+    }
+
+    /// Up to where a parked key may look for its records itself, and whether beyond that they come with its lane. Where they
+    /// do not, some further on are covered by its mark and some may not be: it waits until its lane has come by.
+    fn key_frontier(&self, lane: usize) -> (Offset, bool) {
+        match &self.lanes.at(lane).detached {
+            None => (self.window.live(), self.window.live() >= self.taken_until),
+            Some(detached) if is_planted(Mistake::DissolveTooEarly) => (detached.scan, true),
+            Some(detached) => {
+                let known = self.lane_scan(lane).max(detached.window.live());
+                (known, detached.window.known_until() <= known)
+            }
+        }
+    }
+
+    /// A drain has not come to all that it covers.
+    fn is_draining(&self, lane: usize, from: Offset) -> bool {
+        let destination = self.lanes.at(lane).lane.destination.as_str();
+        self.drains.iter().any(|drain| from < drain.bound && drain.target.concerns(destination))
+    }
+
+    fn wants_lane(&self, index: usize) -> bool {
+        let lane = self.lanes.at(index);
+        if lane.detached.is_none() {
+            return false;
+        }
+        let draining = !self.drains.is_empty() && self.is_draining(index, self.lane_scan(index));
+        draining || (!lane.destination.is_paused() && !self.is_lane_full(index))
+    }
+
+    fn wants_key(&self, id: &KeyId) -> bool {
+        let Some(key) = self.lanes.key(id) else { return false };
+        let Some(parked) = key.parked else { return false };
+        if key.cursor.is_some() || !key.is_low(self.settings.bounds.key_bytes) {
+            return false;
+        }
+        let can_run = key.failing.is_none() && self.lanes.at(id.lane).destination.can_run();
+        can_run || (!self.drains.is_empty() && self.is_draining(id.lane, parked))
+    }
+
+    /// Gives those who ask a cursor, the lowest first, so that those above can share it.
+    fn seat(&mut self, now: Timestamp) {
+        let asking = std::mem::take(&mut self.cursors.asking);
+        let mut seekers: Vec<(Offset, Seeker)> = Vec::new();
+        for seeker in asking {
+            match &seeker {
+                Seeker::Lane(index) => {
+                    let is_seated = self.lanes.at(*index).detached.as_ref().is_none_or(|d| d.cursor.is_some());
+                    if !is_seated && self.wants_lane(*index) {
+                        seekers.push((self.lane_scan(*index), seeker));
+                    } else if !is_seated && self.is_short() {
+                        self.cursors.stuck.insert(seeker);
+                    }
+                }
+                Seeker::Key(id) if self.wants_key(id) => {
+                    let at = self.lanes.key(id).and_then(|key| key.parked).unwrap_or_default();
+                    seekers.push((at, seeker));
+                }
+                Seeker::Key(_) => {}
+            }
+        }
+        seekers.sort();
+        for (at, seeker) in seekers {
+            if self.arrive(&seeker, at, now) {
+                continue;
+            }
+            match self.find_seat(&seeker, at) {
+                Some(cursor) => self.join(seeker, cursor, now),
+                None => drop(self.cursors.stuck.insert(seeker)),
+            }
+        }
+    }
+
+    /// A cursor that will come by, or a new one.
+    fn find_seat(&mut self, seeker: &Seeker, at: Offset) -> Option<CursorId> {
+        let bounds = self.settings.bounds;
+        let avoid = match seeker {
+            Seeker::Lane(index) => self.lanes.at(*index).detached.as_ref().and_then(|detached| detached.moved_from),
+            Seeker::Key(_) => None,
+        };
+        let behind = self.cursors.open.iter().filter(|(id, open)| Some(**id) != avoid && open.position <= at);
+        let nearest = behind.max_by_key(|(_, open)| open.position).map(|(id, open)| (*id, open.position));
+        if let Some((id, position)) = nearest
+            && at.raw() - position.raw() <= bounds.near
+        {
+            return Some(id);
+        }
+        let most = bounds.cursors - usize::from(avoid.is_some());
+        if self.cursors.open.len() < most && self.account.open_cursor(self.cursors.open.is_empty()) {
+            self.cursors.last_id += 1;
+            let cursor = Cursor { position: at, lanes: BTreeSet::new(), keys: BTreeSet::new(), full: BTreeSet::new() };
+            self.cursors.open.insert(self.cursors.last_id, cursor);
+            return Some(self.cursors.last_id);
+        }
+        nearest.map(|(id, _)| id)
+    }
+
+    fn join(&mut self, seeker: Seeker, cursor: CursorId, now: Timestamp) {
+        let Some(open) = self.cursors.open.get_mut(&cursor) else { return };
+        match seeker {
+            Seeker::Lane(index) => {
+                open.lanes.insert(index);
+                if let Some(detached) = &mut self.lanes.at_mut(index).detached {
+                    detached.cursor = Some(cursor);
+                    (detached.joined_at, detached.blocked_millis, detached.full_since) = (now, 0, None);
+                }
+            }
+            Seeker::Key(id) => {
+                open.keys.insert(id.clone());
+                if let Some(key) = self.lanes.key_mut(&id) {
+                    key.cursor = Some(cursor);
+                }
+            }
+        }
+    }
+
+    /// True where nothing is left to be read for this member: a lane is attached if it can be, a key dissolves into its lane.
+    fn arrive(&mut self, seeker: &Seeker, at: Offset, now: Timestamp) -> bool {
+        match seeker {
+            Seeker::Lane(index) => {
+                let early = is_planted(Mistake::AttachTooEarly) && self.window.live() >= self.taken_until;
+                let is_there = at >= self.frontier() || early;
+                if is_there && self.window.live() >= self.taken_until && !self.attach(*index) {
+                    // It stays where it is, and is looked at again when something of it ends or comes.
+                    self.leave_lane(*index);
+                }
+                is_there
+            }
+            Seeker::Key(id) => {
+                let (frontier, dissolves) = self.key_frontier(id.lane);
+                let is_there = at >= frontier;
+                if is_there {
+                    self.leave_key(id);
+                }
+                if is_there && dissolves {
+                    if let Some(key) = self.lanes.key_mut(id) {
+                        key.parked = None;
+                        self.parked -= 1;
+                    }
+                    self.note_low(id);
+                    self.dirty.insert(id.clone());
+                    self.go_on(id, now);
+                }
+                is_there
+            }
+        }
+    }
+
+    pub(super) fn leave_lane(&mut self, index: usize) {
+        let scan = self.lane_scan(index);
+        let Some(detached) = &mut self.lanes.at_mut(index).detached else { return };
+        if let Some(cursor) = detached.cursor.take() {
+            detached.scan = scan;
+            detached.window.read_until(scan);
+            (detached.full_since, detached.blocked_millis, detached.moved_from) = (None, 0, None);
+            self.dirty_lanes.insert(index);
+            self.cursors.leave_lane(cursor, index);
+            self.account.close_cursors(self.cursors.count());
+        }
+    }
+
+    pub(super) fn leave_key(&mut self, id: &KeyId) {
+        let Some(key) = self.lanes.key_mut(id) else { return };
+        let Some(cursor) = key.cursor.take() else { return };
+        let position = self.cursors.position(Some(cursor)).min(self.key_frontier(id.lane).0);
+        let Some(key) = self.lanes.key_mut(id) else { return };
+        key.parked = key.parked.map(|parked| parked.max(position));
+        self.cursors.leave_key(cursor, id);
+        self.account.close_cursors(self.cursors.count());
+        self.note_low(id);
+        self.dirty.insert(id.clone());
+    }
+
+    /// What a cursor has read. `passed`: the log has nothing more below the place up to which was to be read.
+    pub fn scanned(&mut self, cursor: CursorId, records: Vec<Record>, passed: Option<Offset>, now: Timestamp) {
+        self.cursors.reading = None;
+        let frontier = match is_planted(Mistake::ScanPastLive) {
+            true => Offset::new(u128::MAX),
+            false => self.frontier(),
+        };
+        let mut touched = BTreeSet::new();
+        for record in records {
+            let position = self.cursors.position(Some(cursor));
+            if record.offset < position {
+                continue;
+            }
+            if record.offset >= frontier {
+                break;
+            }
+            metrics().scanned_bytes.with_label_values::<&str>(&[]).inc_by(record.weight() as u64);
+            let behind = record.offset.just_after();
+            if let Some(lane) = self.pass(cursor, record, now) {
+                touched.insert(lane);
+            }
+            if let Some(open) = self.cursors.open.get_mut(&cursor) {
+                open.position = behind;
+            }
+        }
+        if let (Some(passed), Some(open)) = (passed, self.cursors.open.get_mut(&cursor)) {
+            open.position = open.position.max(passed);
+        }
+        for lane in touched {
+            self.reconsider(lane, now);
+        }
+        self.let_go(cursor, now);
+        self.cursors.close_if_empty(cursor);
+        self.account.close_cursors(self.cursors.count());
+        self.shed(now);
+    }
+
+    /// Members of a cursor that have arrived leave it.
+    fn let_go(&mut self, cursor: CursorId, now: Timestamp) {
+        let Some(open) = self.cursors.open.get(&cursor) else { return };
+        let position = open.position;
+        let keys: Vec<KeyId> = open.keys.iter().cloned().collect();
+        let early = is_planted(Mistake::AttachTooEarly);
+        let lanes: Vec<usize> = match position >= self.frontier() || early {
+            true => open.lanes.iter().copied().collect(),
+            false => Vec::new(),
+        };
+        for id in keys {
+            let parked = self.lanes.key(&id).and_then(|key| key.parked).unwrap_or_default();
+            self.arrive(&Seeker::Key(id), parked.max(position), now);
+        }
+        for index in lanes {
+            self.arrive(&Seeker::Lane(index), self.lane_scan(index), now);
+        }
+    }
+
+    /// One record, for those members whom it concerns. Tells the lane that took it.
+    fn pass(&mut self, cursor: CursorId, record: Record, now: Timestamp) -> Option<usize> {
+        let index = self.lanes.find(&lane_of(&record))?;
+        let id = self.key_of(index, &record);
+        let Some(record) = self.pass_lane(cursor, &id, record, now) else { return Some(index) };
+        self.pass_key(cursor, &id, record, now).then_some(index)
+    }
+
+    /// Gives the record to its lane if that is a member; back it comes where the lane has no use for it.
+    fn pass_lane(&mut self, cursor: CursorId, id: &KeyId, record: Record, now: Timestamp) -> Option<Record> {
+        let offset = record.offset;
+        let lane = self.lanes.at_mut(id.lane);
+        let Some(detached) = lane.detached.as_mut().filter(|d| d.cursor == Some(cursor) && d.scan <= offset) else {
+            return Some(record);
+        };
+        let was_ahead = detached.window.known_until() > detached.window.live();
+        let place = match detached.window.locate(offset) {
+            Located::Finished => None,
+            Located::Open(place) => Some(place),
+            Located::Ahead => detached.window.push(offset, 0),
+        };
+        let is_clear = was_ahead && detached.window.known_until() <= detached.window.live();
+        let key = lane.keys.get(&id.user);
+        let is_here = key.is_some_and(|key| key.holds(offset));
+        let is_held = key.is_some_and(|key| key.held);
+        let is_parked = key.and_then(|key| key.parked).is_some_and(|parked| parked <= offset);
+        if is_clear {
+            // Keys that waited for this may go on.
+            self.ask_all(id.lane);
+        }
+        match place {
+            None => Some(record),
+            // It is under way, covered as it is; or its mark came with a restore.
+            Some(place) if is_here => {
+                if is_held {
+                    self.release(id.lane, place);
+                }
+                None
+            }
+            Some(place) if is_parked => {
+                // From here on its mark covers it.
+                self.release(id.lane, place);
+                self.cursors.ask_key(id);
+                Some(record)
+            }
+            Some(place) => {
+                self.hand(id, record, Some(place), now);
+                None
+            }
+        }
+    }
+
+    /// Gives the record to its key if that looks for it. True: it took it, or left.
+    fn pass_key(&mut self, cursor: CursorId, id: &KeyId, record: Record, now: Timestamp) -> bool {
+        let offset = record.offset;
+        let frontier = self.key_frontier(id.lane).0;
+        let lane = self.lanes.at_mut(id.lane);
+        let Some(key) = lane.keys.get_mut(&id.user).filter(|key| key.cursor == Some(cursor)) else { return false };
+        if offset >= frontier || key.parked.is_none_or(|parked| parked > offset) {
+            return false;
+        }
+        key.parked = Some(offset.just_after());
+        if is_planted(Mistake::SkipParked) {
+            self.leave_key(id);
+            return false;
+        }
+        // The lane had let go of it before the key was parked: the key's mark takes it over.
+        if let Some(Located::Open(place)) = lane.detached.as_ref().map(|detached| detached.window.locate(offset)) {
+            self.release(id.lane, place);
+        }
+        self.hand(id, record, None, now);
+        // Also where it was drained instead.
+        self.cover_by_mark(id, None);
+        // Full: what did not go in is where its next scan begins.
+        if self.lanes.key(id).is_some_and(|key| key.parked == Some(offset)) {
+            self.leave_key(id);
+        }
+        true
+    }
+
+    /// A lane of a cursor became full, or is not any more; one that may not run leaves.
+    pub(super) fn note_full(&mut self, index: usize, is_full: bool) {
+        let Some(cursor) = self.lanes.at(index).detached.as_ref().and_then(|detached| detached.cursor) else { return };
+        let draining = !self.drains.is_empty() && self.is_draining(index, self.lane_scan(index));
+        if draining {
+            return;
+        }
+        if !self.lanes.at(index).destination.can_run() && is_full {
+            return self.leave_lane(index);
+        }
+        if let Some(open) = self.cursors.open.get_mut(&cursor) {
+            match is_full {
+                true => open.full.insert(index),
+                false => open.full.remove(&index),
+            };
+        }
+    }
+
+    /// A destination can run again: its lane, and its keys that have something parked, go on.
+    pub(super) fn ask_all(&mut self, index: usize) {
+        self.cursors.ask_lane(index);
+        let lane = self.lanes.at(index);
+        let parked = lane.keys.iter().filter(|(_, key)| key.parked.is_some() && key.activity != Activity::Waiting);
+        for (user, _) in parked {
+            self.cursors.ask_key(&KeyId { lane: index, user: user.clone() });
+        }
+    }
+}

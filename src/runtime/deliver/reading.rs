@@ -1,0 +1,201 @@
+//! Reading what is not in memory: single records at their offsets, and stretches for cursors.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::clock::{Clock, Timestamp};
+use crate::log::{Admin, Backend, Limit, LogError, Read, Reader};
+use crate::model::command::Command;
+use crate::model::progress::Drain;
+use crate::model::record::{Offset, Partition, Record, Topic};
+
+use super::partition::{CursorId, KeyId};
+
+/// What failed for the moment is tried again after this.
+pub const AGAIN: Duration = Duration::from_millis(500);
+/// A cursor reads so much at a time. A lane may go over its bound by it.
+const STRETCH: Limit = Limit { records: 500, bytes: 512 << 10 };
+
+/// What to read.
+pub enum Wanted {
+    Single {
+        key: KeyId,
+        offset: Offset,
+    },
+    Stretch {
+        cursor: CursorId,
+        from: Offset,
+        until: Offset,
+    },
+    Close {
+        cursor: CursorId,
+    },
+    /// Where a drain ends: at the first record that was written after the command.
+    Bound {
+        command: Command,
+    },
+}
+
+/// What was found.
+pub enum Found {
+    /// None where the log has deleted it.
+    Single {
+        key: KeyId,
+        record: Option<Record>,
+    },
+    /// `passed`: the log has nothing more below it.
+    Stretch {
+        cursor: CursorId,
+        records: Vec<Record>,
+        passed: Option<Offset>,
+    },
+    Bound {
+        drain: Drain,
+    },
+}
+
+/// One partition's readers.
+pub struct Reading<B: Backend> {
+    pub backend: B,
+    pub topic: Topic,
+    pub partition: Partition,
+    pub clock: Clock,
+}
+
+impl<B: Backend> Reading<B> {
+    /// Serves one wish after the other, until nobody wishes any more.
+    ///
+    /// # Errors
+    /// What only a person can mend.
+    pub async fn run(
+        self,
+        mut wanted: mpsc::UnboundedReceiver<Wanted>,
+        found: mpsc::UnboundedSender<Found>,
+    ) -> Result<(), LogError> {
+        let mut single = None;
+        let mut cursors = HashMap::new();
+        while let Some(wish) = wanted.recv().await {
+            let answer = match wish {
+                Wanted::Single { key, offset } => {
+                    Found::Single { key, record: self.single(&mut single, offset).await? }
+                }
+                Wanted::Stretch { cursor, from, until } => {
+                    let (records, passed) = self.stretch(cursors.entry(cursor).or_insert(None), from, until).await?;
+                    Found::Stretch { cursor, records, passed }
+                }
+                Wanted::Bound { command } => {
+                    let bound = self.bound(command.at).await?;
+                    Found::Bound { drain: Drain { id: command.id, target: command.target, bound } }
+                }
+                Wanted::Close { cursor } => {
+                    cursors.remove(&cursor);
+                    continue;
+                }
+            };
+            if found.send(answer).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    async fn single(&self, reader: &mut Option<B::Reader>, offset: Offset) -> Result<Option<Record>, LogError> {
+        loop {
+            match self.read_at(reader, offset).await {
+                Err(LogError::Transient(error)) => self.again(&error).await,
+                record => return record,
+            }
+        }
+    }
+
+    async fn bound(&self, at: Timestamp) -> Result<Offset, LogError> {
+        loop {
+            match self.backend.admin()?.offset_at(&self.topic, self.partition, at).await {
+                Err(LogError::Transient(error)) => self.again(&error).await,
+                bound => return bound,
+            }
+        }
+    }
+
+    async fn again(&self, error: &(dyn std::fmt::Display + Send + Sync)) {
+        tracing::warn!(partition = self.partition.0, %error, "deliveries could not be read, trying again");
+        self.clock.sleep(AGAIN).await;
+    }
+
+    async fn read_at(&self, reader: &mut Option<B::Reader>, offset: Offset) -> Result<Option<Record>, LogError> {
+        let open = match reader.take() {
+            Some(mut open) => {
+                open.seek(offset).await?;
+                open
+            }
+            None => self.backend.reader(&self.topic, self.partition, offset).await?,
+        };
+        let open = reader.insert(open);
+        loop {
+            let Read::Records(records) = open.read(Limit { records: 1, bytes: 1 }).await? else {
+                if self.has_nothing_below(offset.just_after()).await? {
+                    return Ok(None);
+                }
+                // The end before it: a replica that took over does not show it yet.
+                let place = format!("{}/{}/{offset}", self.topic, self.partition);
+                return Err(LogError::transient(format!("nothing is to be read at {place} yet")));
+            };
+            match records.into_iter().find(|record| record.offset >= offset) {
+                Some(record) if record.offset == offset => return Ok(Some(record)),
+                // What follows stands in its place: the log has deleted it.
+                Some(_) => return Ok(None),
+                None => {}
+            }
+        }
+    }
+
+    /// The next records from `from` on. Live reading has seen records up to `until`, so they are there, or were deleted.
+    async fn stretch(
+        &self,
+        reader: &mut Option<(B::Reader, Offset)>,
+        from: Offset,
+        until: Offset,
+    ) -> Result<(Vec<Record>, Option<Offset>), LogError> {
+        loop {
+            match self.read_on(reader, from).await {
+                Ok(Read::Records(records)) => return Ok((records, None)),
+                Ok(Read::End) => match self.has_nothing_below(until).await {
+                    Ok(true) => return Ok((Vec::new(), Some(until))),
+                    Ok(false) => self.again(&format!("nothing is to be read between {from} and {until} yet")).await,
+                    Err(LogError::Transient(error)) => self.again(&error).await,
+                    Err(error) => return Err(error),
+                },
+                Err(LogError::Transient(error)) => {
+                    *reader = None;
+                    self.again(&error).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn read_on(&self, reader: &mut Option<(B::Reader, Offset)>, from: Offset) -> Result<Read, LogError> {
+        if reader.as_ref().is_none_or(|(_, at)| *at != from) {
+            *reader = Some((self.backend.reader(&self.topic, self.partition, from).await?, from));
+        }
+        let Some((open, at)) = reader else { return Ok(Read::End) };
+        let read = open.read(STRETCH).await?;
+        if let Read::Records(records) = &read
+            && let Some(last) = records.last()
+        {
+            *at = last.offset.just_after();
+        }
+        Ok(read)
+    }
+
+    /// The log has deleted, or lost, everything below `until` that has not been read.
+    async fn has_nothing_below(&self, until: Offset) -> Result<bool, LogError> {
+        let marks = self.backend.admin()?.watermarks(&self.topic, self.partition).await?;
+        if marks.end < until {
+            tracing::error!(partition = self.partition.0, end = %marks.end, %until, "the log ends before what was read");
+        }
+        Ok(marks.start >= until || marks.end < until)
+    }
+}

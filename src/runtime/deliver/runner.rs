@@ -1,0 +1,190 @@
+//! A partition's worker: runs the state, spawns attempts, keeps timers, answers the driver.
+
+use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+
+use crate::control::commands::Current;
+use crate::delivery::verdict::Verdict;
+use crate::log::{Backend, LogError};
+use crate::model::outcome::Reason;
+use crate::model::record::Record;
+use crate::runtime::driver::{Ask, Bell, Lease};
+
+use super::destination::Permit;
+use super::partition::{KeyId, PartitionState, Start};
+use super::reading::{Found, Wanted};
+use super::{Deliver, DeliverWork};
+
+/// What a request came to.
+pub type Attempt = (KeyId, Vec<Verdict>, Permit);
+
+/// A worker's moving parts.
+pub struct Runner<B: Backend, D> {
+    pub work: Arc<DeliverWork<B, D>>,
+    pub state: PartitionState,
+    pub attempts: JoinSet<Attempt>,
+    pub draining: Option<oneshot::Sender<()>>,
+    pub stopped: bool,
+    /// A delivery was ready, but no permit was free.
+    pub starved: bool,
+    pub wanted: mpsc::UnboundedSender<Wanted>,
+    pub bell: Arc<Bell>,
+    pub lease: Arc<Lease>,
+    /// When this partition became ours.
+    pub since: Duration,
+    /// Something could start, but the lease has to be renewed before.
+    pub renew: bool,
+    /// Commands that have been taken up.
+    pub known: HashSet<String>,
+}
+
+/// What comes in from outside.
+pub struct Sources {
+    pub records: mpsc::Receiver<Vec<Record>>,
+    pub asks: mpsc::UnboundedReceiver<Ask>,
+    pub found: mpsc::UnboundedReceiver<Found>,
+    pub reading: JoinSet<Result<(), LogError>>,
+    pub freed: watch::Receiver<u64>,
+    pub commands: Current,
+}
+
+impl<B: Backend, D: Deliver> Runner<B, D> {
+    pub async fn run(mut self, mut from: Sources) -> Result<(), LogError> {
+        let clock = self.work.clock.clone();
+        self.take_commands(&mut from.commands);
+        loop {
+            self.start_what_may();
+            let room = !self.stopped && self.state.has_room();
+            let wake = self.state.next_timer().map(|at| clock.instant() + at.since(clock.now()));
+            let wake = wake.unwrap_or_else(|| clock.instant() + Duration::from_secs(3_600));
+            tokio::select! {
+                biased;
+                ask = from.asks.recv() => match ask {
+                    Some(ask) => self.answer(ask),
+                    None => return Ok(()),
+                },
+                Some(attempt) = self.attempts.join_next(), if !self.attempts.is_empty() => self.settle(attempt)?,
+                Some(found) = from.found.recv() => {
+                    let now = clock.now();
+                    match found {
+                        Found::Single { key, record } => self.state.fetched(&key, record, now),
+                        Found::Stretch { cursor, records, passed } => {
+                            self.state.scanned(cursor, records, passed, now);
+                        }
+                        Found::Bound { drain } => self.state.drain(vec![drain], now),
+                    }
+                    self.bell.ring();
+                }
+                Some(ended) = from.reading.join_next() => {
+                    ended.map_err(|error| LogError::transient(format!("reading crashed: {error}")))??;
+                }
+                Ok(()) = from.commands.changed() => self.take_commands(&mut from.commands),
+                _ = from.freed.changed(), if self.starved => {}
+                batch = from.records.recv(), if room => match batch {
+                    Some(batch) => {
+                        self.state.admit_all(batch, clock.now());
+                        self.bell.ring();
+                    }
+                    None => return Ok(()),
+                },
+                () = clock.sleep_until(wake), if !self.stopped => self.state.wake(clock.now()),
+                // Room may come from another partition's memory, which rings nobody here.
+                () = clock.sleep(Duration::from_millis(100)), if !room && !self.stopped => {
+                    self.state.shed(clock.now());
+                }
+            }
+        }
+    }
+
+    /// Takes up what the operator wants of this partition. Pauses are the whole process's.
+    fn take_commands(&mut self, commands: &mut Current) {
+        let commands = Arc::clone(&commands.borrow_and_update());
+        let now = self.work.clock.now();
+        for command in commands.drains(now) {
+            if self.known.insert(command.id.clone()) {
+                drop(self.wanted.send(Wanted::Bound { command: command.clone() }));
+            }
+        }
+        for command in commands.retries(now) {
+            if self.known.insert(command.id.clone()) {
+                self.state.retry_now(&command.target, now);
+            }
+        }
+    }
+
+    fn start_what_may(&mut self) {
+        self.starved = false;
+        if self.stopped {
+            if self.attempts.is_empty()
+                && let Some(done) = self.draining.take()
+            {
+                // Whoever asked has given up waiting; the drain is over all the same.
+                let _ = done.send(());
+            }
+            return;
+        }
+        let now = self.work.clock.now();
+        let may_send = self.lease.holds(self.since);
+        while let Some(start) = self.state.next_start(now, may_send) {
+            match start {
+                Start::Attempt { key, records, permit } => self.attempt(key, records, permit),
+                // Nobody reads any more where the reading task has ended; that takes the worker down.
+                Start::Fetch { key, offset } => drop(self.wanted.send(Wanted::Single { key, offset })),
+                Start::Scan { cursor, from, until } => {
+                    drop(self.wanted.send(Wanted::Stretch { cursor, from, until }));
+                }
+                Start::Close { cursor } => drop(self.wanted.send(Wanted::Close { cursor })),
+                Start::Starved => {
+                    self.starved = true;
+                    return;
+                }
+            }
+        }
+        if !may_send && !self.renew && self.state.has_ready() {
+            self.renew = true;
+            self.bell.ring();
+        }
+    }
+
+    fn attempt(&mut self, key: KeyId, records: Vec<Arc<Record>>, permit: Permit) {
+        let stage = Arc::clone(&self.work.stage);
+        self.attempts.spawn(async move {
+            let attempt = AssertUnwindSafe(stage.attempt(records)).catch_unwind().await;
+            let verdicts = attempt.unwrap_or_else(|_| {
+                let message = "the stage panicked on this record".to_owned();
+                vec![Verdict::Abort { reason: Reason::Panicked, code: 0, message }]
+            });
+            (key, verdicts, permit)
+        });
+    }
+
+    fn settle(&mut self, attempt: Result<Attempt, tokio::task::JoinError>) -> Result<(), LogError> {
+        let (key, verdicts, permit) =
+            attempt.map_err(|error| LogError::transient(format!("an attempt crashed: {error}")))?;
+        self.state.settle(&key, verdicts, permit, self.work.clock.now());
+        self.bell.ring();
+        Ok(())
+    }
+
+    fn answer(&mut self, ask: Ask) {
+        match ask {
+            Ask::Collect(answer) => {
+                let clean = self.stopped && self.attempts.is_empty();
+                let changes = self.state.collect(clean, std::mem::take(&mut self.renew));
+                // A driver that does not wait any more has lost the partition, and drops this worker.
+                let _ = answer.send(changes);
+            }
+            Ask::Committed => self.state.committed(),
+            Ask::Drain(done) => {
+                self.stopped = true;
+                self.draining = Some(done);
+            }
+        }
+    }
+}
