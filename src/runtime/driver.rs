@@ -99,20 +99,19 @@ pub async fn run<B: Backend, W: Work>(
     shutdown: Shutdown,
     mut ready: Ready,
 ) -> Result<(), LogError> {
-    let mut fenced_at = None;
-    let mut cause = "start";
+    let (mut fenced_at, mut cause) = (None, "start");
     while !shutdown.has_begun() {
         events::session(settings.stage, cause);
         let opened = tokio::select! {
+            biased;
             opened = backend.session(settings.member.clone()) => opened,
             () = shutdown.begun() => return Ok(()),
         };
         let joined_at = clock.instant();
         let ended = match opened {
             Ok(session) => {
-                own::Driver::new(backend.clone(), session, Arc::clone(&work), &settings, &clock)
-                    .run(&shutdown, &mut ready)
-                    .await
+                let driver = own::Driver::new(backend.clone(), session, Arc::clone(&work), &settings, &clock);
+                driver.run(&shutdown, &mut ready).await
             }
             Err(error) => Err(error),
         };
@@ -141,6 +140,7 @@ pub async fn run<B: Backend, W: Work>(
             }
         }
         tokio::select! {
+            biased;
             () = shutdown.begun() => {}
             () = clock.sleep(RETRY) => {}
         }

@@ -106,6 +106,11 @@ impl Coordinator {
         group.expire(session, now, &mut self.epochs);
         let Some(member) = group.members.get_mut(session) else { return Some(Event::Fenced) };
         member.seen = now;
+        if member.events.is_empty() && group.owners.len() < group.partitions as usize {
+            // Nobody else was there when they became free.
+            group.rebalance(&mut self.epochs);
+        }
+        let Some(member) = group.members.get_mut(session) else { return Some(Event::Fenced) };
         let event = member.events.pop_front();
         if member.fenced && event == Some(Event::Fenced) {
             group.members.remove(session);
@@ -140,6 +145,14 @@ impl Coordinator {
 
     pub fn is_member(&self, key: &GroupKey, session: &SessionId) -> bool {
         self.groups.get(key).and_then(|group| group.members.get(session)).is_some_and(|member| !member.fenced)
+    }
+
+    /// Takes everything from an instance, as a time-out would.
+    pub fn cut_off(&mut self, key: &GroupKey, instance: &InstanceId) {
+        let Some(group) = self.groups.get_mut(key) else { return };
+        let members = group.members.iter().filter(|(_, member)| !member.fenced && member.instance == *instance);
+        let silent: Vec<SessionId> = members.map(|(id, _)| id.clone()).collect();
+        group.take_from(&silent, &mut self.epochs);
     }
 
     /// A commit shows that the session is alive.
@@ -186,7 +199,11 @@ impl Group {
         let late = |m: &Member| !m.fenced && now.saturating_duration_since(m.seen) > m.timeout;
         let silent: Vec<SessionId> =
             self.members.iter().filter(|(id, m)| *id != asking && late(m)).map(|(id, _)| id.clone()).collect();
-        for session in &silent {
+        self.take_from(&silent, epochs);
+    }
+
+    fn take_from(&mut self, silent: &[SessionId], epochs: &mut u64) {
+        for session in silent {
             let lost = self.owned_by(session);
             self.owners.retain(|_, (owner, _)| owner != session);
             if let Some(member) = self.members.get_mut(session) {
@@ -194,11 +211,12 @@ impl Group {
                 member.events.clear();
                 if !lost.is_empty() {
                     member.events.push_back(Event::Lost(lost));
+                    member.bell.notify_one();
                 }
             }
         }
         if !silent.is_empty() {
-            self.rebalance_without(&silent, epochs);
+            self.rebalance_without(silent, epochs);
         }
     }
 

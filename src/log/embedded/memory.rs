@@ -22,6 +22,10 @@ pub struct Faults {
     /// A write is stored, but its caller is told that it failed.
     pub write_in_doubt: f64,
     pub read_refused: f64,
+    /// An offset is left out, as transaction markers do on a broker.
+    pub gap: f64,
+    /// What a write brought is not decided for a while: it is there, but not to be read.
+    pub late: f64,
 }
 
 impl Faults {
@@ -46,6 +50,24 @@ struct State {
 struct Kept {
     next: u128,
     records: Vec<Record>,
+    /// From here on nothing is decided yet, for so many more looks.
+    undecided: Option<(u128, u32)>,
+}
+
+impl Kept {
+    /// What may be read. Each look brings a decision nearer.
+    fn stable(&mut self) -> Offset {
+        match &mut self.undecided {
+            Some((from, looks)) if *looks > 0 => {
+                *looks -= 1;
+                Offset::new(*from)
+            }
+            _ => {
+                self.undecided = None;
+                Offset::new(self.next)
+            }
+        }
+    }
 }
 
 impl MemoryStore {
@@ -58,6 +80,13 @@ impl MemoryStore {
             faults,
             random: StdRng::seed_from_u64(faults.seed),
         })))
+    }
+
+    /// From now on these go wrong.
+    pub fn set(&self, faults: Faults) {
+        let mut state = self.state();
+        state.random = StdRng::seed_from_u64(faults.seed);
+        state.faults = faults;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -78,8 +107,15 @@ impl MemoryStore {
         }
         let mut ends = Vec::new();
         for ((topic, partition), records) in &what.batches {
+            let late = state.strikes(|faults| faults.late).then(|| state.random.random_range(1..6));
+            let gaps: Vec<bool> = records.iter().map(|_| state.strikes(|faults| faults.gap)).collect();
             let kept = state.kept(topic, *partition)?;
-            for record in records {
+            if let Some(looks) = late {
+                let from = kept.undecided.map_or(kept.next, |(from, _)| from);
+                kept.undecided = Some((from, looks));
+            }
+            for (record, gap) in records.iter().zip(gaps) {
+                kept.next += u128::from(gap);
                 kept.records.push(Record {
                     partition: *partition,
                     offset: Offset::new(kept.next),
@@ -121,14 +157,16 @@ impl MemoryStore {
             return Err("injected: the read was refused".into());
         }
         let kept = state.kept(topic, partition)?;
+        let stable = kept.stable();
         let start = kept.records.partition_point(|record| record.offset < from);
+        let stop = kept.records.partition_point(|record| record.offset < stable).max(start);
         let mut bytes = 0;
         let fits = |record: &&Record| {
             let before = bytes;
             bytes += record.weight();
             before < limit.bytes
         };
-        Ok(kept.records[start..].iter().take(limit.records).take_while(fits).cloned().collect())
+        Ok(kept.records[start..stop].iter().take(limit.records).take_while(fits).cloned().collect())
     }
 
     pub async fn bounds(&self, topic: &Topic, partition: Partition) -> Result<Watermarks, BoxError> {
@@ -136,7 +174,7 @@ impl MemoryStore {
         let kept = state.kept(topic, partition)?;
         let end = Offset::new(kept.next);
         let start = kept.records.first().map_or(end, |record| record.offset);
-        Ok(Watermarks { start, stable: end, end })
+        Ok(Watermarks { start, stable: kept.stable(), end })
     }
 
     pub async fn ends(&self) -> Result<Vec<((Topic, Partition), Offset)>, BoxError> {

@@ -30,6 +30,7 @@ use tokio::sync::watch;
 
 use crate::clock::Clock;
 use crate::log::{Backend, LogError, Member};
+use crate::model::id::InstanceId;
 use crate::model::record::{Offset, Partition, Topic};
 
 use coordinator::Coordinator;
@@ -141,6 +142,18 @@ impl Embedded {
     /// None today; the signature is that of [`Embedded::open`].
     pub async fn in_memory(faults: Faults, clock: Clock) -> Result<Self, LogError> {
         Self::start(Store::Memory(MemoryStore::new(faults)), Access::Engine, clock, None).await
+    }
+
+    /// From now on these go wrong. A log in a file has only its own faults.
+    pub fn inject(&self, faults: Faults) {
+        if let Store::Memory(store) = &self.0.store {
+            store.set(faults);
+        }
+    }
+
+    /// A member of a group counts as having been silent for too long, as if it had been cut off.
+    pub fn cut_off(&self, group: &str, topic: &Topic, instance: &InstanceId) {
+        self.groups().cut_off(&(group.to_owned(), topic.clone()), instance);
     }
 
     async fn start(store: Store, access: Access, clock: Clock, lock: Option<std::fs::File>) -> Result<Self, LogError> {

@@ -36,6 +36,7 @@ impl Reader for EmbeddedReader {
                 return Ok(Read::Records(records));
             }
             tokio::select! {
+                biased;
                 _ = grown.changed() => {}
                 () = self.log.0.clock.sleep_until(until) => return Ok(Read::End),
             }

@@ -167,6 +167,7 @@ impl Session for EmbeddedSession {
                 return Ok(Polled::Records(records));
             }
             tokio::select! {
+                biased;
                 () = self.bell.notified() => {}
                 _ = self.grown.changed() => {}
                 () = self.log.0.clock.sleep_until(until) => return Ok(Polled::Idle),

@@ -12,8 +12,8 @@ pub struct Bounds {
     pub lane_bytes: usize,
     pub partition_bytes: usize,
     pub process_bytes: usize,
-    /// Of the held keys of one lane; those of all lanes together take a quarter of the process's bound. Beyond it no key is
-    /// started that could become one more.
+    /// Of the held keys of one lane; those of all lanes together take a quarter of the process's bound, and half of their
+    /// partition's. Beyond it no key is started that could become one more.
     pub held_bytes: usize,
     /// Runs in the partition's progress record, or a lane's: each costs a few bytes in every commit.
     pub holes: usize,
@@ -137,6 +137,10 @@ impl Account {
     /// Less than a tenth is free.
     pub fn process_is_short(&self) -> bool {
         self.free() < self.memory.bound / 10
+    }
+
+    pub fn held(&self) -> usize {
+        self.held
     }
 
     pub fn held_is_full(&self) -> bool {

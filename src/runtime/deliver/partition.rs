@@ -304,7 +304,7 @@ impl PartitionState {
         }
         loop {
             let bounds = self.settings.bounds;
-            let full = self.account.held_is_full();
+            let full = self.account.held_is_full() || self.account.held() >= bounds.partition_bytes / 2;
             let alarms = &mut self.alarms;
             let next = self.lanes.next(
                 now,
@@ -413,7 +413,7 @@ impl PartitionState {
                     self.lanes.rouse(index);
                     self.ask_all(index);
                 }
-                Alarm::Seats => self.cursors.alarm_set = false,
+                Alarm::Seats => self.look_again(now),
             }
         }
     }

@@ -317,6 +317,7 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
         let until = self.clock.instant() + patience;
         while !self.answers.is_empty() {
             tokio::select! {
+                biased;
                 Some(answer) = self.answers.next() => self.take(answer),
                 () = self.clock.sleep_until(until) => return,
             }
@@ -384,6 +385,7 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
             // Commits go on while the drain lasts: who is killed in it repeats no more than usual.
             let next = self.clock.instant() + self.settings.commit_interval;
             tokio::select! {
+                biased;
                 next = drained.next() => if next.is_none() { break },
                 () = self.clock.sleep_until(until) => break,
                 () = self.clock.sleep_until(next) => self.settle(partitions).await?,

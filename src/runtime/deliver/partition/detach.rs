@@ -60,7 +60,10 @@ impl PartitionState {
             Some(_) => self.lane_limit(index) / 2,
             None => self.lane_limit(index),
         };
-        lane.bytes >= limit.max(1) || detached.window.holes() >= holes || detached.window.len() >= window_records
+        // What was let go of comes back whatever holes there are: it closes them.
+        let is_at_end = self.lane_scan(index) >= detached.window.live();
+        let is_wide = detached.window.holes() >= holes || detached.window.len() >= window_records;
+        lane.bytes >= limit.max(1) || (is_wide && is_at_end)
     }
 
     /// Detaches an attached lane that has come over its bound.
@@ -164,10 +167,10 @@ impl PartitionState {
             self.note_low(&id);
             self.dirty.insert(id.clone());
             if self.lanes.key(&id).is_some_and(|key| key.parked.is_some()) {
-                self.cursors.ask_key(&id);
+                self.cursors.ask_key_later(&id);
             }
         }
-        self.cursors.ask_lane(index);
+        self.cursors.ask_lane_later(index);
     }
 
     fn push_ready_again(&mut self, index: usize) {
@@ -184,7 +187,9 @@ impl PartitionState {
     /// unfinished for that.
     pub(super) fn attach(&mut self, index: usize) -> bool {
         let lane = self.lanes.at(index);
-        if lane.detached.is_none() || lane.unfinished >= self.settings.bounds.attach || !lane.destination.can_run() {
+        // One that is down would only be detached again, unless nothing of it is left.
+        let may_stay = lane.destination.can_run() || lane.keys.is_empty();
+        if lane.detached.is_none() || lane.unfinished >= self.settings.bounds.attach || !may_stay {
             return false;
         }
         self.leave_lane(index);

@@ -37,7 +37,7 @@ pub struct Cursors {
     asking: BTreeSet<Seeker>,
     /// Who wants one and found none.
     stuck: BTreeSet<Seeker>,
-    pub alarm_set: bool,
+    alarm_set: bool,
 }
 
 #[derive(Debug)]
@@ -58,6 +58,15 @@ enum Seeker {
 impl Cursors {
     pub fn ask_lane(&mut self, index: usize) {
         self.asking.insert(Seeker::Lane(index));
+    }
+
+    /// It wants to go on, but not before others have had time to end something.
+    pub fn ask_lane_later(&mut self, index: usize) {
+        self.stuck.insert(Seeker::Lane(index));
+    }
+
+    pub fn ask_key_later(&mut self, id: &KeyId) {
+        self.stuck.insert(Seeker::Key(id.clone()));
     }
 
     pub fn ask_key(&mut self, id: &KeyId) {
@@ -85,7 +94,6 @@ impl Cursors {
         if self.reading != Some(cursor) && self.open.get(&cursor).is_some_and(is_empty) {
             self.open.remove(&cursor);
             self.closed.push(cursor);
-            self.asking.append(&mut self.stuck);
         }
     }
 
@@ -119,7 +127,8 @@ impl PartitionState {
         if !self.cursors.asking.is_empty() {
             self.seat(now);
         }
-        if !self.cursors.alarm_set && self.look_again(now) {
+        let is_waiting = !self.cursors.stuck.is_empty() || self.cursors.open.values().any(|open| !open.full.is_empty());
+        if is_waiting && !self.cursors.alarm_set {
             self.cursors.alarm_set = true;
             self.alarms.push(Reverse((now.plus(LOOK), Alarm::Seats)));
         }
@@ -127,8 +136,9 @@ impl PartitionState {
         self.cursors.next(until).map(|(cursor, from)| Start::Scan { cursor, from, until })
     }
 
-    /// Moves lanes that hold their cursors up. True while somebody waits.
-    fn look_again(&mut self, now: Timestamp) -> bool {
+    /// Moves lanes that hold their cursors up, and lets those who found none ask again.
+    pub(super) fn look_again(&mut self, now: Timestamp) {
+        self.cursors.alarm_set = false;
         self.cursors.asking.append(&mut self.cursors.stuck);
         let waiting: Vec<usize> = self.cursors.open.values().flat_map(|open| open.full.iter().copied()).collect();
         for index in &waiting {
@@ -148,7 +158,6 @@ impl PartitionState {
                 self.cursors.ask_lane(*index);
             }
         }
-        !waiting.is_empty() || !self.cursors.asking.is_empty()
     }
 
     /// Where a detached lane's reading stands.
@@ -192,6 +201,9 @@ impl PartitionState {
         if key.cursor.is_some() || !key.is_low(self.settings.bounds.key_bytes) {
             return false;
         }
+        if self.is_short() && (!key.queue.is_empty() || self.in_flight > 0 || self.has_ready()) {
+            return false;
+        }
         let can_run = key.failing.is_none() && self.lanes.at(id.lane).destination.can_run();
         can_run || (!self.drains.is_empty() && self.is_draining(id.lane, parked))
     }
@@ -206,7 +218,8 @@ impl PartitionState {
                     let is_seated = self.lanes.at(*index).detached.as_ref().is_none_or(|d| d.cursor.is_some());
                     if !is_seated && self.wants_lane(*index) {
                         seekers.push((self.lane_scan(*index), seeker));
-                    } else if !is_seated && self.is_short() {
+                    } else if !is_seated && (self.is_short() || !self.lanes.at(*index).destination.can_run()) {
+                        // Nobody here is told when that changes.
                         self.cursors.stuck.insert(seeker);
                     }
                 }
@@ -214,7 +227,12 @@ impl PartitionState {
                     let at = self.lanes.key(id).and_then(|key| key.parked).unwrap_or_default();
                     seekers.push((at, seeker));
                 }
-                Seeker::Key(_) => {}
+                Seeker::Key(id) => {
+                    let parked = self.lanes.key(id).is_some_and(|key| key.parked.is_some() && key.cursor.is_none());
+                    if parked && (self.is_short() || !self.lanes.at(id.lane).destination.can_run()) {
+                        self.cursors.stuck.insert(seeker);
+                    }
+                }
             }
         }
         seekers.sort();
@@ -279,8 +297,9 @@ impl PartitionState {
                 let early = is_planted(Mistake::AttachTooEarly) && self.window.live() >= self.taken_until;
                 let is_there = at >= self.frontier() || early;
                 if is_there && self.window.live() >= self.taken_until && !self.attach(*index) {
-                    // It stays where it is, and is looked at again when something of it ends or comes.
+                    // It stays where it is until less of it is unfinished, or it can run again.
                     self.leave_lane(*index);
+                    self.cursors.ask_lane_later(*index);
                 }
                 is_there
             }
@@ -347,11 +366,16 @@ impl PartitionState {
             }
             metrics().scanned_bytes.with_label_values::<&str>(&[]).inc_by(record.weight() as u64);
             let behind = record.offset.just_after();
-            if let Some(lane) = self.pass(cursor, record, now) {
-                touched.insert(lane);
-            }
+            let taker = self.pass(cursor, record, now);
             if let Some(open) = self.cursors.open.get_mut(&cursor) {
                 open.position = behind;
+            }
+            if let Some(lane) = taker {
+                touched.insert(lane);
+                if self.is_lane_full(lane) && !self.is_draining(lane, behind) {
+                    // What is left of the stretch would only have to be let go of again: it is read anew when there is room.
+                    break;
+                }
             }
         }
         if let (Some(passed), Some(open)) = (passed, self.cursors.open.get_mut(&cursor)) {
@@ -468,10 +492,9 @@ impl PartitionState {
     /// A lane of a cursor became full, or is not any more; one that may not run leaves.
     pub(super) fn note_full(&mut self, index: usize, is_full: bool) {
         let Some(cursor) = self.lanes.at(index).detached.as_ref().and_then(|detached| detached.cursor) else { return };
+        // What is drained takes no room, so the cursor goes on whatever the lane holds.
         let draining = !self.drains.is_empty() && self.is_draining(index, self.lane_scan(index));
-        if draining {
-            return;
-        }
+        let is_full = is_full && !draining;
         if !self.lanes.at(index).destination.can_run() && is_full {
             return self.leave_lane(index);
         }

@@ -462,7 +462,7 @@ impl World {
         }
         self.commit(state, true);
         assert_eq!((state.failing, state.parked, state.account.used()), (0, 0, 0), "seed {}", self.seed);
-        assert!(state.lows.is_empty() && state.lanes.detached.is_empty(), "seed {}", self.seed);
+        assert!(state.lows.is_empty() && state.lanes.detached.is_empty(), "seed {}: {}", self.seed, describe(state));
     }
 
     fn ledger(&self) -> Ledger {

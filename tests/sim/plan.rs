@@ -1,0 +1,286 @@
+//! What a run consists of, decided by its seed.
+
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use laneway::log::embedded::memory::Faults;
+use laneway::runtime::deliver::Bounds;
+
+/// How a destination behaves while faults last. Afterwards all are well.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Manner {
+    Well,
+    /// Answers after so long.
+    Slow(Duration),
+    /// Refuses so many of a hundred requests for now.
+    Flaky(u32),
+    /// These users of a hundred fail.
+    FailingUsers(u32),
+    /// Answers nothing but 500 until faults end.
+    Dead,
+    /// On and off.
+    Flapping(Duration),
+    /// So many of a hundred events are refused for good.
+    Refusing(u32),
+    /// Never answers: the client gives up after its time-out.
+    Hanging,
+}
+
+/// What happens to the engine.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Fault {
+    /// A process ends at whatever it is doing, and starts again a while later.
+    Crash { process: usize, away: Duration },
+    /// A process stops in order and starts again.
+    Restart { process: usize },
+    /// A process's session is taken for dead although it lives.
+    CutOff { process: usize },
+    /// A second process of the same id takes the session over, and ends again.
+    Twin { process: usize },
+    /// The progress of every partition is gone: somebody deleted the topic's records.
+    Drain { destination: usize },
+    /// All commands are there again, as after a restart.
+    Pause { destination: usize, during: Duration },
+}
+
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub seed: u64,
+    pub partitions: u32,
+    pub processes: usize,
+    pub destinations: Vec<Destination>,
+    pub users: usize,
+    pub deliveries: usize,
+    /// All of them are published within this.
+    pub span: Duration,
+    pub bounds: Bounds,
+    pub in_flight: usize,
+    pub log: Faults,
+    pub faults: Vec<(Duration, Fault)>,
+    /// Faults end here.
+    pub trouble: Duration,
+    pub commit_interval: Duration,
+    /// Waiting time of healthy destinations' deliveries that no fault of the engine explains; none where faults do.
+    pub isolation: Option<Duration>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Destination {
+    pub manner: Manner,
+    pub ordered: bool,
+    pub batch: usize,
+    pub rate: Option<f64>,
+}
+
+impl Destination {
+    pub fn new(manner: Manner) -> Self {
+        Self { manner, ordered: true, batch: 1, rate: None }
+    }
+}
+
+/// Everything near its bound, so that a few hundred records meet all of them.
+pub fn near() -> Bounds {
+    Bounds {
+        key_bytes: 2_500,
+        lane_bytes: 8_000,
+        partition_bytes: 40_000,
+        process_bytes: 80_000,
+        held_bytes: 12_000,
+        holes: 12,
+        attach: 4,
+        window_records: 120,
+        cursors: 4,
+        near: 20,
+    }
+}
+
+impl Plan {
+    /// The plan of a seed.
+    pub fn of(seed: u64) -> Self {
+        let mut random = StdRng::seed_from_u64(seed);
+        let seconds = |random: &mut StdRng, from: u64, to: u64| Duration::from_millis(random.random_range(from..to));
+        let destinations: Vec<Destination> = (0..random.random_range(2..6))
+            .map(|index| Destination {
+                manner: if index == 0 { Manner::Well } else { manner(&mut random) },
+                ordered: random.random_bool(0.85),
+                batch: if random.random_bool(0.2) { 4 } else { 1 },
+                rate: random.random_bool(0.1).then(|| random.random_range(2.0..50.0)),
+            })
+            .collect();
+        let processes = random.random_range(1..4);
+        let trouble = seconds(&mut random, 20_000, 90_000);
+        let calm = random.random_bool(0.2);
+        let chance = |random: &mut StdRng, most: f64| {
+            if calm || random.random_bool(0.5) { 0.0 } else { random.random_range(0.0..most) }
+        };
+        let log = Faults {
+            seed,
+            write_refused: chance(&mut random, 0.08),
+            write_in_doubt: chance(&mut random, 0.08),
+            read_refused: chance(&mut random, 0.05),
+            gap: if random.random_bool(0.5) { 0.2 } else { 0.0 },
+            late: chance(&mut random, 0.3),
+        };
+        let count = if calm { 0 } else { random.random_range(0..9) };
+        let mut faults: Vec<(Duration, Fault)> = (0..count)
+            .map(|_| {
+                let at = trouble.mul_f64(random.random_range(0.02..0.95));
+                (at, fault(&mut random, processes, destinations.len()))
+            })
+            .collect();
+        faults.sort_by_key(|(at, _)| *at);
+        Self {
+            seed,
+            partitions: random.random_range(1..4),
+            processes,
+            users: random.random_range(3..30),
+            deliveries: random.random_range(100..500),
+            span: trouble.mul_f64(random.random_range(0.2..0.9)),
+            bounds: if random.random_bool(0.8) { near() } else { Bounds::default() },
+            in_flight: random.random_range(8..60),
+            log,
+            faults,
+            trouble,
+            commit_interval: Duration::from_millis(random.random_range(20..400)),
+            isolation: None,
+            destinations,
+        }
+    }
+
+    /// Without faults of the engine: for named traces.
+    fn calm(destinations: Vec<Destination>, deliveries: usize, span: Duration) -> Self {
+        Self {
+            seed: 1,
+            partitions: 1,
+            processes: 1,
+            destinations,
+            users: 40,
+            deliveries,
+            span,
+            bounds: near(),
+            in_flight: 40,
+            log: Faults::none(),
+            faults: Vec::new(),
+            trouble: span * 2,
+            commit_interval: Duration::from_millis(100),
+            isolation: None,
+        }
+    }
+}
+
+fn manner(random: &mut StdRng) -> Manner {
+    match random.random_range(0..9) {
+        0 | 1 => Manner::Well,
+        2 => Manner::Slow(Duration::from_millis(random.random_range(200..29_000))),
+        3 => Manner::Flaky(random.random_range(5..60)),
+        4 => Manner::FailingUsers(random.random_range(5..60)),
+        5 => Manner::Dead,
+        6 => Manner::Flapping(Duration::from_millis(random.random_range(500..15_000))),
+        7 => Manner::Refusing(random.random_range(5..50)),
+        _ => Manner::Hanging,
+    }
+}
+
+fn fault(random: &mut StdRng, processes: usize, destinations: usize) -> Fault {
+    let process = random.random_range(0..processes);
+    match random.random_range(0..20) {
+        0..8 => Fault::Crash { process, away: Duration::from_millis(random.random_range(0..8_000)) },
+        8..11 => Fault::Restart { process },
+        11..14 => Fault::CutOff { process },
+        14..16 => Fault::Twin { process },
+        16 | 17 => Fault::Drain { destination: random.random_range(0..destinations) },
+        _ => Fault::Pause {
+            destination: random.random_range(0..destinations),
+            during: Duration::from_millis(random.random_range(500..20_000)),
+        },
+    }
+}
+
+/// Traces that broke earlier versions of the design.
+pub fn traces() -> Vec<(&'static str, Plan)> {
+    let seconds = Duration::from_secs;
+    let well = || Destination::new(Manner::Well);
+    let crash = |at, process, away| (seconds(at), Fault::Crash { process, away: seconds(away) });
+    vec![
+        (
+            "a record passed by live but not stored before a crash",
+            Plan {
+                faults: (1..12).map(|n| crash(n * 2, 0, 0)).collect(),
+                commit_interval: seconds(1),
+                ..Plan::calm(vec![well(), Destination::new(Manner::Flaky(30))], 400, seconds(20))
+            },
+        ),
+        (
+            "a parked key without head after a restart",
+            Plan {
+                users: 2,
+                faults: (1..10).map(|n| crash(n * 3, 0, 1)).collect(),
+                ..Plan::calm(vec![Destination::new(Manner::Slow(Duration::from_millis(300))), well()], 400, seconds(10))
+            },
+        ),
+        (
+            "a key scan and a lane scan meeting",
+            Plan {
+                users: 4,
+                faults: vec![crash(30, 0, 2)],
+                ..Plan::calm(
+                    vec![Destination::new(Manner::Flapping(seconds(4))), Destination::new(Manner::FailingUsers(50))],
+                    500,
+                    seconds(20),
+                )
+            },
+        ),
+        (
+            "a drain read again after new data came",
+            Plan {
+                faults: vec![(seconds(10), Fault::Drain { destination: 1 }), crash(14, 0, 1), crash(18, 0, 1)],
+                ..Plan::calm(vec![well(), Destination::new(Manner::Dead)], 400, seconds(30))
+            },
+        ),
+    ]
+    .into_iter()
+    .chain(more_traces())
+    .collect()
+}
+
+fn more_traces() -> Vec<(&'static str, Plan)> {
+    let seconds = Duration::from_secs;
+    let well = || Destination::new(Manner::Well);
+    let crash = |at, process, away| (seconds(at), Fault::Crash { process, away: seconds(away) });
+    let isolated = |plan: Plan| Plan { isolation: Some(seconds(15)), ..plan };
+    let two_hundred = (0..200).map(|_| Destination::new(Manner::Dead)).collect();
+    vec![
+        ("two hundred lanes catching up at once", Plan::calm(two_hundred, 2_000, seconds(30))),
+        (
+            "a new owner reading progress before the old one's last commit is visible",
+            Plan {
+                processes: 2,
+                log: Faults { late: 0.8, gap: 0.5, seed: 7, ..Faults::none() },
+                faults: (1..10).map(|n| crash(n * 3, n as usize % 2, 1)).collect(),
+                ..Plan::calm(vec![well(), Destination::new(Manner::Flaky(40))], 300, seconds(30))
+            },
+        ),
+        (
+            "a progress-only transaction of a zombie",
+            Plan {
+                processes: 2,
+                faults: (1..12).map(|n| (seconds(n * 3), Fault::CutOff { process: n as usize % 2 })).collect(),
+                ..Plan::calm(vec![well(), Destination::new(Manner::Slow(seconds(5)))], 300, seconds(30))
+            },
+        ),
+        (
+            "a 29-second destination taking all permits",
+            isolated(Plan::calm(vec![well(), Destination::new(Manner::Slow(seconds(29)))], 500, seconds(60))),
+        ),
+        (
+            "30 % of users failing below the breaker",
+            isolated(Plan::calm(vec![well(), Destination::new(Manner::FailingUsers(30))], 500, seconds(60))),
+        ),
+        (
+            "a dead destination beside a well one",
+            isolated(Plan::calm(vec![well(), Destination::new(Manner::Dead)], 500, seconds(60))),
+        ),
+    ]
+}
