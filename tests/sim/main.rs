@@ -27,7 +27,20 @@ const SEEDS: u64 = 200;
 /// A planted mistake is to be found within so many.
 const HUNT: u64 = 2_000;
 /// Where each planted mistake is found first.
-const FOUND: &[(Mistake, u64)] = &[];
+const FOUND: &[(Mistake, u64)] = &[
+    (Mistake::SkipParked, 0),
+    (Mistake::ForgetParkedInMark, 0),
+    (Mistake::CommitPastMark, 0),
+    (Mistake::FreeKeyTooEarly, 0),
+    (Mistake::AttachTooEarly, 2),
+    (Mistake::LoseTailAtAttach, 9),
+    (Mistake::ScanPastLive, 9),
+    (Mistake::ForgetFinishedAtDetach, 7),
+    (Mistake::ForgetForgotten, 2),
+    (Mistake::ForgetRunsAtRestore, 0),
+    (Mistake::KeepMarks, 0),
+    (Mistake::DissolveTooEarly, 7),
+];
 
 /// Panics inside the engine's tasks, which the runtime would swallow.
 static PANICS: AtomicUsize = AtomicUsize::new(0);
