@@ -39,9 +39,9 @@ pub enum Fault {
     CutOff { process: usize },
     /// A second process of the same id takes the session over, and ends again.
     Twin { process: usize },
-    /// The progress of every partition is gone: somebody deleted the topic's records.
+    /// An admin ends what is pending of a destination.
     Drain { destination: usize },
-    /// All commands are there again, as after a restart.
+    /// An admin pauses a destination for a while.
     Pause { destination: usize, during: Duration },
 }
 

@@ -43,7 +43,7 @@ impl PartitionState {
         lane_bytes.min(of_process.saturating_sub(others)).min(of_partition)
     }
 
-    /// A detached lane takes no more for now.
+    /// A detached lane has to end something before it takes more.
     pub(super) fn is_lane_full(&self, index: usize) -> bool {
         let lane = self.lanes.at(index);
         let Some(detached) = &lane.detached else { return false };

@@ -45,7 +45,7 @@ struct Cursor {
     position: Offset,
     lanes: BTreeSet<usize>,
     keys: BTreeSet<KeyId>,
-    /// Lanes that can take no more for now.
+    /// Lanes that have to end something before they take more.
     full: BTreeSet<usize>,
 }
 
