@@ -30,13 +30,13 @@ pub enum Mistake {
     KeepMarks,
     /// A parked key takes the lane's place of reading for its own frontier.
     DissolveTooEarly,
-    /// Tries count while the breaker is open.
+    /// Time counts while the breaker is open.
     SpendWhileOpen,
     /// A restored lane starts behind its finished runs.
     RestoreLaneBehindRuns,
     /// The ledger begins anew after a restart.
     ForgetLedger,
-    /// The driver takes what an older assignment's worker has finished.
+    /// The driver commits what an older assignment has left.
     ForgetEpoch,
     /// A failed commit's content is not committed again.
     DropAfterFailedCommit,

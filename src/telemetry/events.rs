@@ -83,6 +83,12 @@ pub fn stalled(stage: &str, partition: Partition, position: &dyn std::fmt::Displ
     metrics().stalled.with_label_values(&[stage]).inc();
 }
 
+/// A producer that gets nothing acknowledged any more makes room for a new one.
+pub fn publisher_replaced(error: &dyn std::fmt::Display) {
+    tracing::warn!(%error, "nothing is acknowledged any more, replacing the kafka publisher");
+    metrics().publishers.with_label_values::<&str>(&[]).inc();
+}
+
 /// Offsets of a transaction that nobody decides any more; those before it are used.
 pub fn hanging_transaction(topic: &str) {
     error!(topic, "a former owner's transaction is neither committed nor aborted; its offsets are passed over");

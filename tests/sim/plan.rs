@@ -37,6 +37,10 @@ pub enum Fault {
     Restart { process: usize },
     /// A process's session is taken for dead although it lives.
     CutOff { process: usize },
+    /// A process gets nothing through to the log, nor hears of it, while its requests go on.
+    Stall { process: usize, during: Duration },
+    /// The log refuses everything to everybody.
+    Away { during: Duration },
     /// A second process of the same id takes the session over, and ends again.
     Twin { process: usize },
     /// An admin ends what is pending of a destination.
@@ -56,12 +60,16 @@ pub struct Plan {
     /// All of them are published within this.
     pub span: Duration,
     pub bounds: Bounds,
+    /// For how long a delivery is tried.
+    pub retry_window: Duration,
     pub in_flight: usize,
     pub log: Faults,
     pub faults: Vec<(Duration, Fault)>,
     /// Faults end here.
     pub trouble: Duration,
     pub commit_interval: Duration,
+    /// Of the published bytes, so many times may be read by cursors and directly; none where faults of the engine repeat it.
+    pub reading: Option<f64>,
     /// Waiting time of healthy destinations' deliveries that no fault of the engine explains; none where faults do.
     pub isolation: Option<Duration>,
 }
@@ -101,7 +109,7 @@ impl Plan {
     pub fn of(seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
         let seconds = |random: &mut StdRng, from: u64, to: u64| Duration::from_millis(random.random_range(from..to));
-        let destinations: Vec<Destination> = (0..random.random_range(2..6))
+        let mut destinations: Vec<Destination> = (0..random.random_range(2..6))
             .map(|index| Destination {
                 manner: if index == 0 { Manner::Well } else { manner(&mut random) },
                 ordered: random.random_bool(0.85),
@@ -109,8 +117,8 @@ impl Plan {
                 rate: random.random_bool(0.1).then(|| random.random_range(2.0..50.0)),
             })
             .collect();
-        let processes = random.random_range(1..4);
-        let trouble = seconds(&mut random, 20_000, 90_000);
+        let mut processes = random.random_range(1..4);
+        let mut trouble = seconds(&mut random, 20_000, 90_000);
         let calm = random.random_bool(0.2);
         let chance = |random: &mut StdRng, most: f64| {
             if calm || random.random_bool(0.5) { 0.0 } else { random.random_range(0.0..most) }
@@ -131,12 +139,28 @@ impl Plan {
             })
             .collect();
         faults.sort_by_key(|(at, _)| *at);
+        let (mut users, mut retry_window) = (random.random_range(3..30), Duration::from_secs(3_600));
+        let mut deliveries = random.random_range(100..500);
+        if random.random_bool(0.15) {
+            // Down for far longer than the window, which only counts while the breaker is not open: nothing is given up.
+            (users, deliveries, retry_window) = (users + 15, deliveries + 300, Duration::from_secs(150));
+            (processes, trouble) = (1, Duration::from_secs(500));
+            // A new process learns anew that it is down, and tries until it knows.
+            faults = vec![
+                (trouble / 2, Fault::Restart { process: 0 }),
+                (trouble * 3 / 4, Fault::Crash { process: 0, away: Duration::from_secs(9) }),
+            ];
+            for destination in destinations.iter_mut().filter(|it| it.manner != Manner::Well) {
+                (destination.manner, destination.rate) = (Manner::Dead, None);
+            }
+        }
         Self {
             seed,
             partitions: random.random_range(1..4),
             processes,
-            users: random.random_range(3..30),
-            deliveries: random.random_range(100..500),
+            users,
+            retry_window,
+            deliveries,
             span: trouble.mul_f64(random.random_range(0.2..0.9)),
             bounds: if random.random_bool(0.8) { near() } else { Bounds::default() },
             in_flight: random.random_range(8..60),
@@ -145,6 +169,7 @@ impl Plan {
             trouble,
             commit_interval: Duration::from_millis(random.random_range(20..400)),
             isolation: None,
+            reading: None,
             destinations,
         }
     }
@@ -157,6 +182,7 @@ impl Plan {
             processes: 1,
             destinations,
             users: 40,
+            retry_window: Duration::from_secs(3_600),
             deliveries,
             span,
             bounds: near(),
@@ -166,6 +192,7 @@ impl Plan {
             trouble: span * 2,
             commit_interval: Duration::from_millis(100),
             isolation: None,
+            reading: None,
         }
     }
 }
@@ -185,16 +212,16 @@ fn manner(random: &mut StdRng) -> Manner {
 
 fn fault(random: &mut StdRng, processes: usize, destinations: usize) -> Fault {
     let process = random.random_range(0..processes);
-    match random.random_range(0..20) {
+    let during = Duration::from_millis(random.random_range(500..20_000));
+    match random.random_range(0..24) {
         0..8 => Fault::Crash { process, away: Duration::from_millis(random.random_range(0..8_000)) },
         8..11 => Fault::Restart { process },
         11..14 => Fault::CutOff { process },
         14..16 => Fault::Twin { process },
         16 | 17 => Fault::Drain { destination: random.random_range(0..destinations) },
-        _ => Fault::Pause {
-            destination: random.random_range(0..destinations),
-            during: Duration::from_millis(random.random_range(500..20_000)),
-        },
+        18 | 19 => Fault::Pause { destination: random.random_range(0..destinations), during },
+        20..23 => Fault::Stall { process, during },
+        _ => Fault::Away { during },
     }
 }
 
@@ -252,7 +279,10 @@ fn more_traces() -> Vec<(&'static str, Plan)> {
     let isolated = |plan: Plan| Plan { isolation: Some(seconds(15)), ..plan };
     let two_hundred = (0..200).map(|_| Destination::new(Manner::Dead)).collect();
     vec![
-        ("two hundred lanes catching up at once", Plan::calm(two_hundred, 2_000, seconds(30))),
+        (
+            "two hundred lanes catching up at once",
+            Plan { reading: Some(4.0), ..Plan::calm(two_hundred, 2_000, seconds(30)) },
+        ),
         (
             "a new owner reading progress before the old one's last commit is visible",
             Plan {

@@ -1,7 +1,9 @@
 //! Runs a plan: publishes, breaks things, waits until everything has ended, and judges.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::Hasher;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rand::rngs::StdRng;
@@ -26,6 +28,7 @@ use laneway::runtime::failure::FailureTopic;
 use laneway::runtime::shutdown::Shutdown;
 use laneway::telemetry::server::Readiness;
 
+use crate::gate::{Gate, Gated};
 use crate::plan::{Fault, Plan};
 use crate::world::{Stage, World};
 
@@ -34,13 +37,20 @@ const GROUP: &str = "laneway.router";
 const REST: Duration = Duration::from_secs(3_600);
 const SESSION: Duration = Duration::from_secs(6);
 
-/// What was wrong; nothing where all properties hold.
-pub fn run(plan: &Plan) -> Vec<String> {
+/// What came of a run.
+pub struct Run {
+    /// What was wrong; nothing where all properties hold.
+    pub violations: Vec<String>,
+    /// Stands for everything that was sent, and when.
+    pub digest: u64,
+}
+
+pub fn run(plan: &Plan) -> Run {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     runtime.expect("a runtime").block_on(simulate(plan.clone()))
 }
 
-async fn simulate(plan: Plan) -> Vec<String> {
+async fn simulate(plan: Plan) -> Run {
     let clock = Clock::derived(Timestamp::from_millis(1_800_000_000_000));
     let log = Embedded::in_memory(Faults::none(), clock.clone()).await.expect("a log");
     let topics = Topics::load(None).expect("topics").with_partitions(plan.partitions);
@@ -59,7 +69,9 @@ async fn simulate(plan: Plan) -> Vec<String> {
     publishing.await.expect("published");
     let rested = engine.rest().await;
     engine.stop().await;
-    judge(&log, &world, rested).await
+    let violations = judge(&log, &world, rested).await;
+    let digest = world.seen().digest.finish();
+    Run { violations, digest }
 }
 
 /// Publishes the deliveries, evenly over the plan's span, until the log has each.
@@ -118,6 +130,7 @@ async fn note_published(log: &Embedded, world: &World) {
             let destination = record.headers.text(header::DESTINATION).and_then(|id| id[1..].parse().ok()).unwrap_or(0);
             let mut seen = world.seen();
             seen.published.insert(at, record.timestamp);
+            seen.bytes += record.value.as_ref().map_or(0, bytes::Bytes::len) as u64;
             if let Some(user) = record.headers.text(header::USER) {
                 seen.keys.entry((destination, user.to_owned())).or_default().push(at);
             }
@@ -134,14 +147,14 @@ async fn read(log: &Embedded, topic: &Topic, partition: Partition, from: Offset,
             Ok(Read::Records(records)) => found.extend(records),
             Ok(Read::End) if all && ends < 10 => ends += 1,
             Ok(Read::End) => return found,
-            Err(_) => {}
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
         }
     }
 }
 
 /// Follows the commands, as a process does.
 async fn obey(
-    log: Embedded,
+    log: Gated,
     clock: Clock,
     told: watch::Sender<Arc<Commands>>,
     destinations: Destinations,
@@ -171,6 +184,7 @@ struct Engine {
 }
 
 struct Process {
+    gate: Gate,
     task: JoinHandle<()>,
     shutdown: Shutdown,
     commands: JoinHandle<()>,
@@ -186,7 +200,9 @@ impl Process {
 impl Engine {
     fn start(&mut self, number: usize, instance: &str) {
         let plan = &self.world.plan;
-        let (log, world, clock) = (self.log.clone(), Arc::clone(&self.world), self.world.clock.clone());
+        let (world, clock) = (Arc::clone(&self.world), self.world.clock.clone());
+        let gate = Gate::new(clock.clone(), Arc::clone(&world.read));
+        let log = Gated { log: self.log.clone(), gate: gate.clone() };
         let placement = Placement { isolate_by: IsolateBy::None, spread: None, partitions: 1 };
         let settings = DeliverSettings {
             input: Topic::DELIVERIES,
@@ -242,7 +258,7 @@ impl Engine {
             }
             drop(ready);
         });
-        self.processes.insert(number, Process { task, shutdown, commands });
+        self.processes.insert(number, Process { gate, task, shutdown, commands });
     }
 
     /// Everything that the plan has for the engine, at its time.
@@ -274,7 +290,7 @@ impl Engine {
                 self.start(process, &format!("p{process}"));
             }
             Fault::Restart { process } => {
-                if let Some(Process { task, shutdown, commands }) = self.processes.remove(&process) {
+                if let Some(Process { task, shutdown, commands, .. }) = self.processes.remove(&process) {
                     shutdown.begin();
                     // Bounded by its own budget.
                     let _ = task.await;
@@ -284,6 +300,18 @@ impl Engine {
             }
             Fault::CutOff { process } => {
                 self.log.cut_off(GROUP, &Topic::DELIVERIES, &format!("p{process}").as_str().into());
+            }
+            Fault::Stall { process, during } => {
+                if let Some(process) = self.processes.get(&process) {
+                    process.gate.shut(during);
+                }
+                clock.sleep(during).await;
+            }
+            Fault::Away { during } => {
+                let log = self.world.plan.log;
+                self.log.inject(Faults { write_refused: 1.0, read_refused: 1.0, ..log });
+                clock.sleep(during).await;
+                self.log.inject(log);
             }
             Fault::Twin { process } => {
                 self.start(1_000, &format!("p{process}"));
@@ -340,7 +368,7 @@ impl Engine {
     }
 
     async fn stop(&mut self) {
-        for (_, Process { task, shutdown, commands }) in std::mem::take(&mut self.processes) {
+        for (_, Process { task, shutdown, commands, .. }) in std::mem::take(&mut self.processes) {
             shutdown.begin();
             // Bounded by its own budget.
             let _ = task.await;
@@ -427,6 +455,10 @@ fn judge_ends(seen: &crate::world::Seen, world: &World, ledger: Ledger, marks_le
     }
     if marks_left {
         wrong.push("marks are left".into());
+    }
+    let (read, bytes) = (world.read.load(Ordering::Relaxed), seen.bytes);
+    if world.plan.reading.is_some_and(|bound| read as f64 > bytes as f64 * bound) {
+        wrong.push(format!("{read} bytes read by cursors and directly, of {bytes} that there are"));
     }
     if let Some(bound) = world.plan.isolation {
         wrong.extend(isolation(seen, bound));

@@ -1,6 +1,8 @@
 //! What the destinations see, and what must hold of it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -29,6 +31,8 @@ pub struct Seen {
     /// The deliveries of each key, in the order of the log.
     pub keys: BTreeMap<KeyName, Vec<At>>,
     pub published: BTreeMap<At, Timestamp>,
+    /// Of the published values.
+    pub bytes: u64,
     pub first_sent: BTreeMap<At, Timestamp>,
     /// Final verdicts, with their times.
     pub finals: BTreeMap<At, Vec<Timestamp>>,
@@ -38,6 +42,8 @@ pub struct Seen {
     pub hurt: Vec<Timestamp>,
     pub drained: bool,
     pub violations: Vec<String>,
+    /// Of everything that was sent, and when.
+    pub digest: DefaultHasher,
 }
 
 /// Everything outside the engine.
@@ -45,6 +51,8 @@ pub struct World {
     pub plan: Plan,
     pub clock: Clock,
     pub start: Timestamp,
+    /// Bytes that cursors and direct reads have read.
+    pub read: Arc<AtomicU64>,
     seen: Mutex<Seen>,
     random: Mutex<StdRng>,
 }
@@ -52,7 +60,7 @@ pub struct World {
 impl World {
     pub fn new(plan: Plan, clock: Clock) -> Arc<Self> {
         let (start, random) = (clock.now(), Mutex::new(StdRng::seed_from_u64(plan.seed ^ 0x5EED)));
-        Arc::new(Self { plan, clock, start, seen: Mutex::default(), random })
+        Arc::new(Self { plan, clock, start, read: Arc::default(), seen: Mutex::default(), random })
     }
 
     pub fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -89,6 +97,7 @@ impl World {
         for record in records {
             let at = (record.partition, record.offset);
             seen.first_sent.entry(at).or_insert(now);
+            (at, now).hash(&mut seen.digest);
             let (destination, user) = self.key_of(record);
             if let Some(last) = seen.finals.get(&at).and_then(|finals| finals.last().copied()) {
                 // Final, and committed unless something went wrong soon after.
@@ -167,7 +176,7 @@ impl Deliver for Stage {
         let retry = RetryPolicy {
             first: Duration::from_millis(300),
             cap: Duration::from_secs(8),
-            window: Duration::from_secs(3_600),
+            window: self.0.plan.retry_window,
             ..RetryPolicy::default()
         };
         Rules { ordered: of.ordered, batch: of.batch, rate: of.rate, concurrency: None, retry }

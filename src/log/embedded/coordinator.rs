@@ -208,7 +208,8 @@ impl Group {
             self.owners.retain(|_, (owner, _)| owner != session);
             if let Some(member) = self.members.get_mut(session) {
                 member.leaving.clear();
-                member.events.clear();
+                // It has not heard of an earlier loss either.
+                member.events.retain(|event| matches!(event, Event::Lost(_)));
                 if !lost.is_empty() {
                     member.events.push_back(Event::Lost(lost));
                     member.bell.notify_one();
@@ -326,6 +327,7 @@ mod tests {
         bench.poll(&first);
         bench.now += TIMEOUT + Duration::from_secs(1);
         assert_eq!(numbers(bench.poll(&second)), [0, 1, 2, 3]);
+        bench.poll(&second);
         assert_eq!(numbers(bench.poll(&first)), [0, 1, 2, 3], "lost");
         assert!(!bench.coordinator.owns(&bench.key, &first, Partition(0), Epoch(1)));
     }

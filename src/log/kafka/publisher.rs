@@ -1,23 +1,36 @@
 //! Writing to Kafka without reading: idempotent, acknowledged by all replicas.
+//!
+//! An idempotent producer that loses its broker at the wrong moment may never send again, though the broker is back. So a
+//! producer whose records timed out while it got nothing acknowledged is replaced.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rdkafka::client::ClientContext;
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::producer::{BaseRecord, DeliveryResult, NoCustomPartitioner, ProducerContext, ThreadedProducer};
 use tokio::sync::oneshot;
 
 use crate::log::{LogError, Publisher};
 use crate::model::record::Addressed;
+use crate::telemetry::events;
 
 use super::config::KafkaConfig;
 use super::convert;
 
 #[derive(Clone)]
-pub struct KafkaPublisher {
-    producer: Arc<ThreadedProducer<Acknowledgements>>,
-    prefix: Arc<str>,
+pub struct KafkaPublisher(Arc<Shared>);
+
+struct Shared {
+    config: KafkaConfig,
+    current: Mutex<Arc<Client>>,
+}
+
+/// One producer. Whoever waits for it holds it.
+struct Client {
+    producer: Option<ThreadedProducer<Acknowledgements>>,
+    /// Records that the broker has acknowledged.
+    acknowledged: Arc<AtomicU64>,
 }
 
 /// The records of one call: whoever acknowledges the last one answers.
@@ -29,7 +42,7 @@ pub struct Waiting {
 #[derive(Default)]
 struct Answer {
     first_refusal: Option<KafkaError>,
-    to: Option<oneshot::Sender<Result<(), LogError>>>,
+    to: Option<oneshot::Sender<Result<(), KafkaError>>>,
 }
 
 impl Waiting {
@@ -42,12 +55,14 @@ impl Waiting {
             && let Some(done) = answer.to.take()
         {
             // The client of a request that was given up does not wait any more.
-            let _ = done.send(answer.first_refusal.take().map_or(Ok(()), |error| Err(convert::error(error))));
+            let _ = done.send(answer.first_refusal.take().map_or(Ok(()), Err));
         }
     }
 }
 
-pub struct Acknowledgements;
+pub struct Acknowledgements {
+    count: Arc<AtomicU64>,
+}
 
 impl ClientContext for Acknowledgements {
     fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
@@ -63,18 +78,23 @@ impl ProducerContext<NoCustomPartitioner> for Acknowledgements {
     type DeliveryOpaque = Box<Arc<Waiting>>;
 
     fn delivery(&self, result: &DeliveryResult<'_>, waiting: Box<Arc<Waiting>>) {
+        if result.is_ok() {
+            self.count.fetch_add(1, Ordering::Relaxed);
+        }
         waiting.one_less(result.as_ref().err().map(|(error, _)| error.clone()));
     }
 }
 
-impl KafkaPublisher {
-    pub(super) fn new(config: &KafkaConfig) -> Result<Self, LogError> {
-        let producer = config.publisher().create_with_context(Acknowledgements).map_err(convert::error)?;
-        Ok(Self { producer: Arc::new(producer), prefix: config.prefix.as_str().into() })
+impl Client {
+    fn new(config: &KafkaConfig) -> Result<Self, LogError> {
+        let acknowledged = Arc::default();
+        let context = Acknowledgements { count: Arc::clone(&acknowledged) };
+        let producer = config.publisher().create_with_context(context).map_err(convert::error)?;
+        Ok(Self { producer: Some(producer), acknowledged })
     }
 
-    fn send(&self, record: &Addressed, waiting: &Arc<Waiting>) -> Result<(), KafkaError> {
-        let topic = format!("{}{}", self.prefix, record.topic);
+    fn send(&self, prefix: &str, record: &Addressed, waiting: &Arc<Waiting>) -> Result<(), KafkaError> {
+        let topic = format!("{prefix}{}", record.topic);
         let mut message: BaseRecord<'_, [u8], [u8], Box<Arc<Waiting>>> =
             BaseRecord::with_opaque_to(&topic, Box::new(Arc::clone(waiting)))
                 .partition(convert::partition(record.partition))
@@ -85,7 +105,41 @@ impl KafkaPublisher {
         if let Some(value) = &record.value {
             message = message.payload(value);
         }
-        self.producer.send(message).map_err(|(error, _)| error)
+        let producer = self.producer.as_ref().ok_or(KafkaError::Canceled)?;
+        producer.send(message).map_err(|(error, _)| error)
+    }
+}
+
+impl Drop for Client {
+    /// Ending a producer waits for its thread, so it is done on another one.
+    fn drop(&mut self) {
+        let producer = self.producer.take();
+        // Without a thread it ends here.
+        let _ = super::thread("kafka-producer-end", move || drop(producer));
+    }
+}
+
+impl KafkaPublisher {
+    pub(super) fn new(config: &KafkaConfig) -> Result<Self, LogError> {
+        let current = Mutex::new(Arc::new(Client::new(config)?));
+        Ok(Self(Arc::new(Shared { config: config.clone(), current })))
+    }
+
+    fn current(&self) -> Arc<Client> {
+        Arc::clone(&self.0.current.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts a new producer in `old`'s place, unless somebody has done so. Those who wait for the old one are answered by it.
+    fn replace(&self, old: &Arc<Client>, error: &KafkaError) {
+        let mut current = self.0.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if !Arc::ptr_eq(&current, old) {
+            return;
+        }
+        events::publisher_replaced(error);
+        match Client::new(&self.0.config) {
+            Ok(client) => *current = Arc::new(client),
+            Err(error) => tracing::error!(%error, "no new kafka publisher"),
+        }
     }
 }
 
@@ -94,17 +148,26 @@ impl Publisher for KafkaPublisher {
         if records.is_empty() {
             return Ok(());
         }
+        let client = self.current();
+        let before = client.acknowledged.load(Ordering::Relaxed);
         let (done, answer) = oneshot::channel();
         // One more than there are records, so that it cannot end before all are on their way.
         let outstanding = AtomicUsize::new(records.len() + 1);
         let waiting =
             Arc::new(Waiting { outstanding, answer: Mutex::new(Answer { first_refusal: None, to: Some(done) }) });
         for record in &records {
-            if let Err(error) = self.send(record, &waiting) {
+            if let Err(error) = client.send(&self.0.config.prefix, record, &waiting) {
                 waiting.one_less(Some(error));
             }
         }
         waiting.one_less(None);
-        answer.await.unwrap_or_else(|_| Err(LogError::transient("the kafka client ended")))
+        // The producer answers for every record before it ends.
+        let Err(error) = answer.await.unwrap_or(Err(KafkaError::Canceled)) else { return Ok(()) };
+        let is_idle = client.acknowledged.load(Ordering::Relaxed) == before;
+        let is_stuck = error.rdkafka_error_code() == Some(Code::MessageTimedOut) && is_idle;
+        if is_stuck || error.rdkafka_error_code() == Some(Code::Fatal) {
+            self.replace(&client, &error);
+        }
+        Err(convert::error(error))
     }
 }

@@ -213,7 +213,7 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
 
     fn begin(&mut self, assignment: Assignment) {
         let (partition, epoch) = (assignment.partition, assignment.epoch);
-        self.pending.forget(&[partition]);
+        self.pending.begin(partition, epoch);
         let (records, inbox_records) = mpsc::channel(INBOX_BATCHES);
         let (asks, inbox_asks) = mpsc::unbounded_channel();
         let (ready, restored) = oneshot::channel();
@@ -325,10 +325,8 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
     }
 
     fn take(&mut self, (partition, epoch, changes): (Partition, Epoch, Option<Option<Changes>>)) {
-        let is_current = |slot: &&mut Slot| slot.epoch == epoch || is_planted(Mistake::ForgetEpoch);
-        let Some(slot) = self.slots.get_mut(&partition).filter(is_current) else { return };
+        let Some(slot) = self.slots.get_mut(&partition).filter(|slot| slot.epoch == epoch) else { return };
         slot.asked = false;
-        let epoch = slot.epoch;
         if let Some(Some(changes)) = changes {
             self.pending.add(partition, epoch, changes);
         }

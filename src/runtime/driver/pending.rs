@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use crate::log::{Commit, Committed};
 use crate::model::record::{Addressed, Epoch, Partition};
 
+use crate::runtime::planted::{Mistake, is_planted};
+
 use super::Changes;
 
 #[derive(Default)]
@@ -35,8 +37,18 @@ impl Pending {
         self.0.is_empty()
     }
 
+    /// The partition is assigned: what an earlier assignment left is not committed any more.
+    pub fn begin(&mut self, partition: Partition, epoch: Epoch) {
+        match self.0.get_mut(&partition) {
+            Some(collected) if is_planted(Mistake::ForgetEpoch) => collected.epoch = epoch,
+            _ => self.forget(&[partition]),
+        }
+    }
+
     pub fn forget(&mut self, partitions: &[Partition]) {
-        self.0.retain(|partition, _| !partitions.contains(partition));
+        if !is_planted(Mistake::ForgetEpoch) {
+            self.0.retain(|partition, _| !partitions.contains(partition));
+        }
     }
 
     pub fn partitions(&self) -> Vec<Partition> {

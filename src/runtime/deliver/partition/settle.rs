@@ -52,7 +52,7 @@ impl PartitionState {
                     }
                 }
                 Verdict::Retry { code, message, not_before } => {
-                    match unspent && !is_planted(Mistake::SpendWhileOpen) {
+                    match unspent {
                         // The breaker is open: the try was not made. Another key is the next probe.
                         true => self.lanes.push(id, false),
                         false => self.retry_later(id, code, message, not_before, now),
@@ -86,6 +86,9 @@ impl PartitionState {
         let last = Try { at: now, code, message: shorten(message) };
         let trying = now.since(key.started_at);
         let (attempts, first, spent) = match &key.failing {
+            Some(failing) if is_planted(Mistake::SpendWhileOpen) => {
+                (failing.attempts + 1, failing.first.clone(), now.since(failing.first.at))
+            }
             // Only what it waited on purpose counts, not what a breaker, a pause or a missing owner added.
             Some(failing) => {
                 let waited = failing.next_try_at.since(failing.last.at);
