@@ -63,7 +63,7 @@ catalogue! {
     lanes_detached: IntCounterVec "laneway_router_lanes_detached_total" ["reason"] "Lanes detached: bytes, holes, window or down.";
     parked: IntGaugeVec "laneway_router_parked_keys" ["partition"] "Users part of whose deliveries is only marked, to be read again.";
     cursors: IntGaugeVec "laneway_router_cursors" ["partition"] "Cursors that read deliveries again for detached lanes and parked users.";
-    scanned_bytes: IntCounterVec "laneway_router_scanned_bytes_total" [] "Read by cursors, in bytes.";
+    scanned_bytes: IntCounterVec "laneway_router_scanned_bytes_total" [] "Deliveries read again, by cursors and directly, in bytes.";
     fetched: IntCounterVec "laneway_router_fetched_deliveries_total" [] "Deliveries read one by one at their offsets.";
     breaker: IntGaugeVec "laneway_router_breaker_open" ["destination"] "1 while the destination counts as down.";
     commits: IntCounterVec "laneway_runtime_commits_total" ["stage", "result"] "Commits: ok, or failed and repeated.";

@@ -10,12 +10,13 @@ use crate::log::{Admin, Backend, Limit, LogError, Read, Reader};
 use crate::model::command::Command;
 use crate::model::progress::Drain;
 use crate::model::record::{Offset, Partition, Record, Topic};
+use crate::telemetry::metrics::metrics;
 
 use super::partition::{CursorId, KeyId};
 
 /// What failed for the moment is tried again after this.
 pub const AGAIN: Duration = Duration::from_millis(500);
-/// A cursor reads so much at a time. A lane may go over its bound by it.
+/// A cursor reads so much at a time, and keeps what its lanes have no room for.
 const STRETCH: Limit = Limit { records: 500, bytes: 512 << 10 };
 
 /// What to read.
@@ -134,7 +135,9 @@ impl<B: Backend> Reading<B> {
         };
         let open = reader.insert(open);
         loop {
-            let Read::Records(records) = open.read(Limit { records: 1, bytes: 1 }).await? else {
+            let read = open.read(Limit { records: 1, bytes: 1 }).await?;
+            note_read(&read);
+            let Read::Records(records) = read else {
                 if self.has_nothing_below(offset.just_after()).await? {
                     return Ok(None);
                 }
@@ -182,6 +185,7 @@ impl<B: Backend> Reading<B> {
         }
         let Some((open, at)) = reader else { return Ok(Read::End) };
         let read = open.read(STRETCH).await?;
+        note_read(&read);
         if let Read::Records(records) = &read
             && let Some(last) = records.last()
         {
@@ -197,5 +201,12 @@ impl<B: Backend> Reading<B> {
             tracing::error!(partition = self.partition.0, end = %marks.end, %until, "the log ends before what was read");
         }
         Ok(marks.start >= until || marks.end < until)
+    }
+}
+
+fn note_read(read: &Read) {
+    if let Read::Records(records) = read {
+        let bytes = records.iter().map(Record::weight).sum::<usize>();
+        metrics().scanned_bytes.with_label_values::<&str>(&[]).inc_by(bytes as u64);
     }
 }

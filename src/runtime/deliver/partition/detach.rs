@@ -25,7 +25,16 @@ const PROBES: usize = 8;
 
 impl Detached {
     pub fn new(window: Window, scan: Offset, now: Timestamp) -> Self {
-        Self { window, scan, cursor: None, joined_at: now, blocked_millis: 0, full_since: None, moved_from: None }
+        Self {
+            window,
+            scan,
+            cursor: None,
+            asked_at: None,
+            joined_at: now,
+            blocked_millis: 0,
+            full_since: None,
+            moved_from: None,
+        }
     }
 }
 

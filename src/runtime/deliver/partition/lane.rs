@@ -62,6 +62,8 @@ pub struct Detached {
     /// Everything below has been handed over.
     pub scan: Offset,
     pub cursor: Option<u64>,
+    /// Since when it could go on and has no cursor.
+    pub asked_at: Option<Timestamp>,
     pub joined_at: Timestamp,
     /// So long it has made its cursor wait, and since when it does.
     pub blocked_millis: u64,

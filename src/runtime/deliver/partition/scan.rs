@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use crate::clock::Timestamp;
 use crate::model::record::{Offset, Record};
-use crate::telemetry::metrics::metrics;
 
 use super::super::window::Located;
 use super::{Activity, Alarm, KeyId, PartitionState, Reverse, Start, lane_of};
@@ -21,6 +20,12 @@ pub type CursorId = u64;
 
 /// A lane is judged as slow after so long.
 const SLOW: Duration = Duration::from_secs(2);
+/// What a new cursor passes may be so many times what those who want it have there …
+const WORTH: u64 = 3;
+/// … or they have waited for so long for each record that it passes …
+const WAIT_EACH: Duration = Duration::from_micros(300);
+/// … but no longer than this.
+const WAIT_MOST: Duration = Duration::from_secs(30);
 /// Cursors that wait, and members without a cursor, are looked at this often.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -47,6 +52,14 @@ struct Cursor {
     keys: BTreeSet<KeyId>,
     /// Lanes that have to end something before they take more.
     full: BTreeSet<usize>,
+    /// What has been read and not been handed over: the rest of a stretch in which a lane became full.
+    ahead: Vec<Record>,
+}
+
+/// What a cursor does next.
+enum Step {
+    Read(CursorId, Offset),
+    HandOver(CursorId, Vec<Record>),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -106,34 +119,46 @@ impl Cursors {
     }
 
     /// The next one that has something to read before `frontier`, and whose members can all take more.
-    fn next(&mut self, frontier: Offset) -> Option<(CursorId, Offset)> {
+    fn next(&mut self, frontier: Offset) -> Option<Step> {
         if self.reading.is_some() {
             return None;
         }
         let can = |(_, open): &(&CursorId, &Cursor)| open.full.is_empty() && open.position < frontier;
-        let behind = self.open.range(self.turn + 1..).find(can);
-        let (id, open) = behind.or_else(|| self.open.range(..=self.turn).find(can))?;
-        (self.turn, self.reading) = (*id, Some(*id));
-        Some((*id, open.position))
+        let behind = self.open.range(self.turn + 1..).find(can).map(|(id, _)| *id);
+        let id = behind.or_else(|| self.open.range(..=self.turn).find(can).map(|(id, _)| *id))?;
+        let open = self.open.get_mut(&id)?;
+        self.turn = id;
+        if !open.ahead.is_empty() {
+            return Some(Step::HandOver(id, std::mem::take(&mut open.ahead)));
+        }
+        self.reading = Some(id);
+        Some(Step::Read(id, open.position))
     }
 }
 
 impl PartitionState {
     /// What is to be read, or closed, next.
     pub(super) fn next_scan(&mut self, now: Timestamp) -> Option<Start> {
-        if let Some(cursor) = self.cursors.closed.pop() {
-            return Some(Start::Close { cursor });
-        }
-        if !self.cursors.asking.is_empty() {
-            self.seat(now);
-        }
+        let (step, until) = loop {
+            if let Some(cursor) = self.cursors.closed.pop() {
+                return Some(Start::Close { cursor });
+            }
+            if !self.cursors.asking.is_empty() {
+                self.seat(now);
+            }
+            let until = self.frontier();
+            match self.cursors.next(until) {
+                Some(Step::HandOver(cursor, records)) => self.scanned(cursor, records, None, now),
+                Some(Step::Read(cursor, from)) => break (Some((cursor, from)), until),
+                None => break (None, until),
+            }
+        };
         let is_waiting = !self.cursors.stuck.is_empty() || self.cursors.open.values().any(|open| !open.full.is_empty());
         if is_waiting && !self.cursors.alarm_set {
             self.cursors.alarm_set = true;
             self.alarms.push(Reverse((now.plus(LOOK), Alarm::Seats)));
         }
-        let until = self.frontier();
-        self.cursors.next(until).map(|(cursor, from)| Start::Scan { cursor, from, until })
+        step.map(|(cursor, from)| Start::Scan { cursor, from, until })
     }
 
     /// Moves lanes that hold their cursors up, and lets those who found none ask again.
@@ -218,7 +243,12 @@ impl PartitionState {
                     let is_seated = self.lanes.at(*index).detached.as_ref().is_none_or(|d| d.cursor.is_some());
                     if !is_seated && self.wants_lane(*index) {
                         seekers.push((self.lane_scan(*index), seeker));
-                    } else if !is_seated && (self.is_short() || !self.lanes.at(*index).destination.can_run()) {
+                        continue;
+                    }
+                    if let Some(detached) = &mut self.lanes.at_mut(*index).detached {
+                        detached.asked_at = None;
+                    }
+                    if !is_seated && (self.is_short() || !self.lanes.at(*index).destination.can_run()) {
                         // Nobody here is told when that changes.
                         self.cursors.stuck.insert(seeker);
                     }
@@ -236,35 +266,66 @@ impl PartitionState {
             }
         }
         seekers.sort();
+        // Records that new cursors may pass for these.
+        let mut budget: u64 = seekers.iter().map(|(_, seeker)| self.pending_of(seeker)).sum::<u64>() * WORTH;
         for (at, seeker) in seekers {
             if self.arrive(&seeker, at, now) {
                 continue;
             }
-            match self.find_seat(&seeker, at) {
+            let ahead = u64::try_from(self.frontier().raw().saturating_sub(at.raw())).unwrap_or(u64::MAX);
+            let may_open = budget >= ahead || self.is_owed(&seeker, ahead, now);
+            let opened = self.cursors.last_id;
+            match self.find_seat(&seeker, at, may_open) {
                 Some(cursor) => self.join(seeker, cursor, now),
                 None => drop(self.cursors.stuck.insert(seeker)),
+            }
+            if self.cursors.last_id > opened {
+                budget = budget.saturating_sub(ahead);
             }
         }
     }
 
-    /// A cursor that will come by, or a new one.
-    fn find_seat(&mut self, seeker: &Seeker, at: Offset) -> Option<CursorId> {
-        let bounds = self.settings.bounds;
+    /// What a new cursor would bring whom it is opened for.
+    fn pending_of(&self, seeker: &Seeker) -> u64 {
+        match seeker {
+            Seeker::Lane(index) => self.lanes.at(*index).unfinished as u64,
+            Seeker::Key(_) => 0,
+        }
+    }
+
+    /// Whether a seeker gets a cursor though it is not worth what that passes: it has waited for long, or it will not go all
+    /// the way. A key stops where it is full, and a lane that is down after a few records.
+    fn is_owed(&mut self, seeker: &Seeker, ahead: u64, now: Timestamp) -> bool {
+        let Seeker::Lane(index) = seeker else { return true };
+        let lane = self.lanes.at_mut(*index);
+        let is_up = lane.destination.can_run();
+        let Some(detached) = lane.detached.as_mut() else { return true };
+        let since = *detached.asked_at.get_or_insert(now);
+        let wait = WAIT_EACH.saturating_mul(u32::try_from(ahead).unwrap_or(u32::MAX)).min(WAIT_MOST);
+        !is_up || now.since(since) >= wait
+    }
+
+    /// A cursor that will come by, or a new one where that may be.
+    fn find_seat(&mut self, seeker: &Seeker, at: Offset, may_open: bool) -> Option<CursorId> {
+        let (bounds, frontier) = (self.settings.bounds, self.frontier());
         let avoid = match seeker {
             Seeker::Lane(index) => self.lanes.at(*index).detached.as_ref().and_then(|detached| detached.moved_from),
             Seeker::Key(_) => None,
         };
         let behind = self.cursors.open.iter().filter(|(id, open)| Some(**id) != avoid && open.position <= at);
         let nearest = behind.max_by_key(|(_, open)| open.position).map(|(id, open)| (*id, open.position));
+        // One that has to come half of the way that another would go is near too.
+        let ahead = frontier.raw().saturating_sub(at.raw());
         if let Some((id, position)) = nearest
-            && at.raw() - position.raw() <= bounds.near
+            && at.raw() - position.raw() <= bounds.near.max(ahead / 2)
         {
             return Some(id);
         }
         let most = bounds.cursors - usize::from(avoid.is_some());
-        if self.cursors.open.len() < most && self.account.open_cursor(self.cursors.open.is_empty()) {
+        if may_open && self.cursors.open.len() < most && self.account.open_cursor(self.cursors.open.is_empty()) {
             self.cursors.last_id += 1;
-            let cursor = Cursor { position: at, lanes: BTreeSet::new(), keys: BTreeSet::new(), full: BTreeSet::new() };
+            let (lanes, keys, full) = Default::default();
+            let cursor = Cursor { position: at, lanes, keys, full, ahead: Vec::new() };
             self.cursors.open.insert(self.cursors.last_id, cursor);
             return Some(self.cursors.last_id);
         }
@@ -277,7 +338,7 @@ impl PartitionState {
             Seeker::Lane(index) => {
                 open.lanes.insert(index);
                 if let Some(detached) = &mut self.lanes.at_mut(index).detached {
-                    detached.cursor = Some(cursor);
+                    (detached.cursor, detached.asked_at) = (Some(cursor), None);
                     (detached.joined_at, detached.blocked_millis, detached.full_since) = (now, 0, None);
                 }
             }
@@ -356,7 +417,8 @@ impl PartitionState {
             false => self.frontier(),
         };
         let mut touched = BTreeSet::new();
-        for record in records {
+        let mut records = records.into_iter();
+        while let Some(record) = records.next() {
             let position = self.cursors.position(Some(cursor));
             if record.offset < position {
                 continue;
@@ -364,7 +426,6 @@ impl PartitionState {
             if record.offset >= frontier {
                 break;
             }
-            metrics().scanned_bytes.with_label_values::<&str>(&[]).inc_by(record.weight() as u64);
             let behind = record.offset.just_after();
             let taker = self.pass(cursor, record, now);
             if let Some(open) = self.cursors.open.get_mut(&cursor) {
@@ -373,7 +434,10 @@ impl PartitionState {
             if let Some(lane) = taker {
                 touched.insert(lane);
                 if self.is_lane_full(lane) && !self.is_draining(lane, behind) {
-                    // What is left of the stretch would only have to be let go of again: it is read anew when there is room.
+                    // What is left of the stretch would only have to be let go of again: it waits until there is room.
+                    if let Some(open) = self.cursors.open.get_mut(&cursor) {
+                        open.ahead = records.collect();
+                    }
                     break;
                 }
             }
