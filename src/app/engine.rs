@@ -10,6 +10,7 @@ use axum::Router as HttpRouter;
 use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 
+use super::retention;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::control::{Current, commands};
@@ -235,6 +236,7 @@ async fn start_router<B: Backend>(
     supervisor: &mut Supervisor,
 ) -> anyhow::Result<()> {
     let (router, runtime) = (&parts.config.router, &parts.config.runtime);
+    retention::check(&parts.log, &parts.topics, router).await?;
     let client = ClientSettings {
         timeout: router.timeout,
         guard: Guard { block_private: router.block_private_ips },

@@ -3,4 +3,5 @@
 pub mod engine;
 pub mod inbox;
 pub mod open;
+mod retention;
 pub mod standing;

@@ -1,12 +1,17 @@
 //! From topic to topic, exactly once: each input ends in one outcome, and outputs, failures and offsets become visible
-//! together. A partition works ahead on its own, chunks of it on all cores; results are put together in input order.
+//! together. A partition works ahead on its own, chunks of it on all cores; results are put together in input order. After the
+//! process has ended over the same records twice they run one by one ([`stops`]).
 
+mod stops;
+
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use crate::log::{Assignment, Committed, LogError};
 use crate::model::outcome::{Outcome, Reason};
@@ -14,6 +19,8 @@ use crate::model::record::{Addressed, Offset, Record};
 use crate::runtime::driver::{Ask, Changes, Inbox, Work};
 use crate::runtime::failure::{Cause, FailureTopic};
 use crate::telemetry::events;
+
+use stops::{Alone, Stops};
 
 /// Records that one core works on at a time: small enough that both cores get some, large enough to be worth the hand-over.
 const CHUNK: usize = 64;
@@ -33,13 +40,86 @@ pub trait Transform: Send + Sync + 'static {
 pub struct TransformWork<T> {
     stage: Arc<T>,
     parallel: usize,
+    /// Of this start of this process.
+    process: String,
 }
 
 impl<T: Transform> TransformWork<T> {
     /// `parallel` chunks of a partition run at a time.
     pub fn new(stage: T, parallel: usize) -> Self {
-        Self { stage: Arc::new(stage), parallel: parallel.max(1) }
+        let process = uuid::Uuid::new_v4().simple().to_string();
+        Self { stage: Arc::new(stage), parallel: parallel.max(1), process }
     }
+}
+
+impl<T: Transform> Work for TransformWork<T> {
+    async fn run(self: Arc<Self>, assignment: Assignment, mut inbox: Inbox) -> Result<(), LogError> {
+        let committed = assignment.committed.unwrap_or(Committed { offset: Offset::START, metadata: String::new() });
+        let start = committed.offset;
+        let mut lane = Running {
+            stage: Arc::clone(&self.stage),
+            chunks: FuturesOrdered::new(),
+            finished: Finished::default(),
+            position: start,
+            stops: Stops::new(&committed.metadata, &self.process),
+            waiting: VecDeque::new(),
+            stopped: false,
+        };
+        if lane.stops.count() > 0 {
+            let failures = self.stage.failures();
+            events::unclean_stop(failures.stage, assignment.partition, lane.stops.count(), lane.stops.alone(start));
+        }
+        // A driver that is gone does not want the partition any more.
+        let _ = inbox.ready.send(start);
+        let mut draining: Option<oneshot::Sender<()>> = None;
+        loop {
+            lane.start();
+            if lane.stops.is_news() {
+                inbox.bell.ring();
+            }
+            if lane.stopped && lane.chunks.is_empty() {
+                draining.take().map(|done| done.send(()));
+            }
+            let is_full = lane.chunks.len() >= self.parallel || lane.finished.bytes >= FINISHED_BYTES;
+            let room = !lane.stopped && lane.waiting.is_empty() && !is_full;
+            tokio::select! {
+                biased;
+                ask = inbox.asks.recv() => match ask {
+                    Some(Ask::Collect(answer)) => drop(answer.send(lane.collect())),
+                    Some(Ask::Committed) => lane.stops.committed(),
+                    Some(Ask::Drain(done)) => {
+                        lane.stopped = true;
+                        draining = Some(done);
+                    }
+                    None => return Ok(()),
+                },
+                Some(chunk) = lane.chunks.next() => {
+                    lane.add(chunk)?;
+                    inbox.bell.ring();
+                }
+                batch = inbox.records.recv(), if room => match batch {
+                    Some(batch) => {
+                        inbox.bell.ring();
+                        lane.waiting.extend(batch);
+                    }
+                    None => return Ok(()),
+                },
+            }
+        }
+    }
+}
+
+/// A partition that is being run.
+struct Running<T> {
+    stage: Arc<T>,
+    chunks: FuturesOrdered<JoinHandle<Worked>>,
+    finished: Finished,
+    /// Everything below is finished.
+    position: Offset,
+    stops: Stops,
+    /// What has come and may not run yet.
+    waiting: VecDeque<Record>,
+    stopped: bool,
 }
 
 /// What a partition has finished and not handed to a commit yet.
@@ -47,51 +127,82 @@ impl<T: Transform> TransformWork<T> {
 struct Finished {
     outputs: Vec<Addressed>,
     bytes: usize,
-    position: Option<Offset>,
+    /// Whether the position has moved.
+    moved: bool,
 }
 
-impl<T: Transform> Work for TransformWork<T> {
-    async fn run(self: Arc<Self>, assignment: Assignment, mut inbox: Inbox) -> Result<(), LogError> {
-        let start = assignment.committed.map_or(Offset::START, |committed| committed.offset);
-        let Inbox { ready, .. } = inbox;
-        // A driver that is gone does not want the partition any more.
-        let _ = ready.send(start);
-        let mut chunks = FuturesOrdered::new();
-        let mut finished = Finished::default();
-        let mut draining: Option<oneshot::Sender<()>> = None;
-        let mut stopped = false;
-        loop {
-            if stopped && chunks.is_empty() {
-                draining.take().map(|done| done.send(()));
+impl<T: Transform> Running<T> {
+    /// Starts what has come and may run.
+    fn start(&mut self) {
+        if self.stopped {
+            if self.chunks.is_empty() {
+                self.stops.rest();
             }
-            let room = !stopped && chunks.len() < self.parallel && finished.bytes < FINISHED_BYTES;
-            tokio::select! {
-                biased;
-                ask = inbox.asks.recv() => match ask {
-                    Some(Ask::Collect(answer)) => drop(answer.send(collect(&mut finished))),
-                    Some(Ask::Committed) => {}
-                    Some(Ask::Drain(done)) => {
-                        stopped = true;
-                        draining = Some(done);
-                    }
-                    None => return Ok(()),
-                },
-                Some(chunk) = chunks.next() => {
-                    add(&mut finished, chunk)?;
-                    inbox.bell.ring();
+            return;
+        }
+        while let Some(first) = self.waiting.front().map(|record| record.offset) {
+            if self.stops.alone(first).is_some() {
+                // One after the other: what has ended is noted with the next.
+                if !self.chunks.is_empty() || !self.start_alone(first) {
+                    return;
                 }
-                batch = inbox.records.recv(), if room => match batch {
-                    Some(batch) => {
-                        inbox.bell.ring();
-                        for chunk in split(batch) {
-                            let stage = Arc::clone(&self.stage);
-                            chunks.push_back(tokio::task::spawn_blocking(move || work(&*stage, &chunk)));
-                        }
-                    }
-                    None => return Ok(()),
-                },
+                continue;
+            }
+            let Some(last) = self.waiting.back().map(|record| record.offset) else { return };
+            if !self.stops.together(last) {
+                return;
+            }
+            for chunk in split(self.waiting.drain(..).collect()) {
+                self.spawn(chunk);
             }
         }
+    }
+
+    /// True: the record is under way, or has ended.
+    fn start_alone(&mut self, at: Offset) -> bool {
+        match self.stops.one(at) {
+            Alone::Note => return false,
+            Alone::Run => {
+                let record = self.waiting.pop_front();
+                self.spawn(record.into_iter().collect());
+            }
+            Alone::Poison => {
+                let Some(record) = self.waiting.pop_front() else { return false };
+                let failures = self.stage.failures();
+                let message = "the process ended while the stage ran this record, again and again";
+                events::poison(failures.stage, record.partition, &record.offset);
+                let key = record.key.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
+                let failure = failures.record(&record, &Cause::untried(Reason::Panicked, message, &key));
+                self.finish((vec![failure], Some(record.offset.just_after())));
+            }
+        }
+        true
+    }
+
+    fn spawn(&mut self, chunk: Vec<Record>) {
+        let stage = Arc::clone(&self.stage);
+        self.chunks.push_back(tokio::task::spawn_blocking(move || work(&*stage, &chunk)));
+    }
+
+    fn add(&mut self, chunk: Result<Worked, tokio::task::JoinError>) -> Result<(), LogError> {
+        self.finish(chunk.map_err(|error| LogError::transient(format!("a chunk crashed: {error}")))?);
+        Ok(())
+    }
+
+    fn finish(&mut self, (outputs, position): Worked) {
+        self.finished.bytes += outputs.iter().map(Addressed::size).sum::<usize>();
+        self.finished.outputs.extend(outputs);
+        self.position = position.unwrap_or(self.position);
+        self.finished.moved = true;
+    }
+
+    fn collect(&mut self) -> Option<Changes> {
+        let finished = std::mem::take(&mut self.finished);
+        if !finished.moved && !self.stops.is_news() {
+            return None;
+        }
+        let position = Committed { offset: self.position, metadata: self.stops.hand_over() };
+        Some(Changes { outputs: finished.outputs, last: None, position })
     }
 }
 
@@ -107,21 +218,6 @@ fn split(batch: Vec<Record>) -> Vec<Vec<Record>> {
 }
 
 type Worked = (Vec<Addressed>, Option<Offset>);
-
-fn add(finished: &mut Finished, chunk: Result<Worked, tokio::task::JoinError>) -> Result<(), LogError> {
-    let (outputs, position) = chunk.map_err(|error| LogError::transient(format!("a chunk crashed: {error}")))?;
-    finished.bytes += outputs.iter().map(Addressed::size).sum::<usize>();
-    finished.outputs.extend(outputs);
-    finished.position = position.or(finished.position);
-    Ok(())
-}
-
-fn collect(finished: &mut Finished) -> Option<Changes> {
-    let position = finished.position.take()?;
-    let outputs = std::mem::take(&mut finished.outputs);
-    finished.bytes = 0;
-    Some(Changes { outputs, last: None, position: Committed { offset: position, metadata: String::new() } })
-}
 
 fn work<T: Transform>(stage: &T, records: &[Record]) -> Worked {
     let mut outputs = Vec::with_capacity(records.len());
@@ -162,9 +258,16 @@ fn poisonous<T: Transform>(stage: &T, record: &Record) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Timestamp;
+    use crate::clock::{Clock, Timestamp};
+    use crate::log::embedded::Embedded;
+    use crate::log::embedded::memory::Faults;
     use crate::log::partitioner::{IsolateBy, Placement};
+    use crate::log::topic::Topics;
+    use crate::log::{Admin, Backend, Limit, Member, Publisher, Read, Reader};
     use crate::model::record::{Headers, Partition, Topic};
+    use crate::runtime::driver;
+    use crate::runtime::shutdown::Shutdown;
+    use crate::telemetry::server::Readiness;
 
     struct Picky(FailureTopic);
 
@@ -190,11 +293,116 @@ mod tests {
         }
     }
 
+    /// Ends the process at `poison`, as native code would: the record's thread never comes back.
+    struct Deadly {
+        failures: FailureTopic,
+        died: tokio::sync::mpsc::UnboundedSender<()>,
+        is_over: Arc<std::sync::atomic::AtomicBool>,
+    }
+
+    impl Transform for Deadly {
+        fn process(&self, records: &[Record]) -> Vec<Outcome> {
+            let outcome = |record: &Record| {
+                if record.value.as_deref() == Some(b"poison") {
+                    self.died.send(()).expect("somebody counts");
+                    while !self.is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                        std::thread::park_timeout(std::time::Duration::from_millis(1));
+                    }
+                }
+                Outcome::Produced(vec![Addressed {
+                    topic: Topic::DELIVERIES,
+                    partition: Partition(0),
+                    key: None,
+                    value: record.value.clone(),
+                    headers: Headers::new(),
+                }])
+            };
+            records.iter().map(outcome).collect()
+        }
+
+        fn failures(&self) -> &FailureTopic {
+            &self.failures
+        }
+    }
+
+    fn failure_topic() -> FailureTopic {
+        let placement = Placement { isolate_by: IsolateBy::None, spread: None, partitions: 1 };
+        FailureTopic { topic: Topic::PROC_ERRORS, placement, stage: "test", input: Topic::EVENTS, group: "g".into() }
+    }
+
+    async fn read_all(log: &Embedded, topic: &Topic) -> Vec<Record> {
+        let mut reader = log.reader(topic, Partition(0), Offset::START).await.expect("a reader");
+        let mut found = Vec::new();
+        while let Read::Records(records) = reader.read(Limit { records: 1_000, bytes: 1 << 20 }).await.expect("read") {
+            found.extend(records);
+        }
+        found
+    }
+
+    #[tokio::test]
+    async fn a_record_that_ends_the_process_is_isolated_and_everything_else_goes_through() {
+        let clock = Clock::system();
+        let log = Embedded::in_memory(Faults::none(), clock.clone()).await.expect("a log");
+        for spec in Topics::load(None).expect("topics").with_partitions(1).iter() {
+            log.admin().expect("an admin").create(spec).await.expect("created");
+        }
+        let event = |n: u32| {
+            let value = if n == 120 { "poison".to_owned() } else { n.to_string() };
+            let (topic, partition, headers) = (Topic::EVENTS, Partition(0), Headers::new());
+            Addressed { topic, partition, key: None, value: Some(value.into()), headers }
+        };
+        log.publisher().expect("a publisher").publish((0..200).map(event).collect()).await.expect("published");
+        let (died, mut deaths) = tokio::sync::mpsc::unbounded_channel();
+        let mut count = 0;
+        loop {
+            let is_over = Arc::new(std::sync::atomic::AtomicBool::new(false));
+            let stage = Deadly { failures: failure_topic(), died: died.clone(), is_over: Arc::clone(&is_over) };
+            let settings = driver::Settings {
+                member: Member {
+                    group: "g".into(),
+                    instance: "one".into(),
+                    topic: Topic::EVENTS,
+                    session_timeout: std::time::Duration::from_secs(6),
+                    revoke_drain: std::time::Duration::from_secs(1),
+                },
+                commit_interval: std::time::Duration::from_millis(1),
+                stage: "test",
+            };
+            let work = Arc::new(TransformWork::new(stage, 2));
+            let (shutdown, ready) = (Shutdown::new(std::time::Duration::from_secs(1)), Readiness::default().part());
+            let process = tokio::spawn(driver::run(log.clone(), work, settings, clock.clone(), shutdown, ready));
+            let all_through = async {
+                while read_all(&log, &Topic::DELIVERIES).await.len() < 199 {
+                    clock.sleep(std::time::Duration::from_millis(5)).await;
+                }
+            };
+            let has_died = tokio::select! {
+                _ = deaths.recv() => true,
+                () = all_through => false,
+            };
+            process.abort();
+            assert!(process.await.is_err_and(|error| error.is_cancelled()), "the driver does not end by itself");
+            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            if !has_died {
+                break;
+            }
+            count += 1;
+            assert!(count < 10, "it is not isolated");
+        }
+        assert_eq!(count, 4, "twice together, twice alone");
+        let values: Vec<String> = read_all(&log, &Topic::DELIVERIES)
+            .await
+            .iter()
+            .map(|record| String::from_utf8_lossy(record.value.as_deref().unwrap_or_default()).into_owned())
+            .collect();
+        let expected: Vec<String> = (0..200).filter(|n| *n != 120).map(|n| n.to_string()).collect();
+        assert_eq!(values, expected, "each once, in order");
+        assert_eq!(read_all(&log, &Topic::PROC_ERRORS).await.len(), 1);
+    }
+
     #[test]
     fn a_poisonous_record_costs_no_other() {
-        let placement = Placement { isolate_by: IsolateBy::None, spread: None, partitions: 1 };
-        let (topic, input) = (Topic::PROC_ERRORS, Topic::EVENTS);
-        let stage = Picky(FailureTopic { topic, placement, stage: "test", input, group: "g".into() });
+        let stage = Picky(failure_topic());
         let records: Vec<Record> = (0..64)
             .map(|n| Record {
                 partition: Partition(0),

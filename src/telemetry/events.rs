@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tracing::{debug, error, info, warn};
 
-use crate::model::record::Partition;
+use crate::model::record::{Offset, Partition};
 use crate::telemetry::metrics::metrics;
 
 /// Partitions came or went.
@@ -103,6 +103,17 @@ pub fn waiting(stage: &str, partition: Partition, reason: &'static str, begins: 
         info!(stage, partition = partition.0, reason, "partition goes on");
     }
     metrics().waiting.with_label_values(&[stage, reason]).add(if begins { 1 } else { -1 });
+}
+
+/// The last owner of a partition ended without saying so while records were under way.
+pub fn unclean_stop(stage: &str, partition: Partition, times: u32, alone: Option<Offset>) {
+    let until = alone.map_or_else(String::new, |until| format!("; those below {until} run one by one"));
+    warn!(stage, partition = partition.0, times, "records were under way when the last owner ended{until}");
+    metrics().unclean_stops.with_label_values(&[stage]).inc();
+}
+
+pub fn poison(stage: &str, partition: Partition, offset: &dyn std::fmt::Display) {
+    error!(stage, partition = partition.0, %offset, "a record ends the process; it goes to proc-errors");
 }
 
 pub fn panicked(stage: &str, partition: Partition, offset: &dyn std::fmt::Display) {

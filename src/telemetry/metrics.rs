@@ -66,6 +66,7 @@ catalogue! {
     scanned_bytes: IntCounterVec "laneway_router_scanned_bytes_total" [] "Deliveries read again, by cursors and directly, in bytes.";
     fetched: IntCounterVec "laneway_router_fetched_deliveries_total" [] "Deliveries read one by one at their offsets.";
     breaker: IntGaugeVec "laneway_router_breaker_open" ["destination"] "1 while the destination counts as down.";
+    paused: IntGaugeVec "laneway_router_paused" ["destination"] "1 while an operator's pause is in force.";
     commits: IntCounterVec "laneway_runtime_commits_total" ["stage", "result"] "Commits: ok, or failed and repeated.";
     commit_seconds: HistogramVec "laneway_runtime_commit_seconds" ["stage"] "Time of one commit, in seconds.";
     partitions: IntGaugeVec "laneway_runtime_partitions" ["stage"] "Partitions that this process owns.";
@@ -76,6 +77,7 @@ catalogue! {
     sessions: IntCounterVec "laneway_runtime_sessions_total" ["stage", "cause"] "Sessions opened: start, transient or fenced.";
     stalled: IntCounterVec "laneway_runtime_stalled_total" ["stage"] "Sessions built anew because reading stood still before records that were there.";
     hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Assignments that passed over offsets of a transaction which the broker left undecided.";
+    unclean_stops: IntCounterVec "laneway_runtime_unclean_stops_total" ["stage"] "Partitions whose last owner ended while records were under way.";
     publishers: IntCounterVec "laneway_runtime_publishers_replaced_total" [] "Kafka producers replaced because their records timed out and nothing was acknowledged meanwhile.";
     config_loads: IntCounterVec "laneway_control_workspace_loads_total" ["result"] "Workspace configurations read: applied, unchanged or refused.";
 }

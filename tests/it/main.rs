@@ -5,6 +5,7 @@
 
 mod flow;
 mod gateway;
+mod lanes;
 mod log_contract;
 mod support;
 mod tidy;

@@ -13,6 +13,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 use rdkafka::types::RDKafkaRespErr;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::clock::Clock;
 use crate::log::{Assignment, Committed, LogError, Polled};
@@ -134,7 +135,9 @@ impl Rebalances {
         consumer: &BaseConsumer<Self>,
         of: &TopicPartitionList,
     ) -> Result<TopicPartitionList, KafkaError> {
-        let began = Clock::system().instant();
+        // Since when the broker has told what was committed before, but not what is stable. Time in which it is away, or is
+        // still reading what it knows of the group, proves nothing.
+        let mut undecided: Option<Instant> = None;
         loop {
             match consumer.committed_offsets(of.clone(), COORDINATOR).and_then(all_known) {
                 Err(error) if !self.polled.is_closed() => {
@@ -142,14 +145,18 @@ impl Rebalances {
                 }
                 answer => return answer,
             }
-            if began.elapsed() >= UNDECIDED {
-                let decided: Result<BaseConsumer, _> = self.decided.create();
-                match decided.and_then(|client| client.committed_offsets(of.clone(), COORDINATOR)).and_then(all_known) {
-                    Ok(found) => {
+            let decided: Result<BaseConsumer, _> = self.decided.create();
+            match decided.and_then(|client| client.committed_offsets(of.clone(), COORDINATOR)).and_then(all_known) {
+                Ok(found) => {
+                    let since = *undecided.get_or_insert_with(|| Clock::system().instant());
+                    if since.elapsed() >= UNDECIDED {
                         crate::telemetry::events::hanging_transaction(&self.topic);
                         return Ok(found);
                     }
-                    Err(error) => tracing::warn!(%error, "nor are those committed before"),
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "nor are those committed before");
+                    undecided = None;
                 }
             }
         }

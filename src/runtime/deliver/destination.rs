@@ -124,7 +124,10 @@ impl Destinations {
             self.get(id, &rules);
         }
         for (id, destination) in lock(&self.0.known).iter() {
-            destination.paused.store(paused.contains(id), Ordering::Relaxed);
+            let is_paused = paused.contains(id);
+            if destination.paused.swap(is_paused, Ordering::Relaxed) != is_paused {
+                metrics().paused.with_label_values(&[id.as_str()]).set(i64::from(is_paused));
+            }
         }
         self.0.freed.send_modify(|version| *version += 1);
     }

@@ -1,0 +1,69 @@
+//! Whether the log keeps deliveries for as long as they may wait.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+use crate::config::Router;
+use crate::log::topic::Topics;
+use crate::log::{Admin, Backend};
+use crate::model::record::Topic;
+
+/// Refuses a topic from which the log would delete what is still to be delivered: one that is bounded by bytes, or kept for less
+/// than deliveries are tried.
+///
+/// # Errors
+/// What is wrong with `deliveries`, and what helps; or the log cannot be asked.
+pub async fn check<B: Backend>(log: &B, topics: &Topics, router: &Router) -> anyhow::Result<()> {
+    let found = log.admin()?.topics().await.context("the log cannot be asked for its topics")?;
+    let declared = topics.iter().find(|spec| spec.topic() == Topic::DELIVERIES).map(|spec| &spec.config);
+    let Some(config) = found.iter().find(|info| info.topic == Topic::DELIVERIES).map(|info| &info.config).or(declared)
+    else {
+        return Ok(());
+    };
+    let windows = router.destinations.values().filter_map(|own| own.retry_window);
+    let longest = windows.chain([router.retry_window]).max().unwrap_or_default();
+    match problem(config, longest) {
+        Some(problem) => bail!("topic {}: {problem}", Topic::DELIVERIES),
+        None => Ok(()),
+    }
+}
+
+fn problem(config: &BTreeMap<String, String>, longest: Duration) -> Option<String> {
+    let number = |name: &str| config.get(name).and_then(|text| text.parse::<i64>().ok());
+    // -1 is no bound.
+    if let Some(bytes) = number("retention.bytes").filter(|bytes| *bytes >= 0) {
+        return Some(format!(
+            "retention.bytes is {bytes}: the log would delete deliveries that wait; take it away and bound the time \
+             (retention.ms) instead"
+        ));
+    }
+    let kept = Duration::from_millis(u64::try_from(number("retention.ms")?).ok()?);
+    (kept < longest).then(|| {
+        format!(
+            "retention.ms keeps {kept:?}, but deliveries are tried for {longest:?} (router.retry_window, or a destination's): \
+             raise it, by far, or try for less long"
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_lose_deliveries_is_refused() {
+        let config = |pairs: &[(&str, &str)]| {
+            let pairs = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            problem(&pairs.collect(), Duration::from_secs(3 * 3_600))
+        };
+        assert_eq!(config(&[("retention.ms", "604800000")]), None);
+        assert_eq!(config(&[("retention.ms", "-1"), ("retention.bytes", "-1")]), None, "kept for ever");
+        assert_eq!(config(&[]), None, "the log's own default");
+        assert!(
+            config(&[("retention.bytes", "1000000")]).is_some_and(|text| text.contains("retention.bytes is 1000000"))
+        );
+        assert!(config(&[("retention.ms", "60000")]).is_some_and(|text| text.contains("keeps 60s")));
+    }
+}

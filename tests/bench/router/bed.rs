@@ -1,0 +1,302 @@
+//! What a run lies in: topics of its own on the test Kafka, filled directly, and the router as a process of its own, whose CPU
+//! and memory are its alone.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use laneway::clock::Clock;
+use laneway::log::kafka::{Kafka, KafkaConfig, KafkaPublisher};
+use laneway::log::partitioner::Placement;
+use laneway::log::topic::Topics;
+use laneway::log::{Backend, Publisher};
+use laneway::model::codec;
+use laneway::model::delivery::{BodyFormat, Delivery, HttpRequest, Payload, TransformAt};
+use laneway::model::record::{Addressed, Headers, Partition, Topic, header};
+
+use crate::sink::Sink;
+
+/// Of a delivery's body, in bytes: with the rest a record is about 1 KB.
+const BODY: usize = 600;
+/// Records in one call of the publisher, and calls at a time.
+const BATCH: usize = 500;
+const CALLS: usize = 8;
+/// Every Linux tells CPU time in hundredths of a second.
+const TICKS: f64 = 100.0;
+
+/// Where deliveries go.
+#[derive(Clone, Copy)]
+pub enum Place {
+    /// As the processor would put them.
+    Usual,
+    /// All into one partition, so that they are in each other's way as much as they can be.
+    One,
+}
+
+pub struct Bed {
+    folder: tempfile::TempDir,
+    prefix: String,
+    kafka: Kafka,
+    publisher: KafkaPublisher,
+    placement: Placement,
+    place: Place,
+    clock: Clock,
+    port: u16,
+    pub sink: Arc<Sink>,
+    numbers: HashMap<(u32, u32), u32>,
+    pub published: u64,
+    pub bytes: u64,
+    router: Option<Child>,
+    admin: u16,
+}
+
+impl Bed {
+    /// Topics, a workspace of so many webhooks, and their sink.
+    pub async fn new(destinations: usize, place: Place, config: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (sink, port) = Sink::start(destinations).await;
+        let prefix = format!("bench-{}.", uuid::Uuid::new_v4().simple());
+        let bootstrap_servers = format!("127.0.0.1:{}", std::env::var("LANEWAY_KAFKA_PORT").unwrap_or("19092".into()));
+        let each = |number| {
+            serde_json::json!({"id": format!("d{number}"), "enabled": true, "config": {"webhookUrl": format!("http://127.0.0.1:{port}/"),
+                "webhookMethod": "POST"}, "destinationDefinition": {"name": "WEBHOOK", "displayName": "Webhook", "config": {}}})
+        };
+        let all: Vec<serde_json::Value> = (0..destinations).map(each).collect();
+        let workspace = serde_json::json!({"workspaceId": "ws-1", "sources": [{"id": "src-1", "writeKey": "wk-1", "enabled": true,
+            "destinations": all}]});
+        std::fs::write(folder.path().join("workspace.json"), workspace.to_string()).expect("written");
+        std::fs::write(folder.path().join("laneway.toml"), config).expect("written");
+        let kafka =
+            Kafka::new(KafkaConfig { bootstrap_servers, prefix: prefix.clone(), properties: Default::default() });
+        let publisher = kafka.publisher().expect("a publisher");
+        let topics = Topics::load(None).expect("topics");
+        let deliveries = topics.iter().find(|spec| spec.topic() == Topic::DELIVERIES).expect("deliveries");
+        let placement = deliveries.placement();
+        let admin = 21_000 + (std::process::id() % 4_000) as u16;
+        let bed = Self {
+            folder,
+            prefix,
+            kafka,
+            publisher,
+            placement,
+            place,
+            clock: Clock::system(),
+            port,
+            sink,
+            numbers: HashMap::new(),
+            published: 0,
+            bytes: 0,
+            router: None,
+            admin,
+        };
+        let applied = bed.command(&["topics", "apply"]).status().expect("laneway runs");
+        assert!(applied.success(), "topics apply failed; is there a Kafka? (deploy/services up kafka)");
+        bed
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("log"));
+        let log = log.expect("a log file");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_laneway"));
+        command
+            .args(["--config", "laneway.toml"])
+            .args(args)
+            .env("LANEWAY_LOG__BACKEND", "kafka")
+            .env("LANEWAY_LOG__KAFKA__BOOTSTRAP_SERVERS", self.bootstrap())
+            .env("LANEWAY_LOG__TOPIC_PREFIX", &self.prefix)
+            .env("LANEWAY_RUNTIME__SESSION_TIMEOUT", "6s")
+            .env("LANEWAY_ADMIN__LISTEN", format!("127.0.0.1:{}", self.admin))
+            .env("LANEWAY_INSTANCE__ID", "bench")
+            .current_dir(self.folder.path())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a second handle"))
+            .stderr(log);
+        command
+    }
+
+    fn bootstrap(&self) -> String {
+        format!("127.0.0.1:{}", std::env::var("LANEWAY_KAFKA_PORT").unwrap_or("19092".into()))
+    }
+
+    /// Publishes one delivery for each pair of destination and user, in order, and waits until the log has them.
+    pub async fn fill(&mut self, pairs: impl IntoIterator<Item = (u32, u32)>) {
+        let mut pairs = pairs.into_iter().peekable();
+        let mut calls = FuturesUnordered::new();
+        while pairs.peek().is_some() {
+            let batch: Vec<Addressed> = pairs.by_ref().take(BATCH).map(|(d, user)| self.delivery(d, user)).collect();
+            let publisher = self.publisher.clone();
+            calls.push(async move { publisher.publish(batch).await.expect("published") });
+            if calls.len() >= CALLS {
+                calls.next().await;
+            }
+        }
+        while calls.next().await.is_some() {}
+    }
+
+    fn delivery(&mut self, destination: u32, user: u32) -> Addressed {
+        let number = self.numbers.entry((destination, user)).or_default();
+        let (this, sent) = (*number, self.clock.now().micros());
+        *number += 1;
+        self.published += 1;
+        let url = format!("http://127.0.0.1:{}/{destination}/{user}/{this}/{sent}", self.port);
+        let (id, name) = (format!("d{destination}"), format!("user-{user}"));
+        let message = format!("message-{}", self.published);
+        let request = HttpRequest {
+            method: "POST".into(),
+            url,
+            headers: vec![("Content-Type".into(), "application/json".into())],
+            params: Vec::new(),
+            body_format: BodyFormat::Json,
+            body: vec![b'x'; BODY].into(),
+        };
+        let delivery = Delivery {
+            delivery_id: format!("{:032x}", self.published).as_str().into(),
+            workspace: "ws-1".into(),
+            source: "src-1".into(),
+            destination: id.as_str().into(),
+            destination_type: "WEBHOOK".into(),
+            user: Some(name.as_str().into()),
+            message_id: message.as_str().into(),
+            event_type: "track".into(),
+            event_name: None,
+            received_at: self.clock.now(),
+            job_run: None,
+            task_run: None,
+            record_id: None,
+            transform_at: TransformAt::Processor,
+            payload: Payload::Request(request),
+        };
+        let mut headers = Headers::new();
+        for (header, value) in [
+            (header::SOURCE, "src-1"),
+            (header::WORKSPACE, "ws-1"),
+            (header::DESTINATION, &id),
+            (header::USER, &name),
+            (header::MESSAGE_ID, &message),
+            (header::CONTENT_TYPE, header::AVRO),
+        ] {
+            headers.push_text(header, value);
+        }
+        let value: bytes::Bytes = codec::encode(&delivery).into();
+        self.bytes += value.len() as u64;
+        let partition = match self.place {
+            Place::Usual => self.placement.place(&id, &name),
+            Place::One => Partition(0),
+        };
+        Addressed { topic: Topic::DELIVERIES, partition, key: Some(id.into()), value: Some(value), headers }
+    }
+
+    /// Publishes what `next` names, so many a second, for so long.
+    pub async fn stream(&mut self, rate: u32, during: Duration, mut next: impl FnMut(u64) -> Vec<(u32, u32)>) {
+        let (began, mut round) = (Instant::now(), 0u64);
+        while began.elapsed() < during {
+            let pairs: Vec<(u32, u32)> = next(round).into_iter().collect();
+            self.fill(pairs).await;
+            round += 1;
+            let due = began + Duration::from_secs_f64(round as f64 / f64::from(rate));
+            tokio::time::sleep_until(due.into()).await;
+        }
+    }
+
+    /// Starts the router and waits until it is ready. Tells how long that took.
+    pub async fn start(&mut self) -> Duration {
+        let began = Instant::now();
+        self.router = Some(self.command(&["run", "router"]).spawn().expect("laneway starts"));
+        let url = format!("http://127.0.0.1:{}/readyz", self.admin);
+        loop {
+            if let Ok(answer) = reqwest::get(&url).await
+                && answer.status() == 200
+            {
+                return began.elapsed();
+            }
+            let ended = self.router.as_mut().and_then(|child| child.try_wait().ok().flatten());
+            assert!(ended.is_none() && began.elapsed() < Duration::from_secs(120), "no router:\n{}", self.said());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// The end of what it has printed.
+    fn said(&self) -> String {
+        let said = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+        let lines: Vec<&str> = said.lines().rev().take(30).collect();
+        lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+    }
+
+    pub fn kill(&mut self) {
+        if let Some(mut router) = self.router.take() {
+            let _ = router.kill();
+            let _ = router.wait();
+        }
+    }
+
+    fn proc(&self, file: &str) -> String {
+        let pid = self.router.as_ref().map_or(0, Child::id);
+        std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join(file)).unwrap_or_default()
+    }
+
+    /// Seconds of CPU that the router has used.
+    pub fn cpu(&self) -> f64 {
+        let stat = self.proc("stat");
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let ticks = |index: usize| fields.get(index).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
+        (ticks(11) + ticks(12)) / TICKS
+    }
+
+    /// The most memory that the router has had, in MB.
+    pub fn peak_memory(&self) -> u64 {
+        let status = self.proc("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+    }
+
+    /// The sum of a metric's series.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let url = format!("http://127.0.0.1:{}/metrics", self.admin);
+        let page = match reqwest::get(&url).await {
+            Ok(answer) => answer.text().await.unwrap_or_default(),
+            Err(_) => String::new(),
+        };
+        let of_name = |line: &&str| line.starts_with(name) && line[name.len()..].starts_with([' ', '{']);
+        page.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
+    /// Waits until so many have been delivered. False where nothing has come for `patience`.
+    pub async fn until(&self, delivered: u64, patience: Duration) -> bool {
+        let (mut last, mut since) = (0, Instant::now());
+        loop {
+            let now = self.sink.seen().delivered;
+            if now >= delivered {
+                return true;
+            }
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
+            if since.elapsed() > patience {
+                eprintln!("the router said last:\n{}", self.said());
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The rate at which nothing but a reader gets through partition 0, in bytes of records a second.
+    pub async fn bare_reader(&self) -> f64 {
+        use laneway::log::{Limit, Read, Reader};
+        let reader = self.kafka.reader(&Topic::DELIVERIES, Partition(0), Default::default()).await;
+        let (mut reader, began, mut bytes) = (reader.expect("a reader"), Instant::now(), 0usize);
+        while let Ok(Read::Records(records)) = reader.read(Limit { records: 5_000, bytes: 4 << 20 }).await {
+            bytes += records.iter().map(|record| record.value.as_ref().map_or(0, bytes::Bytes::len)).sum::<usize>();
+        }
+        bytes as f64 / began.elapsed().as_secs_f64()
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
