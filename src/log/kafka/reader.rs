@@ -22,6 +22,9 @@ const WAIT: Duration = Duration::from_millis(100);
 /// One hand-over of the thread.
 const BATCH: Limit = Limit { records: 500, bytes: 512 * 1024 };
 
+/// Reading on over so many offsets is cheaper than asking the broker for another place.
+const NEAR: u128 = 2_000;
+
 /// What the thread brings, and which seek it belongs to.
 struct Brought {
     seek: u64,
@@ -35,6 +38,8 @@ pub struct KafkaReader {
     at_end: bool,
     /// Records beyond the last read's limit.
     rest: std::collections::VecDeque<Record>,
+    /// Records below this are passed over.
+    next: Offset,
 }
 
 impl KafkaReader {
@@ -50,7 +55,7 @@ impl KafkaReader {
         let place = (config.topic(topic), convert::partition(partition));
         seeks.send((0, from)).map_err(|_| LogError::transient("no reader"))?;
         thread("kafka-read", move || run(&consumer, &place, &orders, &brings))?;
-        Ok(Self { seeks, seek: 0, brought, at_end: false, rest: Default::default() })
+        Ok(Self { seeks, seek: 0, brought, at_end: false, rest: Default::default(), next: from })
     }
 
     fn take(&mut self, limit: Limit) -> Read {
@@ -61,7 +66,9 @@ impl KafkaReader {
             before < limit.bytes
         };
         let count = self.rest.iter().take(limit.records).take_while(fits).count();
-        Read::Records(self.rest.drain(..count).collect())
+        let records: Vec<Record> = self.rest.drain(..count).collect();
+        self.next = records.last().map_or(self.next, |record| record.offset.just_after());
+        Read::Records(records)
     }
 }
 
@@ -86,7 +93,7 @@ impl Reader for KafkaReader {
             match brought.read? {
                 Read::Records(records) => {
                     self.at_end = false;
-                    self.rest.extend(records);
+                    self.rest.extend(records.into_iter().filter(|record| record.offset >= self.next));
                 }
                 Read::End => {
                     self.at_end = true;
@@ -97,6 +104,14 @@ impl Reader for KafkaReader {
     }
 
     async fn seek(&mut self, to: Offset) -> Result<(), LogError> {
+        let is_near = to >= self.next && to.raw() - self.next.raw() <= NEAR;
+        self.next = to;
+        if is_near && !self.at_end {
+            while self.rest.front().is_some_and(|record| record.offset < to) {
+                self.rest.pop_front();
+            }
+            return Ok(());
+        }
         self.seek += 1;
         self.at_end = false;
         self.rest.clear();

@@ -23,7 +23,7 @@ mod settle;
 mod tests;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -52,6 +52,8 @@ pub use scan::CursorId;
 
 /// Nothing new is started while so many final outcomes wait for a commit: after a crash they would all be repeated.
 const UNCOMMITTED: usize = 10_000;
+/// Single records that are read at a time.
+const FETCHES: usize = 64;
 /// What a held key costs beside its records: its state, its name, its mark's place in the list of lowest offsets.
 const HELD: usize = 512;
 
@@ -101,9 +103,11 @@ pub struct PartitionState {
     /// The lowest unfinished offset of each held key, with how many have it.
     lows: BTreeMap<Offset, usize>,
     alarms: BinaryHeap<Reverse<(Timestamp, Alarm)>>,
-    /// Keys whose front record has to be read, and the one that is being read.
-    wanted: VecDeque<KeyId>,
-    fetching: Option<KeyId>,
+    /// Keys whose front record has to be read, by where it lies.
+    wanted: BTreeMap<Offset, KeyId>,
+    /// So many are being read, and where the last of them lies.
+    fetching: usize,
+    fetched_at: Offset,
     drains: Vec<Drain>,
     seq: u64,
     /// Keys and lanes whose progress records are to be written again.
@@ -151,8 +155,9 @@ impl PartitionState {
             cursors: Cursors::default(),
             lows: BTreeMap::new(),
             alarms: BinaryHeap::new(),
-            wanted: VecDeque::new(),
-            fetching: None,
+            wanted: BTreeMap::new(),
+            fetching: 0,
+            fetched_at: Offset::START,
             drains: restored.drains,
             seq: restored.seq,
             dirty: BTreeSet::new(),
@@ -332,10 +337,10 @@ impl PartitionState {
         let records: Vec<Arc<Record>> =
             key.queue.iter().take(most).map_while(|item| item.record.as_ref().map(Arc::clone)).collect();
         if records.is_empty() {
-            if !key.queue.is_empty() {
+            if let Some(front) = key.queue.front() {
                 // Reading it takes a while; the others do not wait for that.
                 key.activity = Activity::Fetching;
-                self.wanted.push_back(id.clone());
+                self.wanted.insert(front.offset, id.clone());
             }
             return None;
         }
@@ -347,13 +352,11 @@ impl PartitionState {
     }
 
     fn next_reading(&mut self, now: Timestamp) -> Option<Start> {
-        while self.fetching.is_none()
-            && let Some(id) = self.wanted.pop_front()
-        {
+        let may_fetch = self.fetching < FETCHES && (self.fetching == 0 || !self.is_short());
+        while may_fetch && let Some((offset, id)) = self.next_wanted() {
             let front = self.lanes.key(&id).filter(|key| key.activity == Activity::Fetching);
-            if let Some(front) = front.and_then(|key| key.queue.front()) {
-                let offset = front.offset;
-                self.fetching = Some(id.clone());
+            if front.and_then(|key| key.queue.front()).is_some_and(|front| front.offset == offset) {
+                self.fetching += 1;
                 metrics().fetched.with_label_values::<&str>(&[]).inc();
                 return Some(Start::Fetch { offset, key: id });
             }
@@ -361,11 +364,22 @@ impl PartitionState {
         self.next_scan(now)
     }
 
-    /// A record that was to be read; none where the log has deleted it.
-    pub fn fetched(&mut self, id: &KeyId, record: Option<Record>, now: Timestamp) {
-        self.fetching = None;
+    /// Single records are read in the order of the log, again and again from its beginning: neighbours with one look.
+    fn next_wanted(&mut self) -> Option<(Offset, KeyId)> {
+        let ahead = self.wanted.range(self.fetched_at..).next();
+        let offset = *ahead.or_else(|| self.wanted.first_key_value())?.0;
+        self.fetched_at = offset;
+        self.wanted.remove_entry(&offset)
+    }
+
+    /// A record that was to be read at `offset`; none where the log has deleted it.
+    pub fn fetched(&mut self, id: &KeyId, offset: Offset, record: Option<Record>, now: Timestamp) {
+        self.fetching -= 1;
         let lane = self.lanes.at_mut(id.lane);
-        let Some(key) = lane.keys.get_mut(&id.user).filter(|key| key.activity == Activity::Fetching) else { return };
+        let is_meant = |key: &&mut Key| {
+            key.activity == Activity::Fetching && key.queue.front().is_some_and(|front| front.offset == offset)
+        };
+        let Some(key) = lane.keys.get_mut(&id.user).filter(is_meant) else { return };
         key.activity = Activity::Idle;
         let Some(record) = record else {
             let message = "the log had deleted it before it could be delivered".to_owned();

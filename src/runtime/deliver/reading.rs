@@ -44,6 +44,7 @@ pub enum Found {
     /// None where the log has deleted it.
     Single {
         key: KeyId,
+        offset: Offset,
         record: Option<Record>,
     },
     /// `passed`: the log has nothing more below it.
@@ -56,6 +57,12 @@ pub enum Found {
         drain: Drain,
     },
 }
+
+/// Wishes that are put into order together.
+const WISHES: usize = 1_000;
+
+/// Each cursor's reader, and where that stands.
+type Cursors<B> = HashMap<CursorId, Option<(<B as Backend>::Reader, Offset)>>;
 
 /// One partition's readers.
 pub struct Reading<B: Backend> {
@@ -77,29 +84,45 @@ impl<B: Backend> Reading<B> {
     ) -> Result<(), LogError> {
         let mut single = None;
         let mut cursors = HashMap::new();
-        while let Some(wish) = wanted.recv().await {
-            let answer = match wish {
-                Wanted::Single { key, offset } => {
-                    Found::Single { key, record: self.single(&mut single, offset).await? }
+        let mut wishes = Vec::new();
+        while wanted.recv_many(&mut wishes, WISHES).await > 0 {
+            // In the order of the log single records come with few looks at it.
+            wishes.sort_by_key(|wish| match wish {
+                Wanted::Single { offset, .. } => *offset,
+                _ => Offset::START,
+            });
+            for wish in wishes.drain(..) {
+                let Some(answer) = self.serve(wish, &mut single, &mut cursors).await? else { continue };
+                if found.send(answer).is_err() {
+                    return Ok(());
                 }
-                Wanted::Stretch { cursor, from, until } => {
-                    let (records, passed) = self.stretch(cursors.entry(cursor).or_insert(None), from, until).await?;
-                    Found::Stretch { cursor, records, passed }
-                }
-                Wanted::Bound { command } => {
-                    let bound = self.bound(command.at).await?;
-                    Found::Bound { drain: Drain { id: command.id, target: command.target, bound } }
-                }
-                Wanted::Close { cursor } => {
-                    cursors.remove(&cursor);
-                    continue;
-                }
-            };
-            if found.send(answer).is_err() {
-                break;
             }
         }
         Ok(())
+    }
+
+    async fn serve(
+        &self,
+        wish: Wanted,
+        single: &mut Option<B::Reader>,
+        cursors: &mut Cursors<B>,
+    ) -> Result<Option<Found>, LogError> {
+        let answer = match wish {
+            Wanted::Single { key, offset } => Found::Single { key, offset, record: self.single(single, offset).await? },
+            Wanted::Stretch { cursor, from, until } => {
+                let (records, passed) = self.stretch(cursors.entry(cursor).or_insert(None), from, until).await?;
+                Found::Stretch { cursor, records, passed }
+            }
+            Wanted::Bound { command } => {
+                let bound = self.bound(command.at).await?;
+                Found::Bound { drain: Drain { id: command.id, target: command.target, bound } }
+            }
+            Wanted::Close { cursor } => {
+                cursors.remove(&cursor);
+                return Ok(None);
+            }
+        };
+        Ok(Some(answer))
     }
 
     async fn single(&self, reader: &mut Option<B::Reader>, offset: Offset) -> Result<Option<Record>, LogError> {

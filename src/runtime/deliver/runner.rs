@@ -73,7 +73,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
                 Some(found) = from.found.recv() => {
                     let now = clock.now();
                     match found {
-                        Found::Single { key, record } => self.state.fetched(&key, record, now),
+                        Found::Single { key, offset, record } => self.state.fetched(&key, offset, record, now),
                         Found::Stretch { cursor, records, passed } => {
                             self.state.scanned(cursor, records, passed, now);
                         }

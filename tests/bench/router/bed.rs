@@ -94,7 +94,7 @@ impl Bed {
             admin,
         };
         let applied = bed.command(&["topics", "apply"]).status().expect("laneway runs");
-        assert!(applied.success(), "topics apply failed; is there a Kafka? (deploy/services up kafka)");
+        assert!(applied.success(), "is there a Kafka (deploy/services up kafka)?\n{}", bed.said());
         bed
     }
 
@@ -103,8 +103,9 @@ impl Bed {
         let log = log.expect("a log file");
         let mut command = Command::new(env!("CARGO_BIN_EXE_laneway"));
         command
-            .args(["--config", "laneway.toml"])
             .args(args)
+            .args(["--config", "laneway.toml"])
+            .env("LANEWAY_CONTROL__WORKSPACE_FILE", "workspace.json")
             .env("LANEWAY_LOG__BACKEND", "kafka")
             .env("LANEWAY_LOG__KAFKA__BOOTSTRAP_SERVERS", self.bootstrap())
             .env("LANEWAY_LOG__TOPIC_PREFIX", &self.prefix)

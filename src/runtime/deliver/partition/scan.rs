@@ -288,7 +288,7 @@ impl PartitionState {
     /// What a new cursor would bring whom it is opened for.
     fn pending_of(&self, seeker: &Seeker) -> u64 {
         match seeker {
-            Seeker::Lane(index) => self.lanes.at(*index).unfinished as u64,
+            Seeker::Lane(index) => self.lanes.at(*index).ledger.pending(),
             Seeker::Key(_) => 0,
         }
     }

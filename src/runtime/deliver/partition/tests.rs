@@ -78,7 +78,7 @@ struct World {
     finals: BTreeMap<Offset, usize>,
     in_flight: Vec<Flight>,
     scan: Option<Scan>,
-    fetch: Option<(KeyId, Offset)>,
+    fetch: Vec<(KeyId, Offset)>,
     destinations: Destinations,
     down: BTreeSet<usize>,
     drains: Vec<Drain>,
@@ -129,7 +129,7 @@ impl World {
             finals: BTreeMap::new(),
             in_flight: Vec::new(),
             scan: None,
-            fetch: None,
+            fetch: Vec::new(),
             destinations: Self::destinations(),
             down: BTreeSet::new(),
             drains: Vec::new(),
@@ -149,7 +149,7 @@ impl World {
     fn restore(&mut self) -> PartitionState {
         self.in_flight.clear();
         self.pending.clear();
-        (self.position, self.scan, self.fetch) = (None, None, None);
+        (self.position, self.scan, self.fetch) = (None, None, Vec::new());
         self.final_here = self.final_committed.clone();
         self.drained = u64::MAX;
         let assignment = Assignment { partition: Partition(0), epoch: Epoch(1), committed: self.committed.clone() };
@@ -194,7 +194,7 @@ impl World {
                 self.in_flight.push(Flight { key, offsets, permit });
             }
             Some(Start::Fetch { key, offset }) => {
-                assert!(self.fetch.replace((key, offset)).is_none(), "one at a time");
+                self.fetch.push((key, offset));
             }
             Some(Start::Scan { cursor, from, until }) => {
                 assert!(self.scan.replace(Scan { cursor, from, until }).is_none(), "one at a time");
@@ -205,10 +205,11 @@ impl World {
 
     /// What was to be read comes.
     fn bring(&mut self, state: &mut PartitionState) {
-        if let Some((key, offset)) = self.fetch.take() {
+        let brought = self.random.random_range(0..=self.fetch.len());
+        for (key, offset) in self.fetch.drain(..brought).collect::<Vec<_>>() {
             let record = self.log.iter().find(|record| record.offset == offset).cloned();
             assert!(record.is_some(), "seed {}: there is no record at {offset}", self.seed);
-            state.fetched(&key, record, self.now);
+            state.fetched(&key, offset, record, self.now);
         }
         if let Some(Scan { cursor, from, until }) = self.scan.take() {
             let next = self.log.partition_point(|record| record.offset < from);
