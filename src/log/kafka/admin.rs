@@ -22,7 +22,11 @@ use super::convert;
 
 const CALL: Duration = Duration::from_secs(10);
 
-pub struct KafkaAdmin {
+/// Clones share their clients.
+#[derive(Clone)]
+pub struct KafkaAdmin(Arc<Clients>);
+
+struct Clients {
     config: KafkaConfig,
     admin: AdminClient<DefaultClientContext>,
     /// Its watermarks end at the last stable offset.
@@ -34,12 +38,12 @@ pub struct KafkaAdmin {
 impl KafkaAdmin {
     pub(super) fn new(config: &KafkaConfig) -> Result<Self, LogError> {
         let observer = |isolation: &str| config.observer("laneway.observer", isolation);
-        Ok(Self {
+        Ok(Self(Arc::new(Clients {
             config: config.clone(),
             admin: observer("read_committed").create().map_err(convert::error)?,
             committed: Arc::new(observer("read_committed").create().map_err(convert::error)?),
             uncommitted: Arc::new(observer("read_uncommitted").create().map_err(convert::error)?),
-        })
+        })))
     }
 
     /// librdkafka's look-ups block.
@@ -55,8 +59,8 @@ impl KafkaAdmin {
 
 impl Admin for KafkaAdmin {
     async fn topics(&self) -> Result<Vec<TopicInfo>, LogError> {
-        let prefix = self.config.prefix.clone();
-        let found: Vec<(String, u32)> = Self::ask(&self.committed, move |client| {
+        let prefix = self.0.config.prefix.clone();
+        let found: Vec<(String, u32)> = Self::ask(&self.0.committed, move |client| {
             let metadata = client.fetch_metadata(None, CALL)?;
             let topics = metadata.topics().iter().filter(|topic| topic.error().is_none());
             let ours = topics.filter_map(|topic| {
@@ -77,14 +81,14 @@ impl Admin for KafkaAdmin {
     }
 
     async fn create(&self, spec: &TopicSpec) -> Result<(), LogError> {
-        let name = self.config.topic(&spec.topic());
+        let name = self.0.config.topic(&spec.topic());
         let replication = spec.replication.map_or(-1, i32::from);
         let mut topic = NewTopic::new(&name, spec.partitions as i32, TopicReplication::Fixed(replication));
         for (key, value) in &spec.config {
             topic = topic.set(key, value);
         }
         let options = AdminOptions::new().operation_timeout(Some(CALL)).request_timeout(Some(CALL));
-        let answers = self.admin.create_topics([&topic], &options).await.map_err(convert::error)?;
+        let answers = self.0.admin.create_topics([&topic], &options).await.map_err(convert::error)?;
         for answer in answers {
             match answer {
                 Ok(_) | Err((_, Code::TopicAlreadyExists)) => {}
@@ -95,7 +99,7 @@ impl Admin for KafkaAdmin {
     }
 
     async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), LogError> {
-        let name = self.config.topic(topic);
+        let name = self.0.config.topic(topic);
         // The call sets all of a topic's entries at once, so what is there goes along.
         let mut all = self.topic_config(topic).await?;
         all.extend(config.clone());
@@ -104,25 +108,25 @@ impl Admin for KafkaAdmin {
             alter = alter.set(key, value);
         }
         let options = AdminOptions::new().request_timeout(Some(CALL));
-        for answer in self.admin.alter_configs([&alter], &options).await.map_err(convert::error)? {
+        for answer in self.0.admin.alter_configs([&alter], &options).await.map_err(convert::error)? {
             answer.map_err(|(_, code)| refused(&name, code))?;
         }
         Ok(())
     }
 
     async fn watermarks(&self, topic: &Topic, partition: Partition) -> Result<Watermarks, LogError> {
-        let (name, number) = (self.config.topic(topic), convert::partition(partition));
+        let (name, number) = (self.0.config.topic(topic), convert::partition(partition));
         let stable_of = name.clone();
         let (_, stable) =
-            Self::ask(&self.committed, move |client| client.fetch_watermarks(&stable_of, number, CALL)).await?;
+            Self::ask(&self.0.committed, move |client| client.fetch_watermarks(&stable_of, number, CALL)).await?;
         let (start, end) =
-            Self::ask(&self.uncommitted, move |client| client.fetch_watermarks(&name, number, CALL)).await?;
+            Self::ask(&self.0.uncommitted, move |client| client.fetch_watermarks(&name, number, CALL)).await?;
         Ok(Watermarks { start: convert::offset(start), stable: convert::offset(stable), end: convert::offset(end) })
     }
 
     async fn offset_at(&self, topic: &Topic, partition: Partition, at: Timestamp) -> Result<Offset, LogError> {
-        let (name, number) = (self.config.topic(topic), convert::partition(partition));
-        let found = Self::ask(&self.committed, move |client| {
+        let (name, number) = (self.0.config.topic(topic), convert::partition(partition));
+        let found = Self::ask(&self.0.committed, move |client| {
             let mut list = TopicPartitionList::new();
             list.add_partition_offset(&name, number, RawOffset::Offset(at.millis()))?;
             let found = client.offsets_for_times(list, CALL)?;
@@ -136,8 +140,8 @@ impl Admin for KafkaAdmin {
     }
 
     async fn committed(&self, group: &str, topic: &Topic) -> Result<BTreeMap<Partition, Committed>, LogError> {
-        let name = self.config.topic(topic);
-        let client: BaseConsumer = self.config.observer(group, "read_committed").create().map_err(convert::error)?;
+        let name = self.0.config.topic(topic);
+        let client: BaseConsumer = self.0.config.observer(group, "read_committed").create().map_err(convert::error)?;
         let found = Self::ask(&Arc::new(client), move |client| {
             let metadata = client.fetch_metadata(Some(&name), CALL)?;
             let count = metadata.topics().first().map_or(0, |topic| topic.partitions().len());
@@ -160,9 +164,9 @@ impl Admin for KafkaAdmin {
 impl KafkaAdmin {
     /// What is set on the topic itself, without the broker's defaults.
     async fn topic_config(&self, topic: &Topic) -> Result<BTreeMap<String, String>, LogError> {
-        let name = self.config.topic(topic);
+        let name = self.0.config.topic(topic);
         let options = AdminOptions::new().request_timeout(Some(CALL));
-        let answers = self.admin.describe_configs([&ResourceSpecifier::Topic(&name)], &options).await;
+        let answers = self.0.admin.describe_configs([&ResourceSpecifier::Topic(&name)], &options).await;
         let mut config = BTreeMap::new();
         for answer in answers.map_err(convert::error)? {
             for entry in answer.map_err(|code| refused(&name, code))?.entries {

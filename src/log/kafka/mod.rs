@@ -20,6 +20,8 @@ mod reader;
 mod session;
 mod transact;
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use crate::log::{Backend, LogError, Member};
 use crate::model::record::{Offset, Partition, Topic};
 
@@ -30,14 +32,16 @@ pub use reader::KafkaReader;
 pub use session::KafkaSession;
 
 /// A Kafka cluster, by its configuration. Connections are made by what it hands out.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Kafka {
     config: KafkaConfig,
+    /// Made when it is first wanted: a client costs threads and connections, and ending one blocks.
+    admin: Arc<Mutex<Option<KafkaAdmin>>>,
 }
 
 impl Kafka {
     pub fn new(config: KafkaConfig) -> Self {
-        Self { config }
+        Self { config, admin: Arc::default() }
     }
 }
 
@@ -60,7 +64,11 @@ impl Backend for Kafka {
     }
 
     fn admin(&self) -> Result<KafkaAdmin, LogError> {
-        KafkaAdmin::new(&self.config)
+        let mut admin = self.admin.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*admin {
+            Some(admin) => Ok(admin.clone()),
+            None => Ok(admin.insert(KafkaAdmin::new(&self.config)?).clone()),
+        }
     }
 }
 
