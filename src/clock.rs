@@ -37,6 +37,10 @@ impl Timestamp {
         Timestamp(self.0.saturating_add(i64::try_from(by.as_micros()).unwrap_or(i64::MAX)))
     }
 
+    pub fn minus(self, by: Duration) -> Timestamp {
+        Timestamp(self.0.saturating_sub(i64::try_from(by.as_micros()).unwrap_or(i64::MAX)))
+    }
+
     /// RFC 3339 in UTC with exactly three decimals (`2026-01-01T00:00:02.000Z`), as the SDKs' users expect.
     pub fn rfc3339_millis(self) -> String {
         match jiff::Timestamp::from_microsecond(self.0) {

@@ -236,7 +236,7 @@ async fn start_router<B: Backend>(
     supervisor: &mut Supervisor,
 ) -> anyhow::Result<()> {
     let (router, runtime) = (&parts.config.router, &parts.config.runtime);
-    retention::check(&parts.log, &parts.topics, router).await?;
+    let retention = retention::check(&parts.log, &parts.topics, router).await?;
     let client = ClientSettings {
         timeout: router.timeout,
         guard: Guard { block_private: router.block_private_ips },
@@ -258,6 +258,7 @@ async fn start_router<B: Backend>(
             ..Bounds::default()
         },
         stage: Stage::Router.as_str(),
+        retention,
         seed: rand::random(),
     };
     let placement = placements[&Topic::DELIVERIES];

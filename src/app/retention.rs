@@ -1,4 +1,4 @@
-//! Whether the log keeps deliveries for as long as they may wait.
+//! How long the log keeps deliveries, and whether that is as long as they may wait.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,23 +11,28 @@ use crate::log::{Admin, Backend};
 use crate::model::record::Topic;
 
 /// Refuses a topic from which the log would delete what is still to be delivered: one that is bounded by bytes, or kept for less
-/// than deliveries are tried.
+/// than deliveries are tried. Tells for how long it keeps them; none: for ever, or for as long as the log itself decides.
 ///
 /// # Errors
 /// What is wrong with `deliveries`, and what helps; or the log cannot be asked.
-pub async fn check<B: Backend>(log: &B, topics: &Topics, router: &Router) -> anyhow::Result<()> {
+pub async fn check<B: Backend>(log: &B, topics: &Topics, router: &Router) -> anyhow::Result<Option<Duration>> {
     let found = log.admin()?.topics().await.context("the log cannot be asked for its topics")?;
     let declared = topics.iter().find(|spec| spec.topic() == Topic::DELIVERIES).map(|spec| &spec.config);
     let Some(config) = found.iter().find(|info| info.topic == Topic::DELIVERIES).map(|info| &info.config).or(declared)
     else {
-        return Ok(());
+        return Ok(None);
     };
     let windows = router.destinations.values().filter_map(|own| own.retry_window);
     let longest = windows.chain([router.retry_window]).max().unwrap_or_default();
     match problem(config, longest) {
         Some(problem) => bail!("topic {}: {problem}", Topic::DELIVERIES),
-        None => Ok(()),
+        None => Ok(kept(config)),
     }
+}
+
+fn kept(config: &BTreeMap<String, String>) -> Option<Duration> {
+    let millis = config.get("retention.ms")?.parse::<i64>().ok()?;
+    Some(Duration::from_millis(u64::try_from(millis).ok()?))
 }
 
 fn problem(config: &BTreeMap<String, String>, longest: Duration) -> Option<String> {
@@ -39,7 +44,7 @@ fn problem(config: &BTreeMap<String, String>, longest: Duration) -> Option<Strin
              (retention.ms) instead"
         ));
     }
-    let kept = Duration::from_millis(u64::try_from(number("retention.ms")?).ok()?);
+    let kept = kept(config)?;
     (kept < longest).then(|| {
         format!(
             "retention.ms keeps {kept:?}, but deliveries are tried for {longest:?} (router.retry_window, or a destination's): \

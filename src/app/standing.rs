@@ -50,12 +50,6 @@ impl Destination {
         self.ledger.pending()
     }
 
-    /// Final, whatever the outcome.
-    pub fn ended(&self) -> u64 {
-        let Ledger { delivered, filtered, aborted, drained, .. } = self.ledger;
-        delivered + filtered + aborted + drained
-    }
-
     /// Since when something has waited, as far as marks tell.
     pub fn oldest(&self) -> Option<Timestamp> {
         self.blocked.iter().map(|blocked| blocked.head.first_failed_at).chain(self.oldest).min()

@@ -220,7 +220,7 @@ async fn list<B: Backend>(log: &B, over: u64, output: Output, clock: &Clock) -> 
         .iter()
         .map(|(id, it)| {
             let earlier = before.as_ref().and_then(|before| before.destinations.get(id));
-            let ended = earlier.map(|earlier| it.ended().saturating_sub(earlier.ended()));
+            let ended = earlier.map(|earlier| it.ledger.ended().saturating_sub(earlier.ledger.ended()));
             let rate = ended.map(|ended| ended as f64 / over.max(1) as f64);
             Row::new(id, it, rate, standing.is_paused(id), now)
         })

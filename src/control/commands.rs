@@ -33,7 +33,7 @@ impl Commands {
             .filter(|command| command.action == Action::Pause)
             .filter_map(|command| match &command.target {
                 Target::Destination(id) => Some(id.clone()),
-                Target::User(..) | Target::JobRun(_) => None,
+                Target::User(..) | Target::JobRun(_) | Target::Retention => None,
             })
             .collect()
     }

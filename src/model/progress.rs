@@ -40,12 +40,14 @@ pub struct Drain {
     pub bound: Offset,
 }
 
-/// What an admin's command is about. As text: `destination/<id>`, `user/<destination>/<user>`, `job-run/<id>`.
+/// What an admin's command is about. As text: `destination/<id>`, `user/<destination>/<user>`, `job-run/<id>`; `retention/all` is
+/// what the log is about to delete.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Target {
     Destination(DestinationId),
     User(DestinationId, User),
     JobRun(String),
+    Retention,
 }
 
 impl Target {
@@ -55,6 +57,7 @@ impl Target {
             Target::Destination(id) => id.as_str() == destination,
             Target::User(id, of) => id.as_str() == destination && user == Some(of.as_str()),
             Target::JobRun(run) => job_run == Some(run.as_str()),
+            Target::Retention => true,
         }
     }
 
@@ -62,7 +65,7 @@ impl Target {
     pub fn concerns(&self, destination: &str) -> bool {
         match self {
             Target::Destination(id) | Target::User(id, _) => id.as_str() == destination,
-            Target::JobRun(_) => true,
+            Target::JobRun(_) | Target::Retention => true,
         }
     }
 
@@ -72,6 +75,7 @@ impl Target {
             "destination" => Some(Target::Destination(rest.into())),
             "user" => rest.split_once('/').map(|(id, user)| Target::User(id.into(), user.into())),
             "job-run" => Some(Target::JobRun(rest.to_owned())),
+            "retention" if rest == "all" => Some(Target::Retention),
             _ => None,
         }
     }
@@ -83,6 +87,7 @@ impl std::fmt::Display for Target {
             Target::Destination(id) => write!(f, "destination/{id}"),
             Target::User(id, user) => write!(f, "user/{id}/{}", user.as_str()),
             Target::JobRun(run) => write!(f, "job-run/{run}"),
+            Target::Retention => write!(f, "retention/all"),
         }
     }
 }
@@ -144,7 +149,12 @@ pub struct Ledger {
 impl Ledger {
     /// Taken and not final.
     pub fn pending(&self) -> u64 {
-        self.taken.saturating_sub(self.delivered + self.filtered + self.aborted + self.drained)
+        self.taken.saturating_sub(self.ended())
+    }
+
+    /// Final, whatever the outcome.
+    pub fn ended(&self) -> u64 {
+        self.delivered + self.filtered + self.aborted + self.drained
     }
 }
 

@@ -105,6 +105,23 @@ pub fn waiting(stage: &str, partition: Partition, reason: &'static str, begins: 
     metrics().waiting.with_label_values(&[stage, reason]).add(if begins { 1 } else { -1 });
 }
 
+/// The oldest unfinished delivery of a partition, which the log may delete after `left`.
+pub fn retention(partition: Partition, left: Duration, drain: Duration, alarm: bool) {
+    let label = partition.0.to_string();
+    metrics()
+        .retention_left
+        .with_label_values(&[label.as_str()])
+        .set(i64::try_from(left.as_secs()).unwrap_or(i64::MAX));
+    if alarm {
+        error!(
+            partition = partition.0,
+            left_seconds = left.as_secs(),
+            drains_in_seconds = drain.as_secs(),
+            "deliveries may outlive what the log keeps; those that it is about to delete go to dead-letters"
+        );
+    }
+}
+
 /// The last owner of a partition ended without saying so while records were under way.
 pub fn unclean_stop(stage: &str, partition: Partition, times: u32, alone: Option<Offset>) {
     let until = alone.map_or_else(String::new, |until| format!("; those below {until} run one by one"));

@@ -66,6 +66,7 @@ catalogue! {
     scanned_bytes: IntCounterVec "laneway_router_scanned_bytes_total" [] "Deliveries read again, by cursors and directly, in bytes.";
     fetched: IntCounterVec "laneway_router_fetched_deliveries_total" [] "Deliveries read one by one at their offsets.";
     breaker: IntGaugeVec "laneway_router_breaker_open" ["destination"] "1 while the destination counts as down.";
+    retention_left: IntGaugeVec "laneway_router_retention_left_seconds" ["partition"] "Time until the log may delete the oldest unfinished delivery, in seconds.";
     paused: IntGaugeVec "laneway_router_paused" ["destination"] "1 while an operator's pause is in force.";
     commits: IntCounterVec "laneway_runtime_commits_total" ["stage", "result"] "Commits: ok, or failed and repeated.";
     commit_seconds: HistogramVec "laneway_runtime_commit_seconds" ["stage"] "Time of one commit, in seconds.";

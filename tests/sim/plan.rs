@@ -62,6 +62,8 @@ pub struct Plan {
     pub bounds: Bounds,
     /// For how long a delivery is tried.
     pub retry_window: Duration,
+    /// For how long the log keeps a delivery; none: for longer than the run.
+    pub retention: Option<Duration>,
     pub in_flight: usize,
     pub log: Faults,
     pub faults: Vec<(Duration, Fault)>,
@@ -160,6 +162,7 @@ impl Plan {
             processes,
             users,
             retry_window,
+            retention: None,
             deliveries,
             span: trouble.mul_f64(random.random_range(0.2..0.9)),
             bounds: if random.random_bool(0.8) { near() } else { Bounds::default() },
@@ -183,6 +186,7 @@ impl Plan {
             destinations,
             users: 40,
             retry_window: Duration::from_secs(3_600),
+            retention: None,
             deliveries,
             span,
             bounds: near(),
@@ -298,6 +302,14 @@ fn more_traces() -> Vec<(&'static str, Plan)> {
                 processes: 2,
                 faults: (1..12).map(|n| (seconds(n * 3), Fault::CutOff { process: n as usize % 2 })).collect(),
                 ..Plan::calm(vec![well(), Destination::new(Manner::Slow(seconds(5)))], 300, seconds(30))
+            },
+        ),
+        (
+            "what the log is about to delete",
+            Plan {
+                retention: Some(seconds(120)),
+                faults: vec![crash(140, 0, 1), crash(170, 0, 1)],
+                ..Plan::calm(vec![well(), Destination::new(Manner::Dead)], 500, seconds(150))
             },
         ),
         (

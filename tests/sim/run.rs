@@ -55,7 +55,11 @@ async fn simulate(plan: Plan) -> Run {
     let log = Embedded::in_memory(Faults::none(), clock.clone()).await.expect("a log");
     let topics = Topics::load(None).expect("topics").with_partitions(plan.partitions);
     for spec in topics.iter() {
-        log.admin().expect("an admin").create(spec).await.expect("created");
+        let mut spec = spec.clone();
+        if let Some(keep) = plan.retention.filter(|_| spec.topic() == Topic::DELIVERIES) {
+            spec.config.insert("retention.ms".into(), keep.as_millis().to_string());
+        }
+        log.admin().expect("an admin").create(&spec).await.expect("created");
     }
     let world = World::new(plan.clone(), clock.clone());
     let mut engine = Engine { log: log.clone(), world: Arc::clone(&world), processes: BTreeMap::new() };
@@ -216,6 +220,7 @@ impl Engine {
             },
             bounds: plan.bounds,
             stage: "router",
+            retention: plan.retention,
             seed: plan.seed,
         };
         let spread = Placement { isolate_by: IsolateBy::None, spread: None, partitions: plan.partitions };
@@ -445,11 +450,15 @@ async fn judge(log: &Embedded, world: &World, rested: bool) -> Vec<String> {
 fn judge_ends(seen: &crate::world::Seen, world: &World, ledger: Ledger, marks_left: bool) -> Vec<String> {
     let mut wrong = Vec::new();
     let refusals = world.plan.destinations.iter().any(|it| matches!(it.manner, crate::plan::Manner::Refusing(_)));
-    if ledger.aborted > 0 && !refusals {
+    let expires = world.plan.retention.is_some();
+    if expires && ledger.aborted == 0 {
+        wrong.push("nothing was given up before the log deleted it".into());
+    }
+    if ledger.aborted > 0 && !refusals && !expires {
         wrong.push(format!("{} were given up, though no destination refused for good", ledger.aborted));
     }
     let lost = seen.published.keys().filter(|at| !seen.finals.contains_key(*at)).count() as u64;
-    if lost > ledger.drained {
+    if lost > ledger.drained + if expires { ledger.aborted } else { 0 } {
         let which: Vec<_> = seen.published.keys().filter(|at| !seen.finals.contains_key(*at)).take(5).collect();
         wrong.push(format!("{lost} never reached a final verdict ({} drained): {which:?} …", ledger.drained));
     }

@@ -45,6 +45,7 @@
 //! | 6 heads that are not in memory | `partition` `fetched`, `reading` |
 //! | 7 cursors, attaching | `partition/scan`, `partition/detach` |
 //! | 8 restore | `restore`, `partition` `new` |
+//! | 9 retention | `retention`, `partition/settle` `drain`; `app/retention` refuses topics |
 //! | 10 pause, drain, retry | `partition/settle`, `destination` |
 //! | 5.3 shares of limits | `destination` |
 //! | 2.7 lease, 2.8 watchdog | `driver/lease`, `driver/watchdog` |
@@ -57,11 +58,13 @@ mod memory;
 mod partition;
 mod reading;
 mod restore;
+mod retention;
 mod runner;
 mod window;
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -82,6 +85,7 @@ pub use memory::{Bounds, Memory};
 
 use partition::{Given, PartitionState};
 use reading::{AGAIN, Reading};
+use retention::Retention;
 use runner::{Runner, Sources};
 
 /// A stage's logic: one attempt.
@@ -102,6 +106,8 @@ pub struct DeliverSettings {
     pub failures: FailureTopic,
     pub bounds: Bounds,
     pub stage: &'static str,
+    /// How long the log keeps what is on `input`; none: for ever.
+    pub retention: Option<Duration>,
     /// Decides the jitter of retries.
     pub seed: u64,
 }
@@ -161,6 +167,7 @@ impl<B: Backend, D: Deliver> Work for DeliverWork<B, D> {
             seed: self.settings.seed ^ (assignment.epoch.0 << 16) ^ u64::from(partition.0),
         };
         let state = PartitionState::new(given, restored, self.clock.now());
+        let retention = Retention::new(partition, self.settings.retention, self.clock.now());
         let (wanted, wishes) = mpsc::unbounded_channel();
         let (found_in, found) = mpsc::unbounded_channel();
         let (backend, topic, clock) = (self.backend.clone(), self.settings.input.clone(), self.clock.clone());
@@ -183,6 +190,7 @@ impl<B: Backend, D: Deliver> Work for DeliverWork<B, D> {
             since,
             renew: false,
             known: std::collections::HashSet::new(),
+            retention,
         };
         runner.run(Sources { records, asks, found, reading, freed, commands }).await
     }

@@ -396,9 +396,17 @@ impl PartitionState {
         let record = self.lanes.key(id).and_then(|key| key.queue.front()?.record.clone());
         if let Some(reason) = record.and_then(|record| self.refusal(id, &record)) {
             self.give_up_front(id, reason, now);
-            return self.go_on(id, now);
+            self.go_on(id, now);
+            return self.drain_key(id, now);
         }
         self.lanes.push(id, true);
+    }
+
+    /// The lowest unfinished record that has been taken, with how many are pending and how many have ended.
+    pub fn oldest(&self) -> Option<(Offset, u64, u64)> {
+        let lowest = self.lowest_unfinished();
+        let ended = (0..self.lanes.len()).map(|index| self.lanes.at(index).ledger.ended()).sum();
+        (lowest < self.frontier()).then_some((lowest, self.pending, ended))
     }
 
     /// When something is due.

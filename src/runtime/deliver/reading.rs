@@ -37,6 +37,16 @@ pub enum Wanted {
     Bound {
         command: Command,
     },
+    /// When the first record from here on was written.
+    Age {
+        from: Offset,
+        pending: u64,
+        rate: f64,
+    },
+    /// The first record that was written no earlier.
+    Expired {
+        before: Timestamp,
+    },
 }
 
 /// What was found.
@@ -55,6 +65,14 @@ pub enum Found {
     },
     Bound {
         drain: Drain,
+    },
+    Age {
+        at: Timestamp,
+        pending: u64,
+        rate: f64,
+    },
+    Expired {
+        bound: Offset,
     },
 }
 
@@ -117,6 +135,11 @@ impl<B: Backend> Reading<B> {
                 let bound = self.bound(command.at).await?;
                 Found::Bound { drain: Drain { id: command.id, target: command.target, bound } }
             }
+            Wanted::Age { from, pending, rate } => match self.age(single, from).await? {
+                Some(at) => Found::Age { at, pending, rate },
+                None => return Ok(None),
+            },
+            Wanted::Expired { before } => Found::Expired { bound: self.bound(before).await? },
             Wanted::Close { cursor } => {
                 cursors.remove(&cursor);
                 return Ok(None);
@@ -131,6 +154,23 @@ impl<B: Backend> Reading<B> {
                 Err(LogError::Transient(error)) => self.again(&error).await,
                 record => return record,
             }
+        }
+    }
+
+    /// None where it cannot be told now: it is asked again soon.
+    async fn age(&self, reader: &mut Option<B::Reader>, from: Offset) -> Result<Option<Timestamp>, LogError> {
+        let mut open = match reader.take() {
+            Some(open) => open,
+            None => self.backend.reader(&self.topic, self.partition, from).await?,
+        };
+        open.seek(from).await?;
+        match open.read(Limit { records: 1, bytes: 1 }).await {
+            Ok(Read::Records(records)) => {
+                *reader = Some(open);
+                Ok(records.first().map(|record| record.timestamp))
+            }
+            Ok(Read::End) | Err(LogError::Transient(_)) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 

@@ -19,7 +19,8 @@ use crate::runtime::driver::{Ask, Bell, Lease};
 use super::destination::Permit;
 use super::partition::{KeyId, PartitionState, Start};
 use super::reading::{Found, Wanted};
-use super::{Deliver, DeliverWork};
+use super::retention::Retention;
+use super::{Deliver, DeliverWork, retention};
 
 /// What a request came to.
 pub type Attempt = (KeyId, Vec<Verdict>, Permit);
@@ -42,6 +43,7 @@ pub struct Runner<B: Backend, D> {
     pub renew: bool,
     /// Commands that have been taken up.
     pub known: HashSet<String>,
+    pub retention: Retention,
 }
 
 /// What comes in from outside.
@@ -63,6 +65,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
             let room = !self.stopped && self.state.has_room();
             let wake = self.state.next_timer().map(|at| clock.instant() + at.since(clock.now()));
             let wake = wake.unwrap_or_else(|| clock.instant() + Duration::from_secs(3_600));
+            let look = self.retention.next_look().map(|at| clock.instant() + at.since(clock.now()));
             tokio::select! {
                 biased;
                 ask = from.asks.recv() => match ask {
@@ -78,6 +81,12 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
                             self.state.scanned(cursor, records, passed, now);
                         }
                         Found::Bound { drain } => self.state.drain(vec![drain], now),
+                        Found::Age { at, pending, rate } => {
+                            if let Some(before) = self.retention.judge(at, pending, rate, now) {
+                                drop(self.wanted.send(Wanted::Expired { before }));
+                            }
+                        }
+                        Found::Expired { bound } => self.state.drain(vec![retention::drain(bound)], now),
                     }
                     self.bell.ring();
                 }
@@ -94,6 +103,13 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
                     None => return Ok(()),
                 },
                 () = clock.sleep_until(wake), if !self.stopped => self.state.wake(clock.now()),
+                () = clock.sleep_until(look.unwrap_or(wake)), if look.is_some() && !self.stopped => {
+                    let (now, oldest) = (clock.now(), self.state.oldest());
+                    let rate = self.retention.look(oldest.map_or(0, |(.., ended)| ended), now);
+                    if let Some((from, pending, _)) = oldest {
+                        drop(self.wanted.send(Wanted::Age { from, pending, rate }));
+                    }
+                }
                 // Room may come from another partition's memory, which rings nobody here.
                 () = clock.sleep(Duration::from_millis(100)), if !room && !self.stopped => {
                     self.state.shed(clock.now());

@@ -58,7 +58,7 @@ impl PartitionState {
     }
 
     /// The lowest unfinished offset, whoever covers it: what the group commits, so that lag never lies low.
-    fn lowest_unfinished(&self) -> Offset {
+    pub(super) fn lowest_unfinished(&self) -> Offset {
         let lanes = self.lanes.detached.iter().map(|index| self.lane_tail(*index));
         let keys = self.lows.keys().next().copied().filter(|_| !is_planted(Mistake::CommitPastMark));
         lanes.chain(keys).fold(self.window.base(), Offset::min)

@@ -20,11 +20,16 @@ use super::super::key::{Activity, Failing};
 use super::{Alarm, HELD, KeyId, PartitionState};
 use crate::runtime::planted::{Mistake, is_planted};
 
+/// What a dead letter says of a record that the log would have deleted.
+const EXPIRED: &str = "the log is about to delete it, and it has not been delivered";
+
 /// Why a record is not sent at all.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Refusal {
     /// An admin drained it.
     Drained,
+    /// The log is about to delete it.
+    Expired,
     /// It cannot be sent.
     Unreadable,
 }
@@ -170,10 +175,14 @@ impl PartitionState {
         }
         let user = record.headers.text(header::USER);
         let job_run = record.headers.text(header::JOB_RUN);
-        let is_drained = self.drains.iter().any(|drain| {
-            record.offset < drain.bound && drain.target.covers(lane.lane.destination.as_str(), user, job_run)
-        });
-        is_drained.then_some(Refusal::Drained)
+        let destination = lane.lane.destination.as_str();
+        self.ended_by(record.offset, |target| target.covers(destination, user, job_run))
+    }
+
+    /// What ends a record at this place; an operator's word first.
+    fn ended_by(&self, at: Offset, covers: impl Fn(&Target) -> bool) -> Option<Refusal> {
+        let ends = self.drains.iter().filter(|drain| at < drain.bound && covers(&drain.target));
+        ends.map(|drain| if drain.target == Target::Retention { Refusal::Expired } else { Refusal::Drained }).min()
     }
 
     /// Ends a record that has not come to its key yet, without sending it.
@@ -181,6 +190,11 @@ impl PartitionState {
         self.changed = true;
         match refusal {
             Refusal::Drained => self.count(lane, "drained"),
+            Refusal::Expired => {
+                let last = Try { at: now, code: 0, message: EXPIRED.to_owned() };
+                self.dead_letter(lane, record, Reason::Retention, 0, None, last);
+                self.count(lane, "aborted");
+            }
             Refusal::Unreadable => {
                 let message = "the record names no destination (header lw-destination)".to_owned();
                 let last = Try { at: now, code: 0, message };
@@ -194,6 +208,7 @@ impl PartitionState {
     pub(super) fn give_up_front(&mut self, id: &KeyId, refusal: Refusal, now: Timestamp) {
         match refusal {
             Refusal::Drained => self.finish(id, "drained"),
+            Refusal::Expired => self.abort(id, Reason::Retention, 0, EXPIRED.to_owned(), now),
             Refusal::Unreadable => {
                 let message = "the record names no destination (header lw-destination)".to_owned();
                 self.abort(id, Reason::Unreadable, 0, message, now);
@@ -316,22 +331,33 @@ impl PartitionState {
     }
 
     /// Ends the drained records at the front of a key that has nothing under way.
-    fn drain_key(&mut self, id: &KeyId, now: Timestamp) {
+    pub(super) fn drain_key(&mut self, id: &KeyId, now: Timestamp) {
         let mut any = false;
         while let Some(key) = self.lanes.key(id)
             && key.in_flight == 0
             && key.activity != Activity::Fetching
             && let Some(front) = key.queue.front()
         {
-            let drained = match front.record.clone() {
-                Some(record) => self.refusal(id, &record) == Some(Refusal::Drained),
-                None => self.is_drained_unread(id, front.offset),
+            let offset = front.offset;
+            let refusal = match front.record.clone() {
+                Some(record) => self.refusal(id, &record),
+                None => self.refusal_unread(id, offset),
             };
-            if !drained {
-                break;
+            let is_read = self.lanes.key(id).and_then(|key| key.queue.front()).is_some_and(|it| it.record.is_some());
+            match refusal {
+                Some(Refusal::Drained) => self.finish(id, "drained"),
+                Some(Refusal::Expired) if is_read => self.give_up_front(id, Refusal::Expired, now),
+                Some(Refusal::Expired) => {
+                    // A dead letter holds the whole record.
+                    if let Some(key) = self.lanes.key_mut(id) {
+                        key.activity = Activity::Fetching;
+                    }
+                    self.wanted.insert(offset, id.clone());
+                    break;
+                }
+                Some(Refusal::Unreadable) | None => break,
             }
             any = true;
-            self.finish(id, "drained");
             if let Some(key) = self.lanes.key_mut(id) {
                 key.activity = Activity::Idle;
             }
@@ -342,11 +368,9 @@ impl PartitionState {
     }
 
     /// Of a record that is only known by its offset, its lane and its user.
-    fn is_drained_unread(&self, id: &KeyId, offset: Offset) -> bool {
-        let lane = self.lanes.at(id.lane);
+    fn refusal_unread(&self, id: &KeyId, offset: Offset) -> Option<Refusal> {
+        let destination = self.lanes.at(id.lane).lane.destination.as_str();
         let user = Some(id.user.as_ref()).filter(|user| !user.starts_with('#'));
-        self.drains
-            .iter()
-            .any(|drain| offset < drain.bound && drain.target.covers(lane.lane.destination.as_str(), user, None))
+        self.ended_by(offset, |target| target.covers(destination, user, None))
     }
 }

@@ -36,6 +36,7 @@ fn settings(bounds: Bounds) -> DeliverSettings {
         },
         bounds,
         stage: "router",
+        retention: None,
         seed: 0,
     }
 }
@@ -276,9 +277,10 @@ impl World {
 
     fn drain(&mut self, state: &mut PartitionState) {
         let lane = format!("d{}", self.random.random_range(0..LANES));
-        let target = match self.random.random_bool(0.5) {
-            true => Target::Destination(lane.as_str().into()),
-            false => Target::User(lane.as_str().into(), "u1".into()),
+        let target = match self.random.random_range(0..5) {
+            0 | 1 => Target::Destination(lane.as_str().into()),
+            2 | 3 => Target::User(lane.as_str().into(), "u1".into()),
+            _ => Target::Retention,
         };
         let drain = Drain { id: self.drains.len().to_string(), target, bound: state.live() };
         self.drains.push(drain.clone());
@@ -287,7 +289,8 @@ impl World {
 
     /// Records that a drain may have ended: they are final without having been sent.
     fn note_drained(&mut self, state: &PartitionState) {
-        let drained: u64 = (0..state.lanes.len()).map(|index| state.lanes.at(index).ledger.drained).sum();
+        let ended = |index| state.lanes.at(index).ledger.drained + state.lanes.at(index).ledger.aborted;
+        let drained: u64 = (0..state.lanes.len()).map(ended).sum();
         if drained == self.drained {
             return;
         }
@@ -516,7 +519,9 @@ impl Cover {
         let lane = lane_of(record);
         let within =
             |runs: &[crate::model::progress::Run]| runs.iter().any(|run| run.first <= offset && offset <= run.last);
-        let memory = offset >= self.base && !within(&self.runs);
+        // Memory covers what live reading feeds. Of a lane that was detached while live was reading anew what an earlier owner had
+        // read, some records are neither in the runs yet nor memory's: live will only count them.
+        let memory = offset >= self.base && !within(&self.runs) && !self.lanes.contains_key(&lane);
         let of_lane = self.lanes.get(&lane).is_some_and(|(tail, done)| offset >= *tail && !within(done));
         let key = World::key_of(record).unwrap_or((lane, format!("#{offset}")));
         let of_key = self.keys.get(&key).is_some_and(|(head, followers, parked)| {
