@@ -159,19 +159,21 @@ impl<B: Backend> Reading<B> {
 
     /// None where it cannot be told now: it is asked again soon.
     async fn age(&self, reader: &mut Option<B::Reader>, from: Offset) -> Result<Option<Timestamp>, LogError> {
+        match self.written_at(reader, from).await {
+            Err(LogError::Transient(_)) => Ok(None),
+            at => at,
+        }
+    }
+
+    async fn written_at(&self, reader: &mut Option<B::Reader>, from: Offset) -> Result<Option<Timestamp>, LogError> {
         let mut open = match reader.take() {
             Some(open) => open,
             None => self.backend.reader(&self.topic, self.partition, from).await?,
         };
         open.seek(from).await?;
-        match open.read(Limit { records: 1, bytes: 1 }).await {
-            Ok(Read::Records(records)) => {
-                *reader = Some(open);
-                Ok(records.first().map(|record| record.timestamp))
-            }
-            Ok(Read::End) | Err(LogError::Transient(_)) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let Read::Records(records) = open.read(Limit { records: 1, bytes: 1 }).await? else { return Ok(None) };
+        *reader = Some(open);
+        Ok(records.first().map(|record| record.timestamp))
     }
 
     async fn bound(&self, at: Timestamp) -> Result<Offset, LogError> {
