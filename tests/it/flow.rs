@@ -5,12 +5,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::support::process::{Flow, Process, free_port};
+use crate::support::broker::Broker;
+use crate::support::process::{Flow, Process, free_port, number};
 use crate::support::{eventually, unique};
-
-fn number(report: &Value, name: &str) -> u64 {
-    report[name].as_u64().unwrap_or_else(|| panic!("{name} in {report}"))
-}
 
 /// Everything accepted arrived, in order; repeats only with the same delivery id.
 fn assert_nothing_lost(report: &Value, events: u64) {
@@ -131,7 +128,7 @@ async fn a_broker_that_goes_away_costs_503_and_nothing_else() {
     let running = flow.start_all().await;
     let load = flow.load(&["--events", "4000", "--rate", "300", "--users", "100", "--patience", "90"]);
     running[0].takes(800.0).await;
-    broker.run("kill");
+    broker.kill();
     let client = reqwest::Client::new();
     eventually("the edge answers 503", Duration::from_secs(40), async || {
         let post = client.post(format!("{}/v1/track", flow.url())).basic_auth("wk-1", Some(""));
@@ -141,46 +138,11 @@ async fn a_broker_that_goes_away_costs_503_and_nothing_else() {
         }
     })
     .await;
-    broker.run("start");
+    broker.start_again();
     let report = load.report().await;
     assert_eq!(number(&report, "accepted"), 4_000);
     for name in ["lost", "out_of_order"] {
         assert_eq!(number(&report, name), 0, "{name} in {report}");
-    }
-}
-
-/// A Kafka of its own, for a test that stops it.
-struct Broker {
-    port: u16,
-    folder: tempfile::TempDir,
-}
-
-impl Broker {
-    fn start() -> Self {
-        let broker = Self { port: free_port(), folder: tempfile::tempdir().expect("a folder") };
-        broker.run("up");
-        broker
-    }
-
-    fn address(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
-    }
-
-    fn run(&self, what: &str) {
-        let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/services");
-        let ran = std::process::Command::new(script)
-            .args([what, "kafka"])
-            .env("LANEWAY_KAFKA_PORT", self.port.to_string())
-            .env("LANEWAY_SERVICES_RUN", self.folder.path())
-            .output()
-            .expect("deploy/services runs");
-        assert!(ran.status.success(), "{what}: {}", String::from_utf8_lossy(&ran.stderr));
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        self.run("kill");
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests wait on the real clock, with deadlines")]
 #![allow(clippy::unwrap_used)]
 
+mod faults;
 mod flow;
 mod gateway;
 mod lanes;

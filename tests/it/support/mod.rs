@@ -1,5 +1,6 @@
 //! What the tests share: services, waiting for conditions, topics of their own.
 
+pub mod broker;
 pub mod process;
 
 use std::future::Future;

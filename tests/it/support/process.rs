@@ -66,20 +66,16 @@ impl Process {
 
     /// Waits until this gateway has taken so many more events: the load is under way.
     pub async fn takes(&self, events: f64) {
-        let url = format!("http://127.0.0.1:{}/metrics", self.admin);
-        let taken = async || {
-            let page = match reqwest::get(&url).await {
-                Ok(answer) => answer.text().await.unwrap_or_default(),
-                Err(_) => String::new(),
-            };
-            let counters = page.lines().filter(|line| line.starts_with("laneway_gateway_events_total{"));
-            counters.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>()
-        };
+        let taken = async || self.metric("laneway_gateway_events_total").await.unwrap_or(0.0);
         let (goal, until) = (taken().await + events, Instant::now() + Duration::from_secs(60));
         while taken().await < goal {
             assert!(Instant::now() < until, "the gateway takes nothing:\n{}", self.said());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_some()
     }
 
     /// What it has printed so far.
@@ -94,9 +90,30 @@ impl Process {
 
     /// SIGTERM, as a supervisor of services sends it.
     pub fn terminate(&self) {
+        self.signal(libc::SIGTERM);
+    }
+
+    /// It stands still, as in a machine that is suspended, until [`Process::thaw`].
+    pub fn freeze(&self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    pub fn thaw(&self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    fn signal(&self, signal: i32) {
         let pid = i32::try_from(self.child.id()).expect("a pid");
         // SAFETY: the pid is that of a child that has not been reaped.
-        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    }
+
+    /// The sum of a metric's series; none where the process does not answer.
+    pub async fn metric(&self, name: &str) -> Option<f64> {
+        let answer = reqwest::get(format!("http://127.0.0.1:{}/metrics", self.admin)).await.ok()?;
+        let page = answer.text().await.ok()?;
+        let of_name = |line: &&str| line.starts_with(name) && line[name.len()..].starts_with([' ', '{']);
+        Some(page.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
     }
 
     pub async fn ended(&mut self, deadline: Duration) -> ExitStatus {
@@ -155,7 +172,22 @@ impl Flow {
     }
 
     pub fn on_kafka_at(address: &str) -> Self {
+        Self::on_kafka_with(address, None)
+    }
+
+    /// With so many partitions instead of the declared ones, for `deliveries` and what goes with it.
+    pub fn on_kafka_with(address: &str, partitions: Option<u32>) -> Self {
         let mut flow = Self::new(true);
+        if let Some(partitions) = partitions {
+            let declared = Path::new(env!("CARGO_MANIFEST_DIR")).join("topics");
+            for name in ["deliveries.yaml", "progress.yaml"] {
+                let text = std::fs::read_to_string(declared.join(name)).expect("a declaration");
+                let changed = text.replace("partitions: 12", &format!("partitions: {partitions}"));
+                assert_ne!(text, changed, "{name} declares 12 partitions");
+                std::fs::write(flow.folder.path().join(name), changed).expect("written");
+            }
+            flow.set("LANEWAY_TOPICS__DIR", ".");
+        }
         for (name, value) in [
             ("LANEWAY_LOG__BACKEND", "kafka".to_owned()),
             ("LANEWAY_LOG__KAFKA__BOOTSTRAP_SERVERS", address.to_owned()),
@@ -225,6 +257,11 @@ impl Flow {
     }
 }
 
+/// A figure of a load's report.
+pub fn number(report: &Value, name: &str) -> u64 {
+    report[name].as_u64().unwrap_or_else(|| panic!("{name} in {report}"))
+}
+
 /// A running load.
 pub struct Load {
     child: Child,
@@ -232,8 +269,12 @@ pub struct Load {
 }
 
 impl Load {
-    pub async fn report(mut self) -> Value {
-        let until = Instant::now() + Duration::from_secs(240);
+    pub async fn report(self) -> Value {
+        self.report_within(Duration::from_secs(240)).await
+    }
+
+    pub async fn report_within(mut self, deadline: Duration) -> Value {
+        let until = Instant::now() + deadline;
         let exit = loop {
             if let Some(exit) = self.child.try_wait().expect("a child") {
                 break exit;
