@@ -61,8 +61,10 @@ impl Destination {
         self.ledger.filtered += ledger.filtered;
         self.ledger.aborted += ledger.aborted;
         self.ledger.drained += ledger.drained;
-        // Of several processes' breakers the one that is open for longest.
-        self.open_since = [self.open_since, ledger.open_since].into_iter().flatten().min();
+        // Of several processes' breakers the one that is open for longest. Where nothing is pending nobody would tell that it
+        // has closed.
+        let open_since = ledger.open_since.filter(|_| ledger.pending() > 0);
+        self.open_since = [self.open_since, open_since].into_iter().flatten().min();
     }
 }
 

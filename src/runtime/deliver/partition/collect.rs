@@ -32,8 +32,7 @@ impl PartitionState {
         }
         for index in self.lanes.take_counted() {
             let lane = self.lanes.at(index).lane.clone();
-            let mut ledger = self.lanes.at(index).ledger;
-            ledger.open_since = self.lanes.at(index).destination.open_since();
+            let ledger = self.lanes.at(index).ledger;
             let key = ProgressKey::Ledger(&lane).encode(self.partition);
             outputs.push(self.progress(key, &Progress::Ledger(lane, ledger)));
         }

@@ -41,6 +41,7 @@ impl PartitionState {
         let is_retry = |verdict: &Verdict| matches!(verdict, Verdict::Retry { .. });
         // A refusal for good is an answer: the destination is up.
         let unspent = permit.report(now, xxh3_64(id.user.as_bytes()), verdicts.iter().any(is_retry));
+        self.note_breaker(id.lane);
         let Some(key) = self.lanes.key_mut(id) else { return };
         self.changed = true;
         self.in_flight -= 1;
@@ -67,6 +68,16 @@ impl PartitionState {
             }
         }
         self.go_on(id, now);
+    }
+
+    /// Whether the destination counts as down stands in the ledger, where operators read it: also when nothing else of it
+    /// changes any more.
+    fn note_breaker(&mut self, lane: usize) {
+        let it = self.lanes.at(lane);
+        let open_since = it.destination.open_since();
+        if it.ledger.open_since != open_since {
+            self.lanes.ledger(lane).open_since = open_since;
+        }
     }
 
     /// A key that has something to send and waits for nothing goes on; one that has nothing left is forgotten.
