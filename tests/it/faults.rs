@@ -67,7 +67,7 @@ async fn routers_that_come_and_go_lose_nothing_and_converge() {
     let events = setting("STORM_RATE", 200) * (seconds + 20);
     let flow = Flow::on_kafka_with(&crate::support::kafka_address(), Some(partitions));
     let mut random = chance();
-    let mut steady = vec![flow.start("gateway", "gateway-1"), flow.start("processor", "processor-1")];
+    let mut steady = [flow.start("gateway", "gateway-1"), flow.start("processor", "processor-1")];
     let name = |member: usize| format!("router-{member}");
     let mut routers: Vec<Option<Process>> =
         (0..members).map(|member| Some(flow.start("router", &name(member)))).collect();
