@@ -220,7 +220,7 @@ fn start_processor<B: Backend>(
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let running = driver::run(
         parts.log.clone(),
-        Arc::new(TransformWork::new(processor, cores)),
+        Arc::new(TransformWork::new(parts.log.clone(), processor, cores)),
         settings(parts, Stage::Processor, Topic::EVENTS),
         parts.clock.clone(),
         parts.shutdown.clone(),

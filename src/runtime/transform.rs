@@ -10,12 +10,12 @@ use std::sync::Arc;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinHandle;
 
-use crate::log::{Assignment, Committed, LogError};
+use crate::log::{Admin, Assignment, Backend, Committed, LogError};
 use crate::model::outcome::{Outcome, Reason};
-use crate::model::record::{Addressed, Offset, Record};
+use crate::model::record::{Addressed, Offset, Partition, Record};
 use crate::runtime::driver::{Ask, Changes, Inbox, Work};
 use crate::runtime::failure::{Cause, FailureTopic};
 use crate::telemetry::events;
@@ -37,22 +37,41 @@ pub trait Transform: Send + Sync + 'static {
 }
 
 /// Runs a [`Transform`].
-pub struct TransformWork<T> {
+pub struct TransformWork<B, T> {
+    backend: B,
     stage: Arc<T>,
     parallel: usize,
     /// Of this start of this process.
     process: String,
+    /// Whose records may run one by one: one partition at a time.
+    alone: Arc<Semaphore>,
 }
 
-impl<T: Transform> TransformWork<T> {
+impl<B: Backend, T: Transform> TransformWork<B, T> {
     /// `parallel` chunks of a partition run at a time.
-    pub fn new(stage: T, parallel: usize) -> Self {
+    pub fn new(backend: B, stage: T, parallel: usize) -> Self {
         let process = uuid::Uuid::new_v4().simple().to_string();
-        Self { stage: Arc::new(stage), parallel: parallel.max(1), process }
+        let (stage, alone) = (Arc::new(stage), Arc::new(Semaphore::new(1)));
+        Self { backend, stage, parallel: parallel.max(1), process, alone }
+    }
+
+    /// What the partition's last owner left.
+    async fn stops(&self, partition: Partition, committed: &Committed) -> Result<Stops, LogError> {
+        let mut stops = Stops::new(&committed.metadata, &self.process);
+        if stops.is_unclean() {
+            let failures = self.stage.failures();
+            let end = self.backend.admin()?.watermarks(&failures.input, partition).await?.end;
+            stops.bound(committed.offset, end);
+        }
+        if stops.is_unclean() {
+            let alone = stops.alone(committed.offset);
+            events::unclean_stop(self.stage.failures().stage, partition, stops.count(), alone);
+        }
+        Ok(stops)
     }
 }
 
-impl<T: Transform> Work for TransformWork<T> {
+impl<B: Backend, T: Transform> Work for TransformWork<B, T> {
     async fn run(self: Arc<Self>, assignment: Assignment, mut inbox: Inbox) -> Result<(), LogError> {
         let committed = assignment.committed.unwrap_or(Committed { offset: Offset::START, metadata: String::new() });
         let start = committed.offset;
@@ -61,14 +80,12 @@ impl<T: Transform> Work for TransformWork<T> {
             chunks: FuturesOrdered::new(),
             finished: Finished::default(),
             position: start,
-            stops: Stops::new(&committed.metadata, &self.process),
+            stops: self.stops(assignment.partition, &committed).await?,
+            turn: None,
             waiting: VecDeque::new(),
             stopped: false,
         };
-        if lane.stops.count() > 0 {
-            let failures = self.stage.failures();
-            events::unclean_stop(failures.stage, assignment.partition, lane.stops.count(), lane.stops.alone(start));
-        }
+        let mut turn = Box::pin(Arc::clone(&self.alone).acquire_owned());
         // A driver that is gone does not want the partition any more.
         let _ = inbox.ready.send(start);
         let mut draining: Option<oneshot::Sender<()>> = None;
@@ -80,22 +97,30 @@ impl<T: Transform> Work for TransformWork<T> {
             if lane.stopped && lane.chunks.is_empty() {
                 draining.take().map(|done| done.send(()));
             }
+            let wants_turn = lane.wants_turn();
             let is_full = lane.chunks.len() >= self.parallel || lane.finished.bytes >= FINISHED_BYTES;
             let room = !lane.stopped && lane.waiting.is_empty() && !is_full;
             tokio::select! {
                 biased;
                 ask = inbox.asks.recv() => match ask {
                     Some(Ask::Collect(answer)) => drop(answer.send(lane.collect())),
-                    Some(Ask::Committed) => lane.stops.committed(),
+                    Some(Ask::Committed) => lane.committed(),
                     Some(Ask::Drain(done)) => {
                         lane.stopped = true;
                         draining = Some(done);
+                        // A turn that is given to who does not take it is nobody's.
+                        turn = Box::pin(Arc::clone(&self.alone).acquire_owned());
                     }
                     None => return Ok(()),
                 },
                 Some(chunk) = lane.chunks.next() => {
                     lane.add(chunk)?;
                     inbox.bell.ring();
+                }
+                // Kept while it waits: who asks anew goes to the end of the queue.
+                given = &mut turn, if wants_turn => {
+                    lane.turn = given.ok();
+                    turn = Box::pin(Arc::clone(&self.alone).acquire_owned());
                 }
                 batch = inbox.records.recv(), if room => match batch {
                     Some(batch) => {
@@ -117,6 +142,8 @@ struct Running<T> {
     /// Everything below is finished.
     position: Offset,
     stops: Stops,
+    /// To run records one by one: held until no note of one stands any more.
+    turn: Option<OwnedSemaphorePermit>,
     /// What has come and may not run yet.
     waiting: VecDeque<Record>,
     stopped: bool,
@@ -140,10 +167,13 @@ impl<T: Transform> Running<T> {
             }
             return;
         }
+        if self.chunks.is_empty() && self.waiting.is_empty() {
+            self.stops.ended(self.position);
+        }
         while let Some(first) = self.waiting.front().map(|record| record.offset) {
             if self.stops.alone(first).is_some() {
                 // One after the other: what has ended is noted with the next.
-                if !self.chunks.is_empty() || !self.start_alone(first) {
+                if self.turn.is_none() || !self.chunks.is_empty() || !self.start_alone(first) {
                     return;
                 }
                 continue;
@@ -155,6 +185,19 @@ impl<T: Transform> Running<T> {
             for chunk in split(self.waiting.drain(..).collect()) {
                 self.spawn(chunk);
             }
+        }
+    }
+
+    /// The next record is to run alone, and another partition may be at that.
+    fn wants_turn(&self) -> bool {
+        let first = self.waiting.front().map(|record| record.offset);
+        self.turn.is_none() && !self.stopped && first.is_some_and(|first| self.stops.alone(first).is_some())
+    }
+
+    fn committed(&mut self) {
+        self.stops.committed();
+        if !self.stops.is_alone() {
+            self.turn = None;
         }
     }
 
@@ -263,8 +306,8 @@ mod tests {
     use crate::log::embedded::memory::Faults;
     use crate::log::partitioner::{IsolateBy, Placement};
     use crate::log::topic::Topics;
-    use crate::log::{Admin, Backend, Limit, Member, Publisher, Read, Reader};
-    use crate::model::record::{Headers, Partition, Topic};
+    use crate::log::{Limit, Member, Publisher, Read, Reader};
+    use crate::model::record::{Headers, Topic};
     use crate::runtime::driver;
     use crate::runtime::shutdown::Shutdown;
     use crate::telemetry::server::Readiness;
@@ -368,7 +411,7 @@ mod tests {
                 commit_interval: std::time::Duration::from_millis(1),
                 stage: "test",
             };
-            let work = Arc::new(TransformWork::new(stage, 2));
+            let work = Arc::new(TransformWork::new(log.clone(), stage, 2));
             let (shutdown, ready) = (Shutdown::new(std::time::Duration::from_secs(1)), Readiness::default().part());
             let process = tokio::spawn(driver::run(log.clone(), work, settings, clock.clone(), shutdown, ready));
             let all_through = async {

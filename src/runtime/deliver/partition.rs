@@ -334,7 +334,7 @@ impl PartitionState {
         let batch = self.lanes.at(id.lane).destination.rules.batch;
         let key = self.lanes.key_mut(id)?;
         let most = if key.careful || key.failing.is_some() { 1 } else { batch.max(1) };
-        let records: Vec<Arc<Record>> =
+        let mut records: Vec<Arc<Record>> =
             key.queue.iter().take(most).map_while(|item| item.record.as_ref().map(Arc::clone)).collect();
         if records.is_empty() {
             if let Some(front) = key.queue.front() {
@@ -344,6 +344,14 @@ impl PartitionState {
             }
             return None;
         }
+        // A drained one behind the front is ended when its turn comes.
+        if records.len() > 1
+            && !self.drains.is_empty()
+            && let Some(first) = records.iter().skip(1).position(|record| self.refusal(id, record).is_some())
+        {
+            records.truncate(first + 1);
+        }
+        let key = self.lanes.key_mut(id)?;
         key.activity = Activity::InFlight;
         self.in_flight += 1;
         key.in_flight = records.len();
@@ -396,8 +404,7 @@ impl PartitionState {
         let record = self.lanes.key(id).and_then(|key| key.queue.front()?.record.clone());
         if let Some(reason) = record.and_then(|record| self.refusal(id, &record)) {
             self.give_up_front(id, reason, now);
-            self.go_on(id, now);
-            return self.drain_key(id, now);
+            return self.go_on(id, now);
         }
         self.lanes.push(id, true);
     }

@@ -5,6 +5,7 @@
 //! records below some offset may be under way, or that nothing is. Whoever finds such a note from another process knows that
 //! this one stopped without saying so. Once is no reason for anything: processes are killed. After a second time over the same
 //! records they run one by one, each noted before it runs; one that ends the process twice like that is not run any more.
+//! Only one partition of a process does that at a time: two notes that a process leaves would both be believed.
 
 use crate::model::record::Offset;
 
@@ -103,6 +104,35 @@ impl Stops {
         }
         let wanted = Note::Clean;
         Self { process: process.to_owned(), wanted, handed: None, committed: None, stops, doubtful, suspect }
+    }
+
+    /// Whether records may have been under way when another process ended.
+    pub fn is_unclean(&self) -> bool {
+        self.stops > 0
+    }
+
+    /// The log ended here when the partition was assigned: what a note covers beyond that had never come. `start`: the first
+    /// record that is to run.
+    pub fn bound(&mut self, start: Offset, end: Offset) {
+        self.doubtful = self.doubtful.min(end);
+        if self.doubtful <= start {
+            (self.stops, self.suspect) = (0, None);
+        }
+    }
+
+    /// Whether a note of a single record stands, or is about to: should the process end now, that record is taken for the
+    /// reason.
+    pub fn is_alone(&self) -> bool {
+        let is_one = |note: &Note| matches!(note, Note::One { .. });
+        is_one(&self.wanted) || self.handed.as_ref().is_some_and(is_one) || self.committed.as_ref().is_some_and(is_one)
+    }
+
+    /// Everything below `position` has ended, and nothing is under way: once that covers the doubtful ones, no note of a single
+    /// record is to stand.
+    pub fn ended(&mut self, position: Offset) {
+        if matches!(self.wanted, Note::One { .. }) && position >= self.doubtful {
+            self.wanted = Note::Clean;
+        }
     }
 
     /// Unclean stops over the records that come first.
@@ -229,5 +259,22 @@ mod tests {
         let mut fifth = Stops::new("one 7 2 5010 d", "e");
         assert_eq!((fifth.one(AT(7)), fifth.one(AT(8))), (Alone::Poison, Alone::Note));
         assert_eq!(Stops::new("together 5010 1 e", "e").count(), 1, "a session built anew");
+    }
+
+    #[test]
+    fn a_note_says_nothing_of_records_that_had_never_come() {
+        let mut idle = Stops::new("together 5010 1 a", "b");
+        idle.bound(AT(10), AT(10));
+        assert!(!idle.is_unclean() && idle.alone(AT(10)).is_none());
+        let mut some = Stops::new("together 5010 1 a", "b");
+        some.bound(AT(10), AT(12));
+        assert_eq!((some.alone(AT(11)), some.alone(AT(12))), (Some(AT(12)), None));
+        assert_eq!((some.one(AT(11)), commit(&mut some)), (Alone::Note, "one 11 1 12 b".into()));
+        some.ended(AT(11));
+        assert!(some.is_alone() && !some.is_news());
+        some.ended(AT(12));
+        assert!(some.is_news() && some.is_alone(), "until that is committed");
+        assert_eq!(commit(&mut some), "clean");
+        assert!(!some.is_alone());
     }
 }

@@ -82,6 +82,8 @@ impl PartitionState {
 
     /// A key that has something to send and waits for nothing goes on; one that has nothing left is forgotten.
     pub(super) fn go_on(&mut self, id: &KeyId, now: Timestamp) {
+        // What was under way, or not in front, when it was drained.
+        self.drain_front(id, now);
         let bound = self.settings.bounds.key_bytes;
         let Some(key) = self.lanes.key(id) else { return };
         let (is_low, is_parked) = (key.is_low(bound), key.parked.is_some());
@@ -317,7 +319,10 @@ impl PartitionState {
             self.ask_all(index);
             let users: Vec<Arc<str>> = self.lanes.at(index).keys.keys().cloned().collect();
             for user in users {
-                self.drain_key(&KeyId { lane: index, user }, now);
+                let id = KeyId { lane: index, user };
+                if self.drain_front(&id, now) {
+                    self.go_on(&id, now);
+                }
             }
         }
     }
@@ -341,9 +346,12 @@ impl PartitionState {
         }
     }
 
-    /// Ends the drained records at the front of a key that has nothing under way.
-    pub(super) fn drain_key(&mut self, id: &KeyId, now: Timestamp) {
+    /// Ends the drained records at the front of a key that has nothing under way; true where there was one.
+    fn drain_front(&mut self, id: &KeyId, now: Timestamp) -> bool {
         let mut any = false;
+        if self.drains.is_empty() {
+            return any;
+        }
         while let Some(key) = self.lanes.key(id)
             && key.in_flight == 0
             && key.activity != Activity::Fetching
@@ -373,9 +381,7 @@ impl PartitionState {
                 key.activity = Activity::Idle;
             }
         }
-        if any {
-            self.go_on(id, now);
-        }
+        any
     }
 
     /// Of a record that is only known by its offset, its lane and its user.

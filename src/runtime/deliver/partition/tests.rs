@@ -2,6 +2,8 @@
 //! is repeated but what a crash left in doubt, each unfinished record is covered once by what a commit wrote, the committed
 //! offset never passes one, the ledger closes.
 
+mod cover;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -16,8 +18,11 @@ use crate::log::{Assignment, Committed};
 use crate::model::codec;
 use crate::model::progress::{Head, Ledger, Progress, Target};
 use crate::model::record::Topic;
+use crate::runtime::deliver::backoff::RetryPolicy;
 use crate::runtime::deliver::restore::judge;
 use crate::runtime::failure::FailureTopic;
+
+use cover::{Cover, describe};
 
 const RECORDS: usize = 240;
 const LANES: usize = 4;
@@ -42,10 +47,12 @@ fn settings(bounds: Bounds) -> DeliverSettings {
 }
 
 fn rules(id: &DestinationId) -> Rules {
+    let retry = RetryPolicy { job_run_window: RetryPolicy::default().window, ..RetryPolicy::default() };
+    let rules = Rules { retry, ..Rules::default() };
     match id.as_str() {
-        "d1" => Rules { batch: 3, ..Rules::default() },
-        "d2" => Rules { ordered: false, ..Rules::default() },
-        _ => Rules::default(),
+        "d1" => Rules { batch: 3, ..rules },
+        "d2" => Rules { ordered: false, ..rules },
+        _ => rules,
     }
 }
 
@@ -103,6 +110,9 @@ impl World {
                 headers.push_text(header::DESTINATION, &format!("d{}", random.random_range(0..LANES)));
                 if random.random_bool(0.95) {
                     headers.push_text(header::USER, &format!("u{}", random.random_range(0..5)));
+                }
+                if random.random_bool(0.3) {
+                    headers.push_text(header::JOB_RUN, "j1");
                 }
                 Record {
                     partition: Partition(0),
@@ -186,6 +196,8 @@ impl World {
                 let offsets: Vec<Offset> = records.iter().map(|record| record.offset).collect();
                 for record in &records {
                     self.check_order(record, &offsets);
+                    let ended = state.refusal(&key, record);
+                    assert!(ended.is_none(), "seed {}: {} is sent although it is {ended:?}", self.seed, record.offset);
                     let repeated = self.finals.contains_key(&record.offset);
                     self.repeats += usize::from(repeated);
                     let settled = self.final_committed.contains(&record.offset);
@@ -277,9 +289,10 @@ impl World {
 
     fn drain(&mut self, state: &mut PartitionState) {
         let lane = format!("d{}", self.random.random_range(0..LANES));
-        let target = match self.random.random_range(0..5) {
+        let target = match self.random.random_range(0..6) {
             0 | 1 => Target::Destination(lane.as_str().into()),
             2 | 3 => Target::User(lane.as_str().into(), "u1".into()),
+            4 => Target::JobRun("j1".into()),
             _ => Target::Retention,
         };
         let drain = Drain { id: self.drains.len().to_string(), target, bound: state.live() };
@@ -298,11 +311,9 @@ impl World {
         let unfinished: BTreeSet<Offset> = self.unfinished_in(state);
         for record in self.log.iter().filter(|record| record.offset < state.frontier()) {
             let lane = lane_of(record);
-            let user = record.headers.text(header::USER);
-            let is_covered = self
-                .drains
-                .iter()
-                .any(|drain| record.offset < drain.bound && drain.target.covers(lane.destination.as_str(), user, None));
+            let (user, run) = (record.headers.text(header::USER), record.headers.text(header::JOB_RUN));
+            let covers = |drain: &Drain| drain.target.covers(lane.destination.as_str(), user, run);
+            let is_covered = self.drains.iter().any(|drain| record.offset < drain.bound && covers(drain));
             if is_covered && !unfinished.contains(&record.offset) {
                 self.finals.entry(record.offset).or_insert(1);
                 self.final_here.insert(record.offset);
@@ -480,56 +491,6 @@ impl World {
             }
         }
         sum
-    }
-}
-
-/// What is left, for a run that does not come to rest.
-fn describe(state: &PartitionState) -> String {
-    let mut text = format!("window {}..{} of {} ", state.window.base(), state.window.live(), state.taken_until);
-    text += &format!("memory {} cursors {:?}", state.account.used(), state.cursors);
-    for index in 0..state.lanes.len() {
-        let lane = state.lanes.at(index);
-        let scan = lane.detached.as_ref().map(|detached| (detached.scan, detached.cursor, detached.window.base()));
-        text += &format!("\nlane {index} {scan:?} bytes {} shut {}", lane.bytes, lane.shut);
-        for (user, key) in &lane.keys {
-            let queue: Vec<Offset> = key.queue.iter().map(|item| item.offset).collect();
-            let next = key.failing.as_ref().map(|failing| failing.next_try_at);
-            text +=
-                &format!("\n  {user} {:?} {next:?} {queue:?} parked {:?} {:?}", key.activity, key.parked, key.cursor);
-        }
-    }
-    text
-}
-
-type Mark = (Option<Head>, Vec<Offset>, Option<Offset>);
-
-/// What covers unfinished records.
-#[derive(Debug, Default)]
-struct Cover {
-    base: Offset,
-    runs: Vec<crate::model::progress::Run>,
-    lanes: BTreeMap<Lane, (Offset, Vec<crate::model::progress::Run>)>,
-    keys: BTreeMap<(Lane, String), Mark>,
-}
-
-impl Cover {
-    /// How many cover a record. A lane leaves to a key what that key's mark covers.
-    fn count(&self, record: &Record) -> usize {
-        let offset = record.offset;
-        let lane = lane_of(record);
-        let within =
-            |runs: &[crate::model::progress::Run]| runs.iter().any(|run| run.first <= offset && offset <= run.last);
-        // Memory covers what live reading feeds. Of a lane that was detached while live was reading anew what an earlier owner had
-        // read, some records are neither in the runs yet nor memory's: live will only count them.
-        let memory = offset >= self.base && !within(&self.runs) && !self.lanes.contains_key(&lane);
-        let of_lane = self.lanes.get(&lane).is_some_and(|(tail, done)| offset >= *tail && !within(done));
-        let key = World::key_of(record).unwrap_or((lane, format!("#{offset}")));
-        let of_key = self.keys.get(&key).is_some_and(|(head, followers, parked)| {
-            head.as_ref().is_some_and(|head| head.offset == offset)
-                || followers.contains(&offset)
-                || parked.is_some_and(|parked| parked <= offset)
-        });
-        usize::from(memory) + usize::from(of_lane || of_key)
     }
 }
 
