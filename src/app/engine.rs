@@ -187,6 +187,11 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
             group: group(stage),
             instance: InstanceId::from(parts.instance.as_str()),
             topic,
+            outputs: match stage {
+                Stage::Gateway => Vec::new(),
+                Stage::Processor => vec![Topic::DELIVERIES, Topic::PROC_ERRORS],
+                Stage::Router => vec![Topic::PROGRESS_ROUTER, Topic::DEAD_LETTERS],
+            },
             session_timeout: runtime.session_timeout,
             revoke_drain: runtime.revoke_drain,
         },

@@ -17,16 +17,22 @@ use crate::model::record::Topic;
 /// What is wrong with `deliveries`, and what helps; or the log cannot be asked.
 pub async fn check<B: Backend>(log: &B, topics: &Topics, router: &Router) -> anyhow::Result<Option<Duration>> {
     let found = log.admin()?.topics().await.context("the log cannot be asked for its topics")?;
-    let declared = topics.iter().find(|spec| spec.topic() == Topic::DELIVERIES).map(|spec| &spec.config);
-    let Some(config) = found.iter().find(|info| info.topic == Topic::DELIVERIES).map(|info| &info.config).or(declared)
-    else {
-        return Ok(None);
+    let config = match found.into_iter().find(|info| info.topic == Topic::DELIVERIES) {
+        Some(info) => {
+            let mut all = info.defaults;
+            all.extend(info.config);
+            all
+        }
+        None => topics
+            .iter()
+            .find(|spec| spec.topic() == Topic::DELIVERIES)
+            .map_or_else(BTreeMap::new, |it| it.config.clone()),
     };
     let windows = router.destinations.values().filter_map(|own| own.retry_window);
     let longest = windows.chain([router.retry_window]).max().unwrap_or_default();
-    match problem(config, longest) {
+    match problem(&config, longest) {
         Some(problem) => bail!("topic {}: {problem}", Topic::DELIVERIES),
-        None => Ok(kept(config)),
+        None => Ok(kept(&config)),
     }
 }
 

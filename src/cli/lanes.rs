@@ -209,19 +209,22 @@ async fn command<B: Backend>(
 }
 
 async fn list<B: Backend>(log: &B, over: u64, output: Output, clock: &Clock) -> anyhow::Result<()> {
-    let before = if over > 0 { Some(standing::read(log).await?) } else { None };
+    let mut before = None;
     if over > 0 {
+        before = Some((standing::read(log).await?, clock.instant()));
         clock.sleep(Duration::from_secs(over)).await;
     }
     let standing = standing::read(log).await?;
     let now = clock.now();
+    // Reading it takes a while too.
+    let seconds = before.as_ref().map_or(0.0, |(_, at)| at.elapsed().as_secs_f64());
     let rows: Vec<Row> = standing
         .destinations
         .iter()
         .map(|(id, it)| {
-            let earlier = before.as_ref().and_then(|before| before.destinations.get(id));
+            let earlier = before.as_ref().and_then(|(before, _)| before.destinations.get(id));
             let ended = earlier.map(|earlier| it.ledger.ended().saturating_sub(earlier.ledger.ended()));
-            let rate = ended.map(|ended| ended as f64 / over.max(1) as f64);
+            let rate = ended.map(|ended| ended as f64 / seconds);
             Row::new(id, it, rate, standing.is_paused(id), now)
         })
         .collect();

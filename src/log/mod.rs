@@ -80,6 +80,8 @@ pub struct Member {
     pub instance: InstanceId,
     /// The input topic.
     pub topic: Topic,
+    /// Where it writes.
+    pub outputs: Vec<Topic>,
     /// A member that is silent for so long loses its partitions.
     pub session_timeout: Duration,
     /// How long a revoke waits for the owner to finish and commit.
@@ -190,7 +192,10 @@ pub struct Watermarks {
 pub struct TopicInfo {
     pub topic: Topic,
     pub partitions: u32,
+    /// What is set on the topic itself.
     pub config: BTreeMap<String, String>,
+    /// What the log does where the topic says nothing.
+    pub defaults: BTreeMap<String, String>,
 }
 
 pub trait Admin: Send + Sync + 'static {

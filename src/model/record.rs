@@ -188,6 +188,8 @@ pub mod header {
     pub const ATTEMPTS: &str = "lw-attempts";
     pub const FIRST_FAILED_AT: &str = "lw-first-failed-at";
     pub const LAST_FAILED_AT: &str = "lw-last-failed-at";
+    /// Of an empty record that only ends what a broker left undecided: it says nothing.
+    pub const FILLER: &str = "lw-filler";
 
     /// `content-type` of an Avro single-object value.
     pub const AVRO: &str = "application/avro";

@@ -405,6 +405,7 @@ mod tests {
                     group: "g".into(),
                     instance: "one".into(),
                     topic: Topic::EVENTS,
+                    outputs: vec![Topic::DELIVERIES],
                     session_timeout: std::time::Duration::from_secs(6),
                     revoke_drain: std::time::Duration::from_secs(1),
                 },

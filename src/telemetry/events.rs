@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tracing::{debug, error, info, warn};
 
-use crate::model::record::{Offset, Partition};
+use crate::model::record::{Offset, Partition, Topic};
 use crate::telemetry::metrics::metrics;
 
 /// Partitions came or went.
@@ -95,6 +95,31 @@ pub fn hanging_transaction(topic: &str) {
     metrics().hanging.with_label_values(&[topic]).inc();
 }
 
+/// Records of a transaction that nobody decides any more, written by an instance that is gone: whoever reads committed
+/// records only stands before them. `at`: where they begin.
+pub fn hanging_records(topic: &Topic, partition: Partition, at: i64) {
+    error!(
+        %topic,
+        partition = partition.0,
+        at,
+        "a transaction is neither committed nor aborted, and the instance that began it is gone; end it with \
+         kafka-transactions.sh abort --topic … --partition … --start-offset …"
+    );
+    metrics().hanging.with_label_values(&[topic.as_str()]).inc();
+}
+
+/// A partition is not read any further, since a transaction that began at `stable` is not decided though its time is up.
+pub fn undecided(topic: &Topic, partition: Partition, stable: &dyn std::fmt::Display) {
+    error!(
+        %topic,
+        partition = partition.0,
+        %stable,
+        "reading stands before a transaction that should have been decided long ago; if its instance is gone, end it with \
+         kafka-transactions.sh"
+    );
+    metrics().hanging.with_label_values(&[topic.as_str()]).inc();
+}
+
 /// A partition begins or ends waiting on purpose.
 pub fn waiting(stage: &str, partition: Partition, reason: &'static str, begins: bool) {
     if begins {
@@ -120,6 +145,12 @@ pub fn retention(partition: Partition, left: Duration, drain: Duration, alarm: b
             "deliveries may outlive what the log keeps; those that it is about to delete go to dead-letters"
         );
     }
+}
+
+/// Nothing of a partition is unfinished, or it is not ours any more.
+pub fn retention_over(partition: Partition) {
+    // Absent where it was never told.
+    let _ = metrics().retention_left.remove_label_values(&[&partition.0.to_string()]);
 }
 
 /// The last owner of a partition ended without saying so while records were under way.

@@ -77,7 +77,7 @@ catalogue! {
     restore_seconds: HistogramVec "laneway_runtime_restore_seconds" ["stage"] "Time to restore a partition, in seconds.";
     sessions: IntCounterVec "laneway_runtime_sessions_total" ["stage", "cause"] "Sessions opened: start, transient or fenced.";
     stalled: IntCounterVec "laneway_runtime_stalled_total" ["stage"] "Sessions built anew because reading stood still before records that were there.";
-    hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Assignments that passed over offsets of a transaction which the broker left undecided.";
+    hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Transactions found that the broker left undecided and that no instance here can end: offsets that were passed over, records that readers stand before.";
     unclean_stops: IntCounterVec "laneway_runtime_unclean_stops_total" ["stage"] "Partitions whose last owner ended while records were under way.";
     publishers: IntCounterVec "laneway_runtime_publishers_replaced_total" [] "Kafka producers replaced because their records timed out and nothing was acknowledged meanwhile.";
     config_loads: IntCounterVec "laneway_control_workspace_loads_total" ["result"] "Workspace configurations read: applied, unchanged or refused.";

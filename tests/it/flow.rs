@@ -155,6 +155,24 @@ async fn a_broker_that_goes_away_costs_503_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn sigterm_is_heeded_while_the_broker_is_away() {
+    let broker = Broker::start();
+    let mut flow = Flow::on_kafka_at(&broker.address());
+    flow.set("LANEWAY_RUNTIME__DRAIN_TIMEOUT", "2s");
+    let mut running = flow.start_all().await;
+    let _load = flow.load(&["--events", "100000", "--rate", "500", "--patience", "1"]);
+    running[0].takes(500.0).await;
+    broker.kill();
+    // Long enough for a commit to wait for the broker; one that nothing ends would take a minute and more.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    running.iter().for_each(Process::terminate);
+    for process in &mut running {
+        let status = process.ended(Duration::from_secs(30)).await;
+        assert_eq!(status.code(), Some(0), "{}", process.said());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn dev_prints_a_banner_and_a_line_for_each_delivery() {
     let folder = tempfile::tempdir().expect("a folder");
     let (listen, admin) = (free_port(), free_port());

@@ -111,6 +111,7 @@ fn member(topic: &Topic, instance: &str) -> Member {
         group: "laneway.contract".into(),
         instance: instance.into(),
         topic: topic.clone(),
+        outputs: Vec::new(),
         session_timeout: Duration::from_secs(6),
         revoke_drain: Duration::from_secs(1),
     }

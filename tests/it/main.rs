@@ -6,6 +6,7 @@
 mod faults;
 mod flow;
 mod gateway;
+mod hanging;
 mod lanes;
 mod log_contract;
 mod support;

@@ -230,6 +230,7 @@ impl Engine {
                 group: GROUP.into(),
                 instance: instance.into(),
                 topic: Topic::DELIVERIES,
+                outputs: Vec::new(),
                 session_timeout: SESSION,
                 revoke_drain: Duration::from_secs(1),
             },

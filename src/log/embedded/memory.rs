@@ -204,7 +204,8 @@ impl MemoryStore {
         if state.topics.contains_key(&spec.name) {
             return Ok(());
         }
-        let info = TopicInfo { topic: spec.topic(), partitions: spec.partitions, config: spec.config.clone() };
+        let (config, defaults) = (spec.config.clone(), BTreeMap::new());
+        let info = TopicInfo { topic: spec.topic(), partitions: spec.partitions, config, defaults };
         state.topics.insert(spec.name.clone(), info);
         for number in 0..spec.partitions {
             state.partitions.insert((spec.topic(), Partition(number)), Kept::default());

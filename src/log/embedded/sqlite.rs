@@ -209,7 +209,12 @@ impl SqliteStore {
         rows.iter()
             .map(|row| {
                 let config = serde_json::from_str(&row.get::<String, _>(2))?;
-                Ok(TopicInfo { topic: Topic::new(row.get::<String, _>(0)), partitions: row.get(1), config })
+                Ok(TopicInfo {
+                    topic: Topic::new(row.get::<String, _>(0)),
+                    partitions: row.get(1),
+                    config,
+                    defaults: BTreeMap::new(),
+                })
             })
             .collect()
     }

@@ -46,6 +46,26 @@ impl KafkaAdmin {
         })))
     }
 
+    pub(super) fn name(&self, topic: &Topic) -> String {
+        self.0.config.topic(topic)
+    }
+
+    /// Asks as one who is told of decided records only.
+    pub(super) async fn ask_committed<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&BaseConsumer) -> Result<T, KafkaError> + Send + 'static,
+    ) -> Result<T, LogError> {
+        Self::ask(&self.0.committed, call).await
+    }
+
+    /// Asks as one who is told of all records.
+    pub(super) async fn ask_uncommitted<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&BaseConsumer) -> Result<T, KafkaError> + Send + 'static,
+    ) -> Result<T, LogError> {
+        Self::ask(&self.0.uncommitted, call).await
+    }
+
     /// librdkafka's look-ups block.
     async fn ask<T: Send + 'static>(
         client: &Arc<BaseConsumer>,
@@ -73,8 +93,8 @@ impl Admin for KafkaAdmin {
         let mut infos = Vec::with_capacity(found.len());
         for (name, partitions) in found {
             let topic = Topic::new(name);
-            let config = self.topic_config(&topic).await?;
-            infos.push(TopicInfo { topic, partitions, config });
+            let (config, defaults) = self.topic_config(&topic).await?;
+            infos.push(TopicInfo { topic, partitions, config, defaults });
         }
         infos.sort_by(|a, b| a.topic.cmp(&b.topic));
         Ok(infos)
@@ -101,7 +121,7 @@ impl Admin for KafkaAdmin {
     async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), LogError> {
         let name = self.0.config.topic(topic);
         // The call sets all of a topic's entries at once, so what is there goes along.
-        let mut all = self.topic_config(topic).await?;
+        let (mut all, _) = self.topic_config(topic).await?;
         all.extend(config.clone());
         let mut alter = AlterConfig::new(ResourceSpecifier::Topic(&name));
         for (key, value) in &all {
@@ -126,7 +146,9 @@ impl Admin for KafkaAdmin {
 
     async fn offset_at(&self, topic: &Topic, partition: Partition, at: Timestamp) -> Result<Offset, LogError> {
         let (name, number) = (self.0.config.topic(topic), convert::partition(partition));
-        let found = Self::ask(&self.0.committed, move |client| {
+        // Taken before: what lies below it when nothing at or after that time is found has been written before that time.
+        let end = self.watermarks(topic, partition).await?.end;
+        let found = Self::ask(&self.0.uncommitted, move |client| {
             let mut list = TopicPartitionList::new();
             list.add_partition_offset(&name, number, RawOffset::Offset(at.millis()))?;
             let found = client.offsets_for_times(list, CALL)?;
@@ -135,7 +157,7 @@ impl Admin for KafkaAdmin {
         .await?;
         match found {
             Some(RawOffset::Offset(raw)) => Ok(convert::offset(raw)),
-            _ => Ok(self.watermarks(topic, partition).await?.end),
+            _ => Ok(end),
         }
     }
 
@@ -162,20 +184,23 @@ impl Admin for KafkaAdmin {
 }
 
 impl KafkaAdmin {
-    /// What is set on the topic itself, without the broker's defaults.
-    async fn topic_config(&self, topic: &Topic) -> Result<BTreeMap<String, String>, LogError> {
+    /// What is set on the topic itself, and what the broker does where nothing is.
+    async fn topic_config(
+        &self,
+        topic: &Topic,
+    ) -> Result<(BTreeMap<String, String>, BTreeMap<String, String>), LogError> {
         let name = self.0.config.topic(topic);
         let options = AdminOptions::new().request_timeout(Some(CALL));
         let answers = self.0.admin.describe_configs([&ResourceSpecifier::Topic(&name)], &options).await;
-        let mut config = BTreeMap::new();
+        let (mut own, mut defaults) = (BTreeMap::new(), BTreeMap::new());
         for answer in answers.map_err(convert::error)? {
             for entry in answer.map_err(|code| refused(&name, code))?.entries {
-                if let (ConfigSource::DynamicTopic, Some(value)) = (entry.source, entry.value) {
-                    config.insert(entry.name, value);
-                }
+                let Some(value) = entry.value else { continue };
+                let is_own = entry.source == ConfigSource::DynamicTopic;
+                if is_own { &mut own } else { &mut defaults }.insert(entry.name, value);
             }
         }
-        Ok(config)
+        Ok((own, defaults))
     }
 }
 

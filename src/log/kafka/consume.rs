@@ -19,8 +19,8 @@ use crate::clock::Clock;
 use crate::log::{Assignment, Committed, LogError, Polled};
 use crate::model::record::{Epoch, Offset, Partition, Record};
 
-use super::config::TRANSACTION_TIMEOUT;
 use super::convert;
+use super::hanging::{self, DECIDED};
 
 /// A poll waits so long; a command waits at most so long to be noticed.
 const POLL: Duration = Duration::from_millis(50);
@@ -28,8 +28,6 @@ const POLL: Duration = Duration::from_millis(50);
 const FULL: Duration = Duration::from_millis(2);
 /// Requests to the group coordinator made inside a rebalance.
 const COORDINATOR: Duration = Duration::from_secs(10);
-/// After so long no transaction is open any more: its time-out, and the broker's search for those that are over it (10 s).
-const UNDECIDED: Duration = TRANSACTION_TIMEOUT.saturating_add(Duration::from_secs(10));
 
 /// Epochs are given by the process, so that they differ over sessions.
 static EPOCHS: AtomicUsize = AtomicUsize::new(1);
@@ -126,9 +124,8 @@ impl Rebalances {
 
     /// Stable offsets only: librdkafka waits for transactions that are about to decide (`require_stable`).
     ///
-    /// A transaction lives for [`TRANSACTION_TIMEOUT`], so an offset that is not stable after [`UNDECIDED`] never will be: a
-    /// broker that was killed can leave a transaction's offsets without their marker. Then what was committed before it
-    /// counts. Had it been committed after all, its progress does not fit that offset, and the runtime reads on from there:
+    /// An offset that is not stable after [`DECIDED`] never will be: a broker that was killed can leave a transaction's offsets
+    /// without their marker ([`hanging`]). Then what was committed before it counts. Had it been committed after all, its progress does not fit that offset, and the runtime reads on from there:
     /// repeats are possible, loss is not.
     fn committed(
         &self,
@@ -149,7 +146,7 @@ impl Rebalances {
             match decided.and_then(|client| client.committed_offsets(of.clone(), COORDINATOR)).and_then(all_known) {
                 Ok(found) => {
                     let since = *undecided.get_or_insert_with(|| Clock::system().instant());
-                    if since.elapsed() >= UNDECIDED {
+                    if since.elapsed() >= DECIDED {
                         crate::telemetry::events::hanging_transaction(&self.topic);
                         return Ok(found);
                     }
@@ -287,6 +284,7 @@ fn fill_batch(consumer: &BaseConsumer<Rebalances>, context: &Rebalances, limits:
     while count < records && size < bytes {
         match consumer.poll(wait) {
             None => return false,
+            Some(Ok(message)) if hanging::is_filler(&message) => {}
             Some(Ok(message)) => {
                 let record = convert::record(&message);
                 size += record.weight();

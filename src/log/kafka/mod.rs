@@ -9,12 +9,16 @@
 //! - an assignment is answered at once, paused and with explicit offsets, since until then *all* partitions stand still;
 //! - a commit takes the group's metadata under the same lock under which partitions are lost, so that a member which has
 //!   rejoined cannot commit for what it lost;
+//! - a partition's first record from a producer goes alone (`known`): librdkafka would acknowledge one that was refused;
+//! - what a restarted broker left undecided is ended (`hanging`): readers would stand before it for ever;
 //! - static members do not leave on close: closing unsubscribes first, so that a shutdown hands over at once.
 
 mod admin;
 mod config;
 mod consume;
 mod convert;
+mod hanging;
+mod known;
 mod publisher;
 mod reader;
 mod session;
@@ -52,7 +56,7 @@ impl Backend for Kafka {
     type Admin = KafkaAdmin;
 
     async fn session(&self, member: Member) -> Result<KafkaSession, LogError> {
-        KafkaSession::join(&self.config, member).await
+        KafkaSession::join(&self.config, self.admin()?, member).await
     }
 
     fn publisher(&self) -> Result<KafkaPublisher, LogError> {

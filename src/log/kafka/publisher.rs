@@ -2,6 +2,8 @@
 //!
 //! An idempotent producer that loses its broker at the wrong moment may never send again, though the broker is back. So a
 //! producer whose records timed out while it got nothing acknowledged is replaced.
+//!
+//! A partition's first record is acknowledged before others follow it ([`super::known`]).
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,14 +11,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rdkafka::client::ClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::producer::{BaseRecord, DeliveryResult, NoCustomPartitioner, ProducerContext, ThreadedProducer};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
+use crate::clock::Clock;
 use crate::log::{LogError, Publisher};
-use crate::model::record::Addressed;
+use crate::model::record::{Addressed, Partition, Topic};
 use crate::telemetry::events;
 
 use super::config::KafkaConfig;
 use super::convert;
+use super::known::{Acquaintance, Known};
 
 #[derive(Clone)]
 pub struct KafkaPublisher(Arc<Shared>);
@@ -29,14 +33,25 @@ struct Shared {
 /// One producer. Whoever waits for it holds it.
 struct Client {
     producer: Option<ThreadedProducer<Acknowledgements>>,
+    shared: Arc<Reports>,
+}
+
+/// What delivery reports say of a producer.
+#[derive(Default)]
+struct Reports {
     /// Records that the broker has acknowledged.
-    acknowledged: Arc<AtomicU64>,
+    acknowledged: AtomicU64,
+    known: Mutex<Known>,
+    /// The first record of some partition has been answered for.
+    met: Notify,
 }
 
 /// The records of one call: whoever acknowledges the last one answers.
 pub struct Waiting {
     outstanding: AtomicUsize,
     answer: Mutex<Answer>,
+    /// The record is the first one there.
+    first: Option<(Topic, Partition)>,
 }
 
 #[derive(Default)]
@@ -46,6 +61,17 @@ struct Answer {
 }
 
 impl Waiting {
+    /// Waits for so many records, and for one more answer: it cannot end before all are on their way.
+    fn new(
+        records: usize,
+        first: Option<(Topic, Partition)>,
+    ) -> (Arc<Self>, oneshot::Receiver<Result<(), KafkaError>>) {
+        let (done, answer) = oneshot::channel();
+        let outstanding = AtomicUsize::new(records + 1);
+        let waiting = Self { outstanding, answer: Mutex::new(Answer { first_refusal: None, to: Some(done) }), first };
+        (Arc::new(waiting), answer)
+    }
+
     fn one_less(&self, error: Option<KafkaError>) {
         let mut answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
         if error.is_some() && answer.first_refusal.is_none() {
@@ -60,8 +86,16 @@ impl Waiting {
     }
 }
 
-pub struct Acknowledgements {
-    count: Arc<AtomicU64>,
+pub struct Acknowledgements(Arc<Reports>);
+
+impl Reports {
+    fn meet(&self, (topic, partition): &(Topic, Partition), is_stored: bool) {
+        let now = Acquaintance::Known(Clock::system().instant());
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.set(topic, *partition, if is_stored { now } else { Acquaintance::Unknown });
+        drop(known);
+        self.met.notify_waiters();
+    }
 }
 
 impl ClientContext for Acknowledgements {
@@ -79,7 +113,10 @@ impl ProducerContext<NoCustomPartitioner> for Acknowledgements {
 
     fn delivery(&self, result: &DeliveryResult<'_>, waiting: Box<Arc<Waiting>>) {
         if result.is_ok() {
-            self.count.fetch_add(1, Ordering::Relaxed);
+            self.0.acknowledged.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(first) = &waiting.first {
+            self.0.meet(first, result.is_ok());
         }
         waiting.one_less(result.as_ref().err().map(|(error, _)| error.clone()));
     }
@@ -87,10 +124,58 @@ impl ProducerContext<NoCustomPartitioner> for Acknowledgements {
 
 impl Client {
     fn new(config: &KafkaConfig) -> Result<Self, LogError> {
-        let acknowledged = Arc::default();
-        let context = Acknowledgements { count: Arc::clone(&acknowledged) };
+        let shared = Arc::default();
+        let context = Acknowledgements(Arc::clone(&shared));
         let producer = config.publisher().create_with_context(context).map_err(convert::error)?;
-        Ok(Self { producer: Some(producer), acknowledged })
+        Ok(Self { producer: Some(producer), shared })
+    }
+
+    async fn publish(&self, prefix: &str, records: &[Addressed]) -> Result<(), KafkaError> {
+        let firsts = self.introduce(prefix, records).await?;
+        let (waiting, answer) = Waiting::new(records.len() - firsts.len(), None);
+        for record in records.iter().enumerate().filter(|(index, _)| !firsts.contains(index)).map(|(_, record)| record)
+        {
+            if let Err(error) = self.send(prefix, record, &waiting) {
+                waiting.one_less(Some(error));
+            }
+        }
+        waiting.one_less(None);
+        // The producer answers for every record before it ends.
+        answer.await.unwrap_or(Err(KafkaError::Canceled))
+    }
+
+    /// Sends the first records of partitions that do not know the producer, and waits for them; which they are.
+    async fn introduce(&self, prefix: &str, records: &[Addressed]) -> Result<Vec<usize>, KafkaError> {
+        let (mut sent, mut index) = (Vec::new(), 0);
+        while let Some(record) = records.get(index) {
+            // Asked for before looking, so that no notice is missed.
+            let met = self.shared.met.notified();
+            let found = {
+                let mut known = self.shared.known.lock().unwrap_or_else(PoisonError::into_inner);
+                let found = known.of(record, Clock::system().instant());
+                if found == Acquaintance::Unknown {
+                    known.set(&record.topic, record.partition, Acquaintance::Introduced);
+                }
+                found
+            };
+            match found {
+                Acquaintance::Known(_) => index += 1,
+                Acquaintance::Introduced => met.await,
+                Acquaintance::Unknown => {
+                    let first = (record.topic.clone(), record.partition);
+                    let (waiting, answer) = Waiting::new(1, Some(first.clone()));
+                    if let Err(error) = self.send(prefix, record, &waiting) {
+                        self.shared.meet(&first, false);
+                        return Err(error);
+                    }
+                    waiting.one_less(None);
+                    answer.await.unwrap_or(Err(KafkaError::Canceled))?;
+                    sent.push(index);
+                    index += 1;
+                }
+            }
+        }
+        Ok(sent)
     }
 
     fn send(&self, prefix: &str, record: &Addressed, waiting: &Arc<Waiting>) -> Result<(), KafkaError> {
@@ -149,25 +234,82 @@ impl Publisher for KafkaPublisher {
             return Ok(());
         }
         let client = self.current();
-        let before = client.acknowledged.load(Ordering::Relaxed);
-        let (done, answer) = oneshot::channel();
-        // One more than there are records, so that it cannot end before all are on their way.
-        let outstanding = AtomicUsize::new(records.len() + 1);
-        let waiting =
-            Arc::new(Waiting { outstanding, answer: Mutex::new(Answer { first_refusal: None, to: Some(done) }) });
-        for record in &records {
-            if let Err(error) = client.send(&self.0.config.prefix, record, &waiting) {
-                waiting.one_less(Some(error));
-            }
-        }
-        waiting.one_less(None);
-        // The producer answers for every record before it ends.
-        let Err(error) = answer.await.unwrap_or(Err(KafkaError::Canceled)) else { return Ok(()) };
-        let is_idle = client.acknowledged.load(Ordering::Relaxed) == before;
+        let acknowledged = || client.shared.acknowledged.load(Ordering::Relaxed);
+        let before = acknowledged();
+        let Err(error) = client.publish(&self.0.config.prefix, &records).await else { return Ok(()) };
+        let is_idle = acknowledged() == before;
         let is_stuck = error.rdkafka_error_code() == Some(Code::MessageTimedOut) && is_idle;
         if is_stuck || error.rdkafka_error_code() == Some(Code::Fatal) {
             self.replace(&client, &error);
         }
         Err(convert::error(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Duration;
+
+    use rdkafka::consumer::{BaseConsumer, Consumer};
+    use rdkafka::message::Message;
+    use rdkafka::mocking::MockCluster;
+    use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+    use rdkafka::{Offset, TopicPartitionList};
+
+    use super::*;
+    use crate::model::record::Headers;
+
+    /// What a real broker does only in the moment in which its leadership returns: it refuses a producer's first batch and
+    /// takes the one right behind it. librdkafka's own broker does it when told.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_first_batch_that_is_refused_is_not_acknowledged_by_the_next_ones_success() {
+        let cluster = MockCluster::new(1).expect("librdkafka's broker");
+        cluster.create_topic("events", 2, 1).expect("a topic");
+        cluster.broker_round_trip_time(1, Duration::from_millis(50)).expect("a slow link");
+        let bootstrap_servers = cluster.bootstrap_servers();
+        let config = KafkaConfig { bootstrap_servers, prefix: String::new(), properties: Default::default() };
+        let publisher = KafkaPublisher::new(&config).expect("a publisher");
+        let record = |n: u32| {
+            let (topic, partition, headers) = (Topic::EVENTS, Partition(0), Headers::new());
+            Addressed { topic, partition, key: None, value: Some(n.to_string().into()), headers }
+        };
+        // With a connection there is nothing that would make one batch of several.
+        publisher.publish(vec![Addressed { partition: Partition(1), ..record(0) }]).await.expect("acknowledged");
+        let refusal = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION;
+        cluster.request_errors(RDKafkaApiKey::Produce, &[refusal]);
+        let calls: Vec<_> = (0..10)
+            .map(|n| {
+                let (publisher, records) = (publisher.clone(), vec![record(2 * n), record(2 * n + 1)]);
+                tokio::spawn(async move {
+                    // Apart, so that they are not one batch.
+                    Clock::system().sleep(Duration::from_millis(u64::from(n) * 10)).await;
+                    publisher.publish(records).await
+                })
+            })
+            .collect();
+        for call in calls {
+            call.await.expect("it ends").expect("acknowledged");
+        }
+        let stored = tokio::task::spawn_blocking(move || stored(&config)).await.expect("it ends");
+        assert_eq!(stored, (0..20).map(|n| n.to_string()).collect(), "all that is acknowledged is stored");
+        drop(cluster);
+    }
+
+    fn stored(config: &KafkaConfig) -> BTreeSet<String> {
+        let consumer: BaseConsumer = config.reader().create().expect("a consumer");
+        let mut at = TopicPartitionList::new();
+        at.add_partition_offset("events", 0, Offset::Beginning).expect("an offset");
+        consumer.assign(&at).expect("assigned");
+        let mut found = BTreeSet::new();
+        loop {
+            match consumer.poll(Duration::from_secs(5)).expect("an answer") {
+                Ok(message) => {
+                    found.insert(String::from_utf8_lossy(message.payload().unwrap_or_default()).into_owned());
+                }
+                Err(KafkaError::PartitionEOF(_)) => return found,
+                Err(error) => panic!("{error}"),
+            }
+        }
     }
 }

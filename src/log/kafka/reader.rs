@@ -12,7 +12,7 @@ use crate::log::{Limit, LogError, Read, Reader};
 use crate::model::record::{Offset, Partition, Record, Topic};
 
 use super::config::KafkaConfig;
-use super::{convert, thread};
+use super::{convert, hanging, thread};
 
 const POLL: Duration = Duration::from_millis(50);
 /// With its channel full the thread looks for room so often.
@@ -164,6 +164,7 @@ fn fill(consumer: &BaseConsumer) -> Vec<Result<Read, LogError>> {
     while records.len() < BATCH.records && bytes < BATCH.bytes {
         match consumer.poll(wait) {
             None => break,
+            Some(Ok(message)) if hanging::is_filler(&message) => {}
             Some(Ok(message)) => {
                 let record = convert::record(&message);
                 bytes += record.weight();

@@ -12,9 +12,12 @@ use tokio::sync::{mpsc, oneshot};
 use crate::log::{Assignment, Commit, Guarantee, Limit, LogError, Member, Polled, Session};
 use crate::model::record::{Epoch, Offset, Partition};
 
+use super::admin::KafkaAdmin;
 use super::config::KafkaConfig;
 use super::consume::{self, Command, Limits, Owned, Rebalances};
-use super::transact::{self, Order, Receipts, TransactionalProducer};
+use super::hanging::{self, Mending};
+use super::known::Known;
+use super::transact::{Order, Receipts, TransactionalProducer, Transactions};
 use super::{convert, thread};
 
 /// Batches that wait for the runtime: with librdkafka's own queue behind them, more would only be memory.
@@ -25,6 +28,7 @@ const LEAVE: Duration = Duration::from_secs(5);
 
 pub struct KafkaSession {
     ends: consume::Ends,
+    mending: Mending,
     orders: Sender<Order>,
     limits: Arc<Limits>,
     /// Which epoch of a partition this session has been told of: what a command is about.
@@ -37,7 +41,7 @@ pub struct KafkaSession {
 }
 
 impl KafkaSession {
-    pub(super) async fn join(config: &KafkaConfig, member: Member) -> Result<Self, LogError> {
+    pub(super) async fn join(config: &KafkaConfig, admin: KafkaAdmin, member: Member) -> Result<Self, LogError> {
         let (polled_in, polled) = mpsc::channel(BATCHES);
         let (released, released_in) = channel();
         let (commands, commands_in) = channel();
@@ -56,13 +60,16 @@ impl KafkaSession {
         let limits = Arc::new(Limits { records: AtomicUsize::new(500), bytes: AtomicUsize::new(1 << 20) });
 
         let (ready, is_ready) = oneshot::channel();
-        let (config, half, topic_name) = (config.clone(), Arc::clone(&consumer), topic.clone());
+        let (config, consumer_half, group) = (config.clone(), Arc::clone(&consumer), member.group.clone());
+        let (half_topic, known) = (topic.clone(), Known::default());
         thread("kafka-transact", move || {
-            let begun = transact::begin_life(&producer);
+            let (topic, consumer) = (half_topic, consumer_half);
+            let transactions = Transactions { config, producer, consumer, group, topic, owned, known };
+            let begun = transactions.begin_life();
             let alive = begun.is_ok();
             let _ = ready.send(begun);
             if alive {
-                transact::run(&config, &producer, &half, &topic_name, &owned, &orders_in);
+                transactions.run(&orders_in);
             }
         })?;
         is_ready.await.map_err(|_| LogError::transient("the kafka client ended"))??;
@@ -81,6 +88,7 @@ impl KafkaSession {
         let ends = consume::Ends { commands, released, polled };
         Ok(Self {
             ends,
+            mending: hanging::mend(admin, member.outputs, orders.clone()),
             orders,
             limits,
             epochs: BTreeMap::new(),
@@ -155,7 +163,7 @@ impl Session for KafkaSession {
     async fn close(self) {
         let consume::Ends { commands, released, polled } = self.ends;
         // Nobody takes what is still told: a thread that waits to tell it must not wait for ever.
-        drop((self.orders, released, polled));
+        drop((self.mending, self.orders, released, polled));
         let (done, closed) = oneshot::channel();
         if commands.send(Command::Close(done)).is_ok() {
             // Dropped, not sent, when the group has been left. Without a broker there is nobody to tell.

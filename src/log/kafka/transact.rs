@@ -1,5 +1,6 @@
 //! The producing half of a session: a thread that runs one transaction after the other.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -9,15 +10,17 @@ use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::producer::{BaseRecord, DeliveryResult, NoCustomPartitioner, Producer, ProducerContext, ThreadedProducer};
-use rdkafka::topic_partition_list::TopicPartitionList;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use tokio::sync::oneshot;
 
+use crate::clock::Clock;
 use crate::log::{Commit, LogError};
 use crate::model::record::Addressed;
 
 use super::config::{KafkaConfig, TRANSACTION_TIMEOUT};
 use super::consume::{Owned, Rebalances};
 use super::convert;
+use super::known::{Acquaintance, Known};
 
 /// One call of the transaction API. It can be called again while it answers that it may.
 const CALL: Duration = Duration::from_secs(5);
@@ -83,51 +86,176 @@ impl ProducerContext<NoCustomPartitioner> for Receipts {
     }
 }
 
-/// Ends what an earlier process of this id left open, and fences it.
-pub fn begin_life(producer: &TransactionalProducer) -> Result<(), LogError> {
-    producer.init_transactions(Duration::from_secs(15)).map_err(convert::error)
+/// What runs a session's transactions.
+pub struct Transactions {
+    pub config: KafkaConfig,
+    pub producer: TransactionalProducer,
+    pub consumer: Arc<BaseConsumer<Rebalances>>,
+    pub group: String,
+    pub topic: String,
+    pub owned: Owned,
+    pub known: Known,
 }
 
-/// The thread's loop. Ends when the session is dropped.
-pub fn run(
-    config: &KafkaConfig,
-    producer: &TransactionalProducer,
-    consumer: &BaseConsumer<Rebalances>,
-    topic: &str,
-    owned: &Owned,
-    orders: &Receiver<Order>,
-) {
-    while let Ok((commit, done)) = orders.recv() {
-        let result = transact(config, producer, consumer, topic, owned, &commit);
-        // A session that has stopped waiting is being dropped.
-        let _ = done.send(result);
+impl Transactions {
+    /// Ends what an earlier process of this id left open, and fences it.
+    pub fn begin_life(&self) -> Result<(), LogError> {
+        self.producer.init_transactions(Duration::from_secs(15)).map_err(convert::error)?;
+        self.let_go_of_offsets()
     }
-}
 
-fn transact(
-    config: &KafkaConfig,
-    producer: &TransactionalProducer,
-    consumer: &BaseConsumer<Rebalances>,
-    topic: &str,
-    owned: &Owned,
-    commit: &Commit,
-) -> Result<(), LogError> {
-    producer.begin_transaction().map_err(|error| match convert::error(error) {
-        // The last transaction hangs in a state that only a new client leaves.
-        LogError::Transient(error) => LogError::Fenced(error),
-        other => other,
-    })?;
-    let filled = fill(config, producer, &commit.outputs)
-        .and_then(|()| send_offsets(producer, consumer, topic, owned, commit))
-        .and_then(|()| producer.context().settle(TRANSACTION_TIMEOUT))
-        .map(|()| empty_queue(producer));
-    match filled {
-        Ok(()) => decide(producer),
-        Err(error @ LogError::Fenced(_)) => Err(error),
-        Err(error) => {
-            abort(producer)?;
-            Err(error)
+    /// Offsets whose marker a broker has lost are pending for ever, and nobody else may read the group's until they are
+    /// decided ([`super::hanging`]). The next marker of this producer decides them: it aborts.
+    fn let_go_of_offsets(&self) -> Result<(), LogError> {
+        let observer: BaseConsumer =
+            self.config.observer(&self.group, "read_uncommitted").create().map_err(convert::error)?;
+        let mut list = TopicPartitionList::new();
+        list.add_partition(&self.topic, 0);
+        let committed = observer.committed_offsets(list, Duration::from_secs(15)).map_err(convert::error)?;
+        let mut offsets = TopicPartitionList::new();
+        let found = committed.find_partition(&self.topic, 0);
+        // What is committed already, since what is to be aborted must do no harm should it ever not be.
+        let (at, metadata) = match &found {
+            Some(found) if matches!(found.offset(), Offset::Offset(_)) => (found.offset(), found.metadata()),
+            _ => (Offset::Offset(0), ""),
+        };
+        offsets.add_partition_offset(&self.topic, 0, at).map_err(convert::error)?;
+        if let Some(mut element) = offsets.find_partition(&self.topic, 0) {
+            element.set_metadata(metadata);
         }
+        let metadata = observer.group_metadata().ok_or_else(|| LogError::transient("the group is not known yet"))?;
+        self.producer.begin_transaction().map_err(convert::error)?;
+        let sent = repeat(|| self.producer.send_offsets_to_transaction(&offsets, &metadata, CALL));
+        if let Err(error @ (LogError::Fenced(_) | LogError::Fatal(_))) = sent {
+            return Err(error);
+        }
+        abort(&self.producer)
+    }
+
+    /// The thread's loop. Ends when the session is dropped.
+    pub fn run(mut self, orders: &Receiver<Order>) {
+        while let Ok((commit, done)) = orders.recv() {
+            let result = self.transact(&commit);
+            // A session that has stopped waiting is being dropped.
+            let _ = done.send(result);
+        }
+    }
+
+    fn transact(&mut self, commit: &Commit) -> Result<(), LogError> {
+        self.producer.begin_transaction().map_err(|error| match convert::error(error) {
+            // The last transaction hangs in a state that only a new client leaves.
+            LogError::Transient(error) => LogError::Fenced(error),
+            other => other,
+        })?;
+        let filled = self
+            .fill(&commit.outputs)
+            .and_then(|()| self.send_offsets(commit))
+            .and_then(|()| self.producer.context().settle(TRANSACTION_TIMEOUT))
+            .map(|()| empty_queue(&self.producer));
+        match filled {
+            Ok(()) => decide(&self.producer),
+            Err(error @ LogError::Fenced(_)) => Err(error),
+            Err(error) => {
+                abort(&self.producer)?;
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(&mut self, outputs: &[Addressed]) -> Result<(), LogError> {
+        let mut names: Vec<(&str, String)> = Vec::new();
+        let firsts = self.introduce(outputs, &mut names)?;
+        for output in outputs.iter().enumerate().filter(|(index, _)| !firsts.contains(index)).map(|(_, output)| output)
+        {
+            self.send(output, &mut names)?;
+        }
+        Ok(())
+    }
+
+    /// Sends the first records of partitions that do not know the producer, and waits for them ([`super::known`]); which
+    /// they are.
+    fn introduce<'a>(
+        &mut self,
+        outputs: &'a [Addressed],
+        names: &mut Vec<(&'a str, String)>,
+    ) -> Result<BTreeSet<usize>, LogError> {
+        let mut firsts = BTreeSet::new();
+        let now = Clock::system().instant();
+        for (index, output) in outputs.iter().enumerate() {
+            if self.known.of(output, now) == Acquaintance::Unknown {
+                self.known.set(&output.topic, output.partition, Acquaintance::Introduced);
+                firsts.insert(index);
+            }
+        }
+        if firsts.is_empty() {
+            return Ok(firsts);
+        }
+        let sent = firsts.iter().try_for_each(|index| self.send(&outputs[*index], names));
+        let met = sent.and_then(|()| self.producer.context().settle(TRANSACTION_TIMEOUT));
+        let after = met.as_ref().map_or(Acquaintance::Unknown, |()| Acquaintance::Known(now));
+        for index in &firsts {
+            self.known.set(&outputs[*index].topic, outputs[*index].partition, after);
+        }
+        met.map(|()| firsts)
+    }
+
+    fn send<'a>(&self, output: &'a Addressed, names: &mut Vec<(&'a str, String)>) -> Result<(), LogError> {
+        let known = names.iter().position(|(topic, _)| *topic == output.topic.as_str());
+        let known = known.unwrap_or_else(|| {
+            names.push((output.topic.as_str(), self.config.topic(&output.topic)));
+            names.len() - 1
+        });
+        let mut record: BaseRecord<'_, [u8], [u8], ()> = BaseRecord::to(&names[known].1)
+            .partition(convert::partition(output.partition))
+            .headers(convert::headers(&output.headers));
+        if let Some(key) = &output.key {
+            record = record.key(key);
+        }
+        if let Some(value) = &output.value {
+            record = record.payload(value);
+        }
+        self.producer.context().expect();
+        loop {
+            match self.producer.send(record) {
+                Ok(()) => return Ok(()),
+                Err((KafkaError::MessageProduction(Code::QueueFull), again)) => {
+                    record = again;
+                    std::thread::park_timeout(Duration::from_millis(1));
+                }
+                Err((error, _)) => {
+                    self.producer.context().outstanding.fetch_sub(1, Ordering::AcqRel);
+                    return Err(convert::error(error));
+                }
+            }
+        }
+    }
+
+    fn send_offsets(&self, commit: &Commit) -> Result<(), LogError> {
+        if commit.offsets.is_empty() {
+            return Ok(());
+        }
+        let mut offsets = TopicPartitionList::new();
+        for (partition, (_, committed)) in &commit.offsets {
+            let number = convert::partition(*partition);
+            let raw = i64::try_from(committed.offset.raw()).unwrap_or(i64::MAX);
+            let set = offsets.add_partition_offset(&self.topic, number, Offset::Offset(raw));
+            set.map_err(convert::error)?;
+            if let Some(mut element) = offsets.find_partition(&self.topic, number) {
+                element.set_metadata(committed.metadata.as_str());
+            }
+        }
+        let metadata = {
+            // A member that lost a partition and has joined again would be believed for it: the metadata is taken while what
+            // is ours cannot change.
+            let owned = self.owned.lock().unwrap_or_else(PoisonError::into_inner);
+            let gone = commit.offsets.iter().find(|(partition, (epoch, _))| owned.get(partition) != Some(epoch));
+            if let Some((partition, _)) = gone {
+                return Err(LogError::transient(format!("partition {partition} has been taken away")));
+            }
+            self.consumer.group_metadata()
+        };
+        let metadata = metadata.ok_or_else(|| LogError::transient("not a member of the group yet"))?;
+        repeat(|| self.producer.send_offsets_to_transaction(&offsets, &metadata, CALL))
     }
 }
 
@@ -140,75 +268,6 @@ fn empty_queue(producer: &TransactionalProducer) {
         }
         std::thread::park_timeout(Duration::from_micros(50));
     }
-}
-
-fn fill(config: &KafkaConfig, producer: &TransactionalProducer, outputs: &[Addressed]) -> Result<(), LogError> {
-    let mut names: Vec<(&str, String)> = Vec::new();
-    for output in outputs {
-        let known = names.iter().position(|(topic, _)| *topic == output.topic.as_str());
-        let known = known.unwrap_or_else(|| {
-            names.push((output.topic.as_str(), config.topic(&output.topic)));
-            names.len() - 1
-        });
-        let mut record: BaseRecord<'_, [u8], [u8], ()> = BaseRecord::to(&names[known].1)
-            .partition(convert::partition(output.partition))
-            .headers(convert::headers(&output.headers));
-        if let Some(key) = &output.key {
-            record = record.key(key);
-        }
-        if let Some(value) = &output.value {
-            record = record.payload(value);
-        }
-        producer.context().expect();
-        loop {
-            match producer.send(record) {
-                Ok(()) => break,
-                Err((KafkaError::MessageProduction(Code::QueueFull), again)) => {
-                    record = again;
-                    std::thread::park_timeout(Duration::from_millis(1));
-                }
-                Err((error, _)) => {
-                    producer.context().outstanding.fetch_sub(1, Ordering::AcqRel);
-                    return Err(convert::error(error));
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-fn send_offsets(
-    producer: &TransactionalProducer,
-    consumer: &BaseConsumer<Rebalances>,
-    topic: &str,
-    owned: &Owned,
-    commit: &Commit,
-) -> Result<(), LogError> {
-    if commit.offsets.is_empty() {
-        return Ok(());
-    }
-    let mut offsets = TopicPartitionList::new();
-    for (partition, (_, committed)) in &commit.offsets {
-        let number = convert::partition(*partition);
-        let raw = i64::try_from(committed.offset.raw()).unwrap_or(i64::MAX);
-        let set = offsets.add_partition_offset(topic, number, rdkafka::Offset::Offset(raw));
-        set.map_err(convert::error)?;
-        if let Some(mut element) = offsets.find_partition(topic, number) {
-            element.set_metadata(committed.metadata.as_str());
-        }
-    }
-    let metadata = {
-        // A member that lost a partition and has joined again would be believed for it: the metadata is taken while what is
-        // ours cannot change.
-        let owned = owned.lock().unwrap_or_else(PoisonError::into_inner);
-        let gone = commit.offsets.iter().find(|(partition, (epoch, _))| owned.get(partition) != Some(epoch));
-        if let Some((partition, _)) = gone {
-            return Err(LogError::transient(format!("partition {partition} has been taken away")));
-        }
-        consumer.group_metadata()
-    };
-    let metadata = metadata.ok_or_else(|| LogError::transient("not a member of the group yet"))?;
-    repeat(|| producer.send_offsets_to_transaction(&offsets, &metadata, CALL))
 }
 
 /// Commits. While its fate is unknown it is asked for again, never aborted.

@@ -167,7 +167,7 @@ impl<B: Backend, D: Deliver> Work for DeliverWork<B, D> {
             seed: self.settings.seed ^ (assignment.epoch.0 << 16) ^ u64::from(partition.0),
         };
         let state = PartitionState::new(given, restored, self.clock.now());
-        let retention = Retention::new(partition, self.settings.retention, self.clock.now());
+        let retention = Retention::new(partition, self.settings.retention, state.ended(), self.clock.now());
         let (wanted, wishes) = mpsc::unbounded_channel();
         let (found_in, found) = mpsc::unbounded_channel();
         let (backend, topic, clock) = (self.backend.clone(), self.settings.input.clone(), self.clock.clone());

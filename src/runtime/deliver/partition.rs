@@ -52,6 +52,8 @@ pub use scan::CursorId;
 
 /// Nothing new is started while so many final outcomes wait for a commit: after a crash they would all be repeated.
 const UNCOMMITTED: usize = 10_000;
+/// Nor while so many bytes of dead letters do: one transaction has to hold them, and memory until then.
+const UNCOMMITTED_BYTES: usize = 8 << 20;
 /// Single records that are read at a time.
 const FETCHES: usize = 64;
 /// What a held key costs beside its records: its state, its name, its mark's place in the list of lowest offsets.
@@ -120,6 +122,9 @@ pub struct PartitionState {
     in_flight: usize,
     uncommitted: usize,
     collected: usize,
+    /// Of dead letters.
+    uncommitted_bytes: usize,
+    collected_bytes: usize,
     waiting: Option<&'static str>,
     random: SmallRng,
     /// For the metrics.
@@ -168,6 +173,8 @@ impl PartitionState {
             in_flight: 0,
             uncommitted: 0,
             collected: 0,
+            uncommitted_bytes: 0,
+            collected_bytes: 0,
             waiting: None,
             random: SmallRng::seed_from_u64(seed),
             pending: 0,
@@ -301,10 +308,13 @@ impl PartitionState {
 
     /// What may start now, if anything. `may_send`: this owner may start requests.
     pub fn next_start(&mut self, now: Timestamp, may_send: bool) -> Option<Start> {
+        if self.owes_much() {
+            return None;
+        }
         if let Some(start) = self.next_reading(now) {
             return Some(start);
         }
-        if !may_send || self.uncommitted >= UNCOMMITTED {
+        if !may_send {
             return None;
         }
         loop {
@@ -327,6 +337,11 @@ impl PartitionState {
                 return Some(start);
             }
         }
+    }
+
+    /// So much has ended since the last commit that nothing more is to be read or sent before the next one.
+    pub fn owes_much(&self) -> bool {
+        self.uncommitted >= UNCOMMITTED || self.uncommitted_bytes >= UNCOMMITTED_BYTES
     }
 
     /// The records of the key's next request; none where the first one has to be read before.
@@ -409,11 +424,15 @@ impl PartitionState {
         self.lanes.push(id, true);
     }
 
-    /// The lowest unfinished record that has been taken, with how many are pending and how many have ended.
-    pub fn oldest(&self) -> Option<(Offset, u64, u64)> {
+    /// The lowest unfinished record that has been taken, with how many are pending.
+    pub fn oldest(&self) -> Option<(Offset, u64)> {
         let lowest = self.lowest_unfinished();
-        let ended = (0..self.lanes.len()).map(|index| self.lanes.at(index).ledger.ended()).sum();
-        (lowest < self.frontier()).then_some((lowest, self.pending, ended))
+        (lowest < self.frontier()).then_some((lowest, self.pending))
+    }
+
+    /// Final outcomes so far.
+    pub fn ended(&self) -> u64 {
+        (0..self.lanes.len()).map(|index| self.lanes.at(index).ledger.ended()).sum()
     }
 
     /// When something is due.
@@ -461,8 +480,8 @@ impl PartitionState {
 
     /// What was collected last is committed.
     pub fn committed(&mut self) {
-        self.uncommitted -= self.collected.min(self.uncommitted);
-        self.collected = 0;
+        self.uncommitted -= std::mem::take(&mut self.collected).min(self.uncommitted);
+        self.uncommitted_bytes -= std::mem::take(&mut self.collected_bytes).min(self.uncommitted_bytes);
     }
 
     /// Something waits for its turn to be sent.

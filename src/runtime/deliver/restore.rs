@@ -19,6 +19,8 @@ use super::DeliverSettings;
 const READ: Limit = Limit { records: 1_000, bytes: 4 << 20 };
 /// Progress that the committed offset names is waited for so long before it counts as missing.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// A transaction that is undecided for so long is told.
+const OVERDUE: Duration = Duration::from_secs(30);
 /// How often is looked whether the last owner's transaction has been decided.
 const UNDECIDED: Duration = Duration::from_millis(20);
 
@@ -55,7 +57,17 @@ pub async fn restore<B: Backend>(
     let began = clock.instant();
     let partition = assignment.partition;
     let end = admin.watermarks(&settings.progress, partition).await?.end;
-    while admin.watermarks(&settings.progress, partition).await?.stable < end {
+    let mut tell_at = began + OVERDUE;
+    loop {
+        let stable = admin.watermarks(&settings.progress, partition).await?.stable;
+        if stable >= end {
+            break;
+        }
+        if clock.instant() >= tell_at {
+            // Going on would be to believe a part of the progress. The log ends what was our own.
+            events::undecided(&settings.progress, partition, &stable);
+            tell_at += OVERDUE;
+        }
         clock.sleep(UNDECIDED).await;
     }
     let mut reader = backend.reader(&settings.progress, partition, Offset::START).await?;

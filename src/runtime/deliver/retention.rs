@@ -23,9 +23,16 @@ pub struct Retention {
     ended: u64,
 }
 
+impl Drop for Retention {
+    fn drop(&mut self) {
+        events::retention_over(self.partition);
+    }
+}
+
 impl Retention {
-    pub fn new(partition: Partition, keep: Option<Duration>, now: Timestamp) -> Self {
-        Self { partition, keep, looked_at: now, ended: 0 }
+    /// `ended`: final outcomes so far.
+    pub fn new(partition: Partition, keep: Option<Duration>, ended: u64, now: Timestamp) -> Self {
+        Self { partition, keep, looked_at: now, ended }
     }
 
     /// When to look next.
@@ -38,6 +45,11 @@ impl Retention {
         let rate = ended.saturating_sub(self.ended) as f64 / now.since(self.looked_at).as_secs_f64().max(0.001);
         (self.looked_at, self.ended) = (now, ended);
         rate
+    }
+
+    /// Nothing is unfinished.
+    pub fn rest(&self) {
+        events::retention_over(self.partition);
     }
 
     /// The oldest of `pending` unfinished records was written `at`. Tells before when records have to end now.
@@ -66,7 +78,7 @@ mod tests {
     #[test]
     fn records_end_a_margin_before_they_are_deleted() {
         let start = Timestamp::from_millis(0);
-        let mut retention = Retention::new(Partition(0), Some(DAY), start);
+        let mut retention = Retention::new(Partition(0), Some(DAY), 0, start);
         assert_eq!(retention.next_look(), Some(start.plus(LOOK)));
         let judge = |retention: &Retention, now| retention.judge(start, 10, 1.0, now);
         assert_eq!(judge(&retention, start.plus(DAY / 2)), None);
@@ -75,6 +87,6 @@ mod tests {
         let later = late.plus(Duration::from_secs(5));
         assert_eq!(judge(&retention, later), Some(start.plus(Duration::from_secs(5))));
         assert_eq!(retention.look(120, start.plus(LOOK)), 2.0);
-        assert_eq!(Retention::new(Partition(0), None, start).next_look(), None, "kept for ever");
+        assert_eq!(Retention::new(Partition(0), None, 0, start).next_look(), None, "kept for ever");
     }
 }

@@ -62,7 +62,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
         self.take_commands(&mut from.commands);
         loop {
             self.start_what_may();
-            let room = !self.stopped && self.state.has_room();
+            let room = !self.stopped && self.state.has_room() && !self.state.owes_much();
             let wake = self.state.next_timer().map(|at| clock.instant() + at.since(clock.now()));
             let wake = wake.unwrap_or_else(|| clock.instant() + Duration::from_secs(3_600));
             let look = self.retention.next_look().map(|at| clock.instant() + at.since(clock.now()));
@@ -105,9 +105,10 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
                 () = clock.sleep_until(wake), if !self.stopped => self.state.wake(clock.now()),
                 () = clock.sleep_until(look.unwrap_or(wake)), if look.is_some() && !self.stopped => {
                     let (now, oldest) = (clock.now(), self.state.oldest());
-                    let rate = self.retention.look(oldest.map_or(0, |(.., ended)| ended), now);
-                    if let Some((from, pending, _)) = oldest {
-                        drop(self.wanted.send(Wanted::Age { from, pending, rate }));
+                    let rate = self.retention.look(self.state.ended(), now);
+                    match oldest {
+                        Some((from, pending)) => drop(self.wanted.send(Wanted::Age { from, pending, rate })),
+                        None => self.retention.rest(),
                     }
                 }
                 // Room may come from another partition's memory, which rings nobody here.

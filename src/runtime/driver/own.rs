@@ -21,7 +21,7 @@ use crate::telemetry::server::Ready;
 
 use super::lease::Lease;
 use super::pending::Pending;
-use super::watchdog::{self, Found, Watch};
+use super::watchdog::{self, Found, Judgement, Watch};
 use super::{Ask, Bell, Changes, INBOX_BATCHES, Inbox, Settings, Work};
 
 const POLL: Limit = Limit { records: 1_000, bytes: 4 << 20 };
@@ -96,26 +96,34 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
 
     /// Runs until shutdown (and closes the session) or until the session has to be rebuilt.
     pub async fn run(mut self, shutdown: &Shutdown, ready: &mut Ready) -> Result<(), LogError> {
-        let ended = self.serve(shutdown, ready).await;
-        if ended.is_ok() {
+        let clock = self.clock.clone();
+        // A log that does not answer must not keep a process that was told to stop, whatever it is asked for.
+        let overdue = async {
+            shutdown.begun().await;
+            clock.sleep(shutdown.budget + LAST_COMMIT).await;
+        };
+        tokio::pin!(overdue);
+        let whole = async {
+            self.serve(shutdown, ready).await?;
             let all: Vec<Partition> = self.slots.keys().copied().collect();
-            // A broker that does not answer must not keep a process that was told to stop.
-            let bounded =
-                tokio::time::timeout(shutdown.budget + LAST_COMMIT, self.release(&all, shutdown.budget)).await;
-            if !matches!(bounded, Ok(Ok(()))) {
-                tracing::warn!(
-                    stage = self.settings.stage,
-                    "stopped without a last commit; what was under way will be repeated"
-                );
-            }
+            Ok(self.release(&all, shutdown.budget).await)
+        };
+        let stopped = tokio::select! {
+            biased;
+            whole = whole => whole,
+            () = &mut overdue => Ok(Err(LogError::transient("the log does not answer"))),
+        };
+        if let Ok(Err(error)) = &stopped {
+            let stage = self.settings.stage;
+            tracing::warn!(stage, %error, "stopped without a last commit; what was under way will be repeated");
         }
         self.workers.shutdown().await;
         events::owned(self.settings.stage, 0);
-        match ended {
-            Ok(()) => self.session.close().await,
+        match &stopped {
+            Ok(_) => self.session.close().await,
             Err(_) => drop(self.session),
         }
-        ended
+        stopped.map(drop)
     }
 
     async fn serve(&mut self, shutdown: &Shutdown, ready: &mut Ready) -> Result<(), LogError> {
@@ -172,12 +180,21 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
     fn judge(&mut self, (partition, epoch, found): (Partition, Epoch, Option<Found>)) -> Result<(), LogError> {
         let now = self.clock.instant();
         let Some(slot) = self.slots.get_mut(&partition).filter(|slot| slot.epoch == epoch) else { return Ok(()) };
-        if slot.stash.is_empty() && slot.watch.judge(found.unwrap_or(Found::Unknown), now) {
-            let position = slot.watch.position();
-            events::stalled(self.settings.stage, partition, &position);
-            return Err(LogError::transient(format!("reading of partition {partition} stands still at {position}")));
+        if !slot.stash.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        match slot.watch.judge(found.unwrap_or(Found::Unknown), now) {
+            Judgement::Fine => Ok(()),
+            Judgement::Overdue(at) => {
+                events::undecided(&self.settings.member.topic, partition, &at);
+                Ok(())
+            }
+            Judgement::Stuck => {
+                let position = slot.watch.position();
+                events::stalled(self.settings.stage, partition, &position);
+                Err(LogError::transient(format!("reading of partition {partition} stands still at {position}")))
+            }
+        }
     }
 
     fn is_stashing(&self) -> bool {

@@ -30,6 +30,11 @@ impl Broker {
         self.run("stop");
     }
 
+    /// Where it keeps its partitions.
+    pub fn data(&self) -> std::path::PathBuf {
+        self.folder.path().join("kafka/data")
+    }
+
     /// With what it has on disk.
     pub fn start_again(&self) {
         self.run("start");

@@ -50,7 +50,7 @@ impl PartitionState {
             drains: self.drains.clone(),
         };
         let last = self.progress(ProgressKey::Partition.encode(self.partition), &Progress::Partition(record));
-        self.collected = self.uncommitted;
+        (self.collected, self.collected_bytes) = (self.uncommitted, self.uncommitted_bytes);
         self.tell();
         let position = Committed { offset: lowest, metadata: self.seq.to_string() };
         Some(Changes { outputs, last: Some(last), position })

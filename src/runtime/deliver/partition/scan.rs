@@ -245,7 +245,10 @@ impl PartitionState {
                         seekers.push((self.lane_scan(*index), seeker));
                         continue;
                     }
-                    if let Some(detached) = &mut self.lanes.at_mut(*index).detached {
+                    // While memory is short it goes on waiting: one with little pending would never have waited long enough.
+                    if (is_seated || !self.is_short())
+                        && let Some(detached) = &mut self.lanes.at_mut(*index).detached
+                    {
                         detached.asked_at = None;
                     }
                     if !is_seated && (self.is_short() || !self.lanes.at(*index).destination.can_run()) {

@@ -176,7 +176,9 @@ impl PartitionState {
             source: original.headers.text(header::SOURCE).map(Into::into),
             destination: Some(destination.clone()),
         };
-        self.outputs.push(self.settings.failures.record(original, &cause));
+        let letter = self.settings.failures.record(original, &cause);
+        self.uncommitted_bytes += letter.size();
+        self.outputs.push(letter);
         metrics().router_aborted.with_label_values(&[destination.as_str(), reason.as_str()]).inc();
     }
 
@@ -305,9 +307,10 @@ impl PartitionState {
     /// Ends what these cover, without sending it: what is in memory now, unless it is under way; the rest when it comes. One
     /// that is known already changes nothing.
     pub fn drain(&mut self, drains: Vec<Drain>, now: Timestamp) {
-        let known = self.drains.len();
+        let (known, lowest) = (self.drains.len(), self.lowest_unfinished());
         for drain in drains {
-            if drain.bound > Offset::START && !self.drains.iter().any(|known| known.id == drain.id) {
+            // Nothing is left of what an old one covers.
+            if drain.bound > lowest && !self.drains.iter().any(|known| known.id == drain.id) {
                 self.drains.push(drain);
             }
         }
@@ -316,6 +319,10 @@ impl PartitionState {
         }
         self.changed = true;
         for index in 0..self.lanes.len() {
+            let destination = self.lanes.at(index).lane.destination.as_str();
+            if !self.drains[known..].iter().any(|drain| drain.target.concerns(destination)) {
+                continue;
+            }
             self.ask_all(index);
             let users: Vec<Arc<str>> = self.lanes.at(index).keys.keys().cloned().collect();
             for user in users {

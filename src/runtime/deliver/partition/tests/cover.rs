@@ -37,8 +37,7 @@ impl Cover {
     pub fn count(&self, record: &Record) -> usize {
         let offset = record.offset;
         let lane = lane_of(record);
-        let within =
-            |runs: &[Run]| runs.iter().any(|run| run.first <= offset && offset <= run.last);
+        let within = |runs: &[Run]| runs.iter().any(|run| run.first <= offset && offset <= run.last);
         // Memory covers what live reading feeds. Of a lane that was detached while live was reading anew what an earlier owner had
         // read, some records are neither in the runs yet nor memory's: live will only count them.
         let memory = offset >= self.base && !within(&self.runs) && !self.lanes.contains_key(&lane);
