@@ -49,6 +49,20 @@ impl Stage {
             Stage::Router => "router",
         }
     }
+
+    /// Its consumer group, without prefix.
+    pub fn group(self) -> String {
+        format!("laneway.{}", self.as_str())
+    }
+
+    /// What it reads; the gateway reads no topic.
+    pub fn input(self) -> Option<Topic> {
+        match self {
+            Stage::Gateway => None,
+            Stage::Processor => Some(Topic::EVENTS),
+            Stage::Router => Some(Topic::DELIVERIES),
+        }
+    }
 }
 
 /// Everything that the stages are built from.
@@ -184,7 +198,7 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
     let runtime = &parts.config.runtime;
     driver::Settings {
         member: Member {
-            group: group(stage),
+            group: stage.group(),
             instance: InstanceId::from(parts.instance.as_str()),
             topic,
             outputs: match stage {
@@ -203,12 +217,8 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
     }
 }
 
-fn group(stage: Stage) -> String {
-    format!("laneway.{}", stage.as_str())
-}
-
 fn failures(placements: &Placements, stage: Stage, input: Topic, topic: Topic) -> FailureTopic {
-    FailureTopic { placement: placements[&topic], topic, stage: stage.as_str(), input, group: group(stage) }
+    FailureTopic { placement: placements[&topic], topic, stage: stage.as_str(), input, group: stage.group() }
 }
 
 fn start_processor<B: Backend>(
@@ -225,7 +235,7 @@ fn start_processor<B: Backend>(
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let running = driver::run(
         parts.log.clone(),
-        Arc::new(TransformWork::new(parts.log.clone(), processor, cores)),
+        Arc::new(TransformWork::new(parts.log.clone(), parts.clock.clone(), processor, cores)),
         settings(parts, Stage::Processor, Topic::EVENTS),
         parts.clock.clone(),
         parts.shutdown.clone(),

@@ -2,6 +2,7 @@
 
 pub mod engine;
 pub mod inbox;
+pub mod lag;
 pub mod open;
 mod retention;
 pub mod standing;

@@ -19,6 +19,16 @@ const READ: Limit = Limit { records: 1_000, bytes: 4 << 20 };
 pub struct Standing {
     pub destinations: BTreeMap<String, Destination>,
     pub commands: Commands,
+    pub partitions: BTreeMap<Partition, Taken>,
+}
+
+/// What the owner of a partition has taken.
+#[derive(Debug, Default)]
+pub struct Taken {
+    /// Everything below.
+    pub live: Offset,
+    /// Of that, what has not ended.
+    pub pending: u64,
 }
 
 /// One destination, over all partitions and replays.
@@ -81,7 +91,7 @@ impl Standing {
 
     fn take(&mut self, partition: Partition, progress: Progress) {
         match progress {
-            Progress::Partition(_) => {}
+            Progress::Partition(progress) => self.partitions.entry(partition).or_default().live = progress.live,
             Progress::Lane(lane) => {
                 let it = self.destinations.entry(lane.lane.destination.to_string()).or_default();
                 it.detached += 1;
@@ -95,6 +105,7 @@ impl Standing {
                 }
             }
             Progress::Ledger(lane, ledger) => {
+                self.partitions.entry(partition).or_default().pending += ledger.pending();
                 self.destinations.entry(lane.destination.to_string()).or_default().add(ledger);
             }
         }

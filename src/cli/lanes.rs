@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::output::{Output, line, table};
+use super::output::{Output, line, short, table};
 use super::{ConfigArgs, Usage};
 use crate::app::open::AnyLog;
 use crate::app::standing::{self, Standing};
@@ -344,29 +344,4 @@ async fn show<B: Backend>(log: &B, destination: &str, output: Output, clock: &Cl
         }
     }
     Ok(())
-}
-
-/// `3h 20m`, `45s`, `0.2s`.
-fn short(time: Duration) -> String {
-    let seconds = time.as_secs();
-    match seconds {
-        0 => format!("{:.1}s", time.as_secs_f64()),
-        1..60 => format!("{seconds}s"),
-        60..3_600 => format!("{}m {}s", seconds / 60, seconds % 60),
-        3_600..86_400 => format!("{}h {}m", seconds / 3_600, seconds / 60 % 60),
-        _ => format!("{}d {}h", seconds / 86_400, seconds / 3_600 % 24),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn spans_are_short() {
-        let spans = [(200, "0.2s"), (45_000, "45s"), (125_000, "2m 5s"), (12_000_000, "3h 20m"), (90_000_000, "1d 1h")];
-        for (millis, text) in spans {
-            assert_eq!(short(Duration::from_millis(millis)), text);
-        }
-    }
 }

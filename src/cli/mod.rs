@@ -1,6 +1,7 @@
 //! The command line: one file for each command.
 
 mod dev;
+mod lag;
 mod lanes;
 mod load;
 mod metrics;
@@ -12,6 +13,7 @@ mod topics;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -37,6 +39,8 @@ enum Command {
     Publish(publish::Publish),
     /// Follow a topic.
     Tail(tail::Tail),
+    /// How far each stage is behind: what waits, since when, whether it becomes less, and when it will be done.
+    Lag(lag::Lag),
     /// What each destination is doing; pause, resume, retry and drain.
     Lanes(lanes::Lanes),
     /// Send a realistic load to a gateway and, with --sink, be the destination and judge what arrives.
@@ -90,7 +94,12 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let ended = match runtime {
-        Ok(runtime) => runtime.block_on(dispatch(cli.command)),
+        Ok(runtime) => {
+            let ended = runtime.block_on(dispatch(cli.command));
+            // A call that a log does not answer must not keep the process.
+            runtime.shutdown_timeout(Duration::from_secs(1));
+            ended
+        }
         Err(error) => Err(error.into()),
     };
     match ended {
@@ -117,6 +126,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Topics(topics) => topics.run().await,
         Command::Publish(publish) => publish.run().await,
         Command::Tail(tail) => tail.run().await,
+        Command::Lag(lag) => lag.run().await,
         Command::Lanes(lanes) => lanes.run().await,
         Command::Load(load) => load.run().await,
         Command::Metrics(metrics) => metrics.run(),

@@ -1,5 +1,7 @@
 //! How commands print: a table for people, or one JSON document.
 
+use std::time::Duration;
+
 use clap::ValueEnum;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -15,6 +17,18 @@ pub fn line(text: &str) -> bool {
     writeln!(std::io::stdout().lock(), "{text}").is_ok()
 }
 
+/// `3h 20m`, `45s`, `0.2s`.
+pub fn short(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds {
+        0 => format!("{:.1}s", time.as_secs_f64()),
+        1..60 => format!("{seconds}s"),
+        60..3_600 => format!("{}m {}s", seconds / 60, seconds % 60),
+        3_600..86_400 => format!("{}h {}m", seconds / 3_600, seconds / 60 % 60),
+        _ => format!("{}d {}h", seconds / 86_400, seconds / 3_600 % 24),
+    }
+}
+
 /// Prints rows with aligned columns.
 pub fn table(head: &[&str], rows: &[Vec<String>]) {
     let width = |column: usize| {
@@ -28,5 +42,18 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) {
     row_of(&mut head.iter().copied());
     for row in rows {
         row_of(&mut row.iter().map(String::as_str));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_short() {
+        let spans = [(200, "0.2s"), (45_000, "45s"), (125_000, "2m 5s"), (12_000_000, "3h 20m"), (90_000_000, "1d 1h")];
+        for (millis, text) in spans {
+            assert_eq!(short(Duration::from_millis(millis)), text);
+        }
     }
 }

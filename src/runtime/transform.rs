@@ -7,12 +7,14 @@ mod stops;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinHandle;
 
+use crate::clock::Clock;
 use crate::log::{Admin, Assignment, Backend, Committed, LogError};
 use crate::model::outcome::{Outcome, Reason};
 use crate::model::record::{Addressed, Offset, Partition, Record};
@@ -24,6 +26,8 @@ use stops::{Alone, Stops};
 
 /// Records that one core works on at a time: small enough that both cores get some, large enough to be worth the hand-over.
 const CHUNK: usize = 64;
+/// A question that the log did not answer is repeated after this.
+const AGAIN: Duration = Duration::from_millis(500);
 /// Outputs kept until the next commit. Beyond it the partition takes nothing.
 const FINISHED_BYTES: usize = 16 << 20;
 
@@ -39,6 +43,7 @@ pub trait Transform: Send + Sync + 'static {
 /// Runs a [`Transform`].
 pub struct TransformWork<B, T> {
     backend: B,
+    clock: Clock,
     stage: Arc<T>,
     parallel: usize,
     /// Of this start of this process.
@@ -49,18 +54,27 @@ pub struct TransformWork<B, T> {
 
 impl<B: Backend, T: Transform> TransformWork<B, T> {
     /// `parallel` chunks of a partition run at a time.
-    pub fn new(backend: B, stage: T, parallel: usize) -> Self {
+    pub fn new(backend: B, clock: Clock, stage: T, parallel: usize) -> Self {
         let process = uuid::Uuid::new_v4().simple().to_string();
         let (stage, alone) = (Arc::new(stage), Arc::new(Semaphore::new(1)));
-        Self { backend, stage, parallel: parallel.max(1), process, alone }
+        Self { backend, clock, stage, parallel: parallel.max(1), process, alone }
     }
 
     /// What the partition's last owner left.
     async fn stops(&self, partition: Partition, committed: &Committed) -> Result<Stops, LogError> {
         let mut stops = Stops::new(&committed.metadata, &self.process);
         if stops.is_unclean() {
-            let failures = self.stage.failures();
-            let end = self.backend.admin()?.watermarks(&failures.input, partition).await?.end;
+            let (admin, input) = (self.backend.admin()?, &self.stage.failures().input);
+            let end = loop {
+                match admin.watermarks(input, partition).await {
+                    Err(LogError::Transient(error)) => {
+                        // The other partitions of this session go on meanwhile.
+                        tracing::warn!(partition = partition.0, %error, "where the log ends is not known, asking again");
+                        self.clock.sleep(AGAIN).await;
+                    }
+                    marks => break marks?.end,
+                }
+            };
             stops.bound(committed.offset, end);
         }
         if stops.is_unclean() {
@@ -301,7 +315,7 @@ fn poisonous<T: Transform>(stage: &T, record: &Record) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::{Clock, Timestamp};
+    use crate::clock::Timestamp;
     use crate::log::embedded::Embedded;
     use crate::log::embedded::memory::Faults;
     use crate::log::partitioner::{IsolateBy, Placement};
@@ -412,7 +426,7 @@ mod tests {
                 commit_interval: std::time::Duration::from_millis(1),
                 stage: "test",
             };
-            let work = Arc::new(TransformWork::new(log.clone(), stage, 2));
+            let work = Arc::new(TransformWork::new(log.clone(), clock.clone(), stage, 2));
             let (shutdown, ready) = (Shutdown::new(std::time::Duration::from_secs(1)), Readiness::default().part());
             let process = tokio::spawn(driver::run(log.clone(), work, settings, clock.clone(), shutdown, ready));
             let all_through = async {

@@ -95,27 +95,14 @@ pub fn hanging_transaction(topic: &str) {
     metrics().hanging.with_label_values(&[topic]).inc();
 }
 
-/// Records of a transaction that nobody decides any more, written by an instance that is gone: whoever reads committed
-/// records only stands before them. `at`: where they begin.
-pub fn hanging_records(topic: &Topic, partition: Partition, at: i64) {
-    error!(
-        %topic,
-        partition = partition.0,
-        at,
-        "a transaction is neither committed nor aborted, and the instance that began it is gone; end it with \
-         kafka-transactions.sh abort --topic … --partition … --start-offset …"
-    );
-    metrics().hanging.with_label_values(&[topic.as_str()]).inc();
-}
-
 /// A partition is not read any further, since a transaction that began at `stable` is not decided though its time is up.
 pub fn undecided(topic: &Topic, partition: Partition, stable: &dyn std::fmt::Display) {
     error!(
         %topic,
         partition = partition.0,
         %stable,
-        "reading stands before a transaction that should have been decided long ago; if its instance is gone, end it with \
-         kafka-transactions.sh"
+        "reading stands before a transaction that should have been decided long ago; a process with the instance.id that \
+         began it ends it when it starts (kafka-transactions.sh would abort it, and its records may be missing then)"
     );
     metrics().hanging.with_label_values(&[topic.as_str()]).inc();
 }

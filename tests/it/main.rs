@@ -7,6 +7,7 @@ mod faults;
 mod flow;
 mod gateway;
 mod hanging;
+mod lag;
 mod lanes;
 mod log_contract;
 mod support;

@@ -50,20 +50,14 @@ impl KafkaAdmin {
         self.0.config.topic(topic)
     }
 
-    /// Asks as one who is told of decided records only.
-    pub(super) async fn ask_committed<T: Send + 'static>(
-        &self,
-        call: impl FnOnce(&BaseConsumer) -> Result<T, KafkaError> + Send + 'static,
-    ) -> Result<T, LogError> {
-        Self::ask(&self.0.committed, call).await
+    /// Is told of decided records only.
+    pub(super) fn committed_client(&self) -> &BaseConsumer {
+        &self.0.committed
     }
 
-    /// Asks as one who is told of all records.
-    pub(super) async fn ask_uncommitted<T: Send + 'static>(
-        &self,
-        call: impl FnOnce(&BaseConsumer) -> Result<T, KafkaError> + Send + 'static,
-    ) -> Result<T, LogError> {
-        Self::ask(&self.0.uncommitted, call).await
+    /// Is told of all records.
+    pub(super) fn uncommitted_client(&self) -> &BaseConsumer {
+        &self.0.uncommitted
     }
 
     /// librdkafka's look-ups block.

@@ -6,16 +6,20 @@
 //! reads committed records only stops before such a transaction for ever: other stages, and a partition that is restored.
 //!
 //! What belongs to a transaction is known by the producer's id, and that stays with the transactional id: the next marker of
-//! the same id ends what hangs. So a session's start ends what its predecessors left:
-//! - offsets, at once, with an abort (`transact`);
-//! - records, with a commit: into each partition of an output topic that has not got any further for a moment goes a *filler*,
-//!   an empty record that readers pass over.
+//! the same id ends what hangs. So a session ends what its predecessors left before it does anything else:
+//! - offsets, with an abort;
+//! - records, with a commit: into each partition of an output topic in which something is undecided goes a *filler*, an empty
+//!   record that readers pass over.
 //!
-//! Whether the transaction was to be committed cannot be known by then. With its offsets aborted and its records committed
-//! inputs may be done twice, with the same ids, and nothing is lost. What still hangs after that belongs to an instance that
-//! is gone; it is told, and ended with Kafka's own tools.
+//! Whether the transaction was to be committed cannot be known by then, nor whether all of it had been written. With its offsets
+//! aborted and its records committed inputs may be done twice, with the same ids; progress of which only a part is there is not
+//! believed (`deliver::restore`). What remains: if it was committed, and the filler's own transaction has to be aborted, its
+//! records in that partition go with it.
+//!
+//! A session may also outlive the broker's restart. So it looks now and then: what is undecided for longer than it can be gets
+//! a filler once; what still is after that belongs to another instance, and is told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
@@ -32,18 +36,33 @@ use crate::telemetry::events;
 
 use super::admin::KafkaAdmin;
 use super::config::TRANSACTION_TIMEOUT;
+use super::convert;
 use super::transact::Order;
 
 const CALL: Duration = Duration::from_secs(10);
-/// Others' transactions are decided within this, as long as nothing is wrong. A filler too many does no harm.
-const MOMENT: Duration = Duration::from_secs(2);
+/// Most transactions of others are decided within this. A filler too many does no harm.
+const MOMENT: Duration = Duration::from_millis(250);
 /// After so long every transaction has been decided: its time-out, and the broker's search for those that are over it (10 s).
 pub const DECIDED: Duration = TRANSACTION_TIMEOUT.saturating_add(Duration::from_secs(10));
+/// How often a session looks: what has not moved since the last time should have been decided.
+const LOOK: Duration = DECIDED.saturating_add(Duration::from_secs(10));
 /// Compacted topics take no record without a key.
 const KEY: &[u8] = b"lw-filler";
 
 /// The last stable offsets of partitions in which something is undecided.
 type Undecided = BTreeMap<(Topic, Partition), i64>;
+
+/// The partitions in which something is undecided, and was a moment before. Blocks.
+pub fn undecided(admin: &KafkaAdmin, topics: &[Topic]) -> Result<Vec<(Topic, Partition)>, LogError> {
+    let before = look(admin, topics)?;
+    if before.is_empty() {
+        return Ok(Vec::new());
+    }
+    std::thread::park_timeout(MOMENT);
+    let mut now = look(admin, topics)?;
+    now.retain(|of, _| before.contains_key(of));
+    Ok(now.into_keys().collect())
+}
 
 /// Ends when the session does.
 pub struct Mending(tokio::task::AbortHandle);
@@ -54,59 +73,47 @@ impl Drop for Mending {
     }
 }
 
-/// Ends what hangs in these topics, as far as it is this session's to end, beside its work.
+/// Looks after these topics beside the session's work.
 pub fn mend(admin: KafkaAdmin, topics: Vec<Topic>, orders: Sender<Order>) -> Mending {
     let mending = tokio::spawn(async move {
-        // Whatever else is wrong is the session's to tell.
-        while let Err(LogError::Transient(error)) = look(&admin, &topics, &orders).await {
-            tracing::warn!(%error, "whether transactions hang could not be found out, trying again");
-            Clock::system().sleep(MOMENT).await;
+        let clock = Clock::system();
+        let (mut before, mut filled) = (Undecided::new(), BTreeSet::new());
+        loop {
+            clock.sleep(LOOK).await;
+            let (admin, of) = (admin.clone(), topics.clone());
+            let Ok(Ok(now)) = tokio::task::spawn_blocking(move || look(&admin, &of)).await else { continue };
+            let stuck: Vec<_> = now.iter().filter(|(of, at)| before.get(*of) == Some(*at)).collect();
+            filled.retain(|(of, at)| now.get(of) == Some(at));
+            for (of, at) in stuck {
+                if !filled.insert((of.clone(), *at)) {
+                    events::undecided(&of.0, of.1, at);
+                    continue;
+                }
+                let (done, is_done) = oneshot::channel();
+                let outputs = vec![filler(&of.0, of.1)];
+                // A session that has ended needs nothing.
+                if orders.send((Arc::new(Commit { outputs, ..Commit::default() }), done)).is_err() {
+                    return;
+                }
+                if let Ok(Err(error)) = is_done.await {
+                    tracing::warn!(topic = %of.0, partition = of.1.0, %error, "what hangs could not be ended");
+                }
+            }
+            before = now;
         }
     });
     Mending(mending.abort_handle())
 }
 
-async fn look(admin: &KafkaAdmin, topics: &[Topic], orders: &Sender<Order>) -> Result<(), LogError> {
-    let clock = Clock::system();
-    let first = undecided(admin, topics).await?;
-    if first.is_empty() {
-        return Ok(());
-    }
-    clock.sleep(MOMENT).await;
-    let stuck = unmoved(first, &undecided(admin, topics).await?);
-    if stuck.is_empty() {
-        return Ok(());
-    }
-    let outputs = stuck.keys().map(|(topic, partition)| filler(topic, *partition)).collect();
-    let (done, is_done) = oneshot::channel();
-    // A session that has ended needs nothing, and the next one looks again.
-    if orders.send((Arc::new(Commit { outputs, ..Commit::default() }), done)).is_err() {
-        return Ok(());
-    }
-    is_done.await.map_err(LogError::transient)??;
-    clock.sleep(DECIDED).await;
-    for ((topic, partition), at) in unmoved(stuck, &undecided(admin, topics).await?) {
-        events::hanging_records(&topic, partition, at);
-    }
-    Ok(())
-}
-
-fn unmoved(mut before: Undecided, now: &Undecided) -> Undecided {
-    before.retain(|of, at| now.get(of) == Some(at));
-    before
-}
-
-async fn undecided(admin: &KafkaAdmin, topics: &[Topic]) -> Result<Undecided, LogError> {
+/// Blocks. Partitions that cannot be asked are left out.
+fn look(admin: &KafkaAdmin, topics: &[Topic]) -> Result<Undecided, LogError> {
     let mut found = Undecided::new();
     for topic in topics {
         let name = admin.name(topic);
-        let of_all = name.clone();
-        let stable = admin.ask_committed(move |client| ends(client, &of_all)).await?;
-        let ends = admin.ask_uncommitted(move |client| ends(client, &name)).await?;
-        for (number, end) in ends {
-            let stable = stable.get(&number).copied().unwrap_or(end);
-            if stable < end {
-                found.insert((topic.clone(), Partition(number.max(0) as u32)), stable);
+        let stable = ends(admin.committed_client(), &name).map_err(convert::error)?;
+        for (number, end) in ends(admin.uncommitted_client(), &name).map_err(convert::error)? {
+            if let Some(stable) = stable.get(&number).filter(|stable| **stable < end) {
+                found.insert((topic.clone(), Partition(number.max(0) as u32)), *stable);
             }
         }
     }
@@ -121,15 +128,14 @@ fn ends(client: &BaseConsumer, topic: &str) -> Result<BTreeMap<i32, i64>, KafkaE
         list.add_partition_offset(topic, partition.id(), RawOffset::End)?;
     }
     let found = client.offsets_for_times(list, CALL)?;
-    found.elements().iter().try_for_each(|element| element.error())?;
     let end = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match element.offset() {
-        RawOffset::Offset(raw) => Some((element.partition(), raw)),
+        RawOffset::Offset(raw) if element.error().is_ok() => Some((element.partition(), raw)),
         _ => None,
     };
     Ok(found.elements().iter().filter_map(end).collect())
 }
 
-fn filler(topic: &Topic, partition: Partition) -> Addressed {
+pub fn filler(topic: &Topic, partition: Partition) -> Addressed {
     let mut headers = Headers::new();
     headers.push_text(header::FILLER, "1");
     Addressed { topic: topic.clone(), partition, key: Some(KEY.into()), value: None, headers }

@@ -53,7 +53,7 @@ impl Known {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeSet;
     use std::sync::Arc;
 
     use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -97,11 +97,12 @@ mod tests {
 
     impl Moving {
         /// With every record a batch of its own.
-        fn new() -> (Self, Kafka, KafkaConfig) {
+        fn new(properties: &[(&str, &str)]) -> (Self, Kafka, KafkaConfig) {
             let cluster = MockCluster::new(1).expect("librdkafka's broker");
             cluster.create_topic("events", 2, 1).expect("a topic");
             cluster.broker_round_trip_time(1, Duration::from_millis(50)).expect("a slow link");
-            let properties = BTreeMap::from([("batch.num.messages".to_owned(), "1".to_owned())]);
+            let properties = [("batch.num.messages", "1")].iter().chain(properties);
+            let properties = properties.map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
             let config =
                 KafkaConfig { bootstrap_servers: cluster.bootstrap_servers(), prefix: String::new(), properties };
             (Self(cluster), Kafka::new(config.clone()), config)
@@ -143,7 +144,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_first_batch_that_is_refused_is_not_acknowledged_by_the_next_ones_success() {
-        let (cluster, log, config) = Moving::new();
+        let (cluster, log, config) = Moving::new(&[]);
         let publisher = log.publisher().expect("a publisher");
         // With a connection nothing waits, and all go out at once.
         publisher.publish(vec![record(1, 0)]).await.expect("acknowledged");
@@ -159,8 +160,30 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
+    async fn while_the_broker_is_away_nobody_waits_for_several_first_records_in_turn() {
+        let (cluster, log, config) = Moving::new(&[("message.timeout.ms", "1500")]);
+        cluster.0.broker_down(1).expect("down");
+        let publisher = log.publisher().expect("a publisher");
+        let call = |n: u32| {
+            let publisher = publisher.clone();
+            tokio::spawn(async move { publisher.publish(vec![record(0, n), record(1, n)]).await })
+        };
+        let calls: Vec<_> = (0..20).map(call).collect();
+        let all = async {
+            for call in calls {
+                assert!(call.await.expect("it ends").is_err(), "nothing is stored");
+            }
+        };
+        // Twenty times the patience of one would be thirty seconds.
+        tokio::time::timeout(Duration::from_secs(15), all).await.expect("they share a fate");
+        cluster.0.broker_up(1).expect("up");
+        while publisher.publish(vec![record(0, 0)]).await.is_err() {}
+        assert!(stored(config).await.contains("0"), "it goes on");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
     async fn nor_is_it_committed() {
-        let (cluster, log, config) = Moving::new();
+        let (cluster, log, config) = Moving::new(&[]);
         let member = Member {
             group: "g".into(),
             instance: "one".into(),

@@ -6,7 +6,7 @@
 //! A partition's first record is acknowledged before others follow it ([`super::known`]).
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rdkafka::client::ClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
@@ -21,6 +21,9 @@ use crate::telemetry::events;
 use super::config::KafkaConfig;
 use super::convert;
 use super::known::{Acquaintance, Known};
+
+/// So many bytes may wait for first records: as many as the client's own queue takes.
+const WAITING: usize = 64 << 20;
 
 #[derive(Clone)]
 pub struct KafkaPublisher(Arc<Shared>);
@@ -44,6 +47,11 @@ struct Reports {
     known: Mutex<Known>,
     /// The first record of some partition has been answered for.
     met: Notify,
+    /// How many of them were refused, and the last one's reason.
+    refusals: AtomicU64,
+    refusal: Mutex<Option<KafkaError>>,
+    /// Of records that wait for others' first ones.
+    waiting_bytes: AtomicUsize,
 }
 
 /// The records of one call: whoever acknowledges the last one answers.
@@ -89,12 +97,69 @@ impl Waiting {
 pub struct Acknowledgements(Arc<Reports>);
 
 impl Reports {
-    fn meet(&self, (topic, partition): &(Topic, Partition), is_stored: bool) {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn refusal(&self) -> KafkaError {
+        let refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
+        refusal.clone().unwrap_or(KafkaError::Canceled)
+    }
+
+    fn is_known(&self, records: &[Addressed]) -> bool {
+        let (now, mut known) = (Clock::system().instant(), self.known());
+        records.iter().all(|record| matches!(known.of(record, now), Acquaintance::Known(_)))
+    }
+
+    /// Which of these are to be sent alone now, by this call, and whether others have to wait for a first one.
+    fn look(&self, records: &[Addressed]) -> (Vec<usize>, bool) {
+        let (mut mine, mut waits) = (Vec::new(), false);
+        let now = Clock::system().instant();
+        let mut known = self.known();
+        for (index, record) in records.iter().enumerate() {
+            match known.of(record, now) {
+                Acquaintance::Known(_) => {}
+                Acquaintance::Introduced => waits = true,
+                Acquaintance::Unknown => {
+                    known.set(&record.topic, record.partition, Acquaintance::Introduced);
+                    mine.push(index);
+                }
+            }
+        }
+        (mine, waits)
+    }
+
+    fn meet(&self, (topic, partition): &(Topic, Partition), refusal: Option<&KafkaError>) {
+        if let Some(error) = refusal {
+            *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
+            self.refusals.fetch_add(1, Ordering::Release);
+        }
         let now = Acquaintance::Known(Clock::system().instant());
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.set(topic, *partition, if is_stored { now } else { Acquaintance::Unknown });
-        drop(known);
+        self.known().set(topic, *partition, if refusal.is_none() { now } else { Acquaintance::Unknown });
         self.met.notify_waiters();
+    }
+}
+
+/// What waits for others' first records, outside of the client's own queue: bounded as that is.
+struct Room<'a> {
+    reports: &'a Reports,
+    bytes: usize,
+}
+
+impl<'a> Room<'a> {
+    fn take(reports: &'a Reports, records: &[Addressed]) -> Result<Self, KafkaError> {
+        let bytes = records.iter().map(Addressed::size).sum();
+        let room = Self { reports, bytes };
+        match reports.waiting_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > WAITING {
+            true => Err(KafkaError::MessageProduction(Code::QueueFull)),
+            false => Ok(room),
+        }
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        self.reports.waiting_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -116,7 +181,7 @@ impl ProducerContext<NoCustomPartitioner> for Acknowledgements {
             self.0.acknowledged.fetch_add(1, Ordering::Relaxed);
         }
         if let Some(first) = &waiting.first {
-            self.0.meet(first, result.is_ok());
+            self.0.meet(first, result.as_ref().err().map(|(error, _)| error));
         }
         waiting.one_less(result.as_ref().err().map(|(error, _)| error.clone()));
     }
@@ -144,38 +209,56 @@ impl Client {
         answer.await.unwrap_or(Err(KafkaError::Canceled))
     }
 
-    /// Sends the first records of partitions that do not know the producer, and waits for them; which they are.
+    /// Sends the first records of partitions that do not know the producer, and waits for them; which they are. Who waits for
+    /// another call's first record shares its fate: one after the other they would wait for ever while the broker is away.
     async fn introduce(&self, prefix: &str, records: &[Addressed]) -> Result<Vec<usize>, KafkaError> {
-        let (mut sent, mut index) = (Vec::new(), 0);
-        while let Some(record) = records.get(index) {
+        let mut sent = Vec::new();
+        // Since it waits: how many had been refused by then, and its room.
+        let mut waiting: Option<(u64, Room<'_>)> = None;
+        loop {
             // Asked for before looking, so that no notice is missed.
             let met = self.shared.met.notified();
-            let found = {
-                let mut known = self.shared.known.lock().unwrap_or_else(PoisonError::into_inner);
-                let found = known.of(record, Clock::system().instant());
-                if found == Acquaintance::Unknown {
-                    known.set(&record.topic, record.partition, Acquaintance::Introduced);
+            let refusals = self.shared.refusals.load(Ordering::Acquire);
+            if let Some((before, _)) = &waiting
+                && *before != refusals
+                && !self.shared.is_known(records)
+            {
+                return Err(self.shared.refusal());
+            }
+            let (mine, waits) = self.shared.look(records);
+            let mut answers = Vec::new();
+            for index in &mine {
+                let record = &records[*index];
+                let first = (record.topic.clone(), record.partition);
+                let (waiting, answer) = Waiting::new(1, Some(first.clone()));
+                if let Err(error) = self.send(prefix, record, &waiting) {
+                    self.shared.meet(&first, Some(&error));
+                    waiting.one_less(Some(error));
                 }
-                found
-            };
-            match found {
-                Acquaintance::Known(_) => index += 1,
-                Acquaintance::Introduced => met.await,
-                Acquaintance::Unknown => {
-                    let first = (record.topic.clone(), record.partition);
-                    let (waiting, answer) = Waiting::new(1, Some(first.clone()));
-                    if let Err(error) = self.send(prefix, record, &waiting) {
-                        self.shared.meet(&first, false);
-                        return Err(error);
-                    }
-                    waiting.one_less(None);
-                    answer.await.unwrap_or(Err(KafkaError::Canceled))?;
-                    sent.push(index);
-                    index += 1;
+                waiting.one_less(None);
+                answers.push(answer);
+            }
+            if mine.is_empty() && !waits {
+                return Ok(sent);
+            }
+            if mine.is_empty() {
+                if waiting.is_none() {
+                    waiting = Some((refusals, Room::take(&self.shared, records)?));
+                }
+                met.await;
+                continue;
+            }
+            let mut refused = None;
+            for answer in answers {
+                if let Err(error) = answer.await.unwrap_or(Err(KafkaError::Canceled)) {
+                    refused.get_or_insert(error);
                 }
             }
+            match refused {
+                Some(error) => return Err(error),
+                None => sent.extend(mine),
+            }
         }
-        Ok(sent)
     }
 
     fn send(&self, prefix: &str, record: &Addressed, waiting: &Arc<Waiting>) -> Result<(), KafkaError> {

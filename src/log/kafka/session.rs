@@ -62,9 +62,11 @@ impl KafkaSession {
         let (ready, is_ready) = oneshot::channel();
         let (config, consumer_half, group) = (config.clone(), Arc::clone(&consumer), member.group.clone());
         let (half_topic, known) = (topic.clone(), Known::default());
+        let (half_admin, outputs) = (admin.clone(), member.outputs.clone());
         thread("kafka-transact", move || {
-            let (topic, consumer) = (half_topic, consumer_half);
-            let transactions = Transactions { config, producer, consumer, group, topic, owned, known };
+            let (topic, consumer, admin) = (half_topic, consumer_half, half_admin);
+            let mut transactions =
+                Transactions { config, producer, consumer, group, topic, owned, known, admin, outputs };
             let begun = transactions.begin_life();
             let alive = begun.is_ok();
             let _ = ready.send(begun);

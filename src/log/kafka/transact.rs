@@ -15,17 +15,22 @@ use tokio::sync::oneshot;
 
 use crate::clock::Clock;
 use crate::log::{Commit, LogError};
-use crate::model::record::Addressed;
+use crate::model::record::{Addressed, Partition, Topic};
 
+use super::admin::KafkaAdmin;
 use super::config::{KafkaConfig, TRANSACTION_TIMEOUT};
 use super::consume::{Owned, Rebalances};
 use super::convert;
+use super::hanging;
 use super::known::{Acquaintance, Known};
 
 /// One call of the transaction API. It can be called again while it answers that it may.
 const CALL: Duration = Duration::from_secs(5);
 /// How often a decision whose fate is unknown is asked for again: longer than the transaction can live.
 const DECISIONS: usize = 6;
+
+/// So often is tried to end what hangs in a partition when a session begins.
+const FILLERS: usize = 2;
 
 /// Looks at the client's queue, 50 µs apart: in all less than what a wrong guess costs.
 const QUEUE_LOOKS: usize = 400;
@@ -95,17 +100,40 @@ pub struct Transactions {
     pub topic: String,
     pub owned: Owned,
     pub known: Known,
+    pub admin: KafkaAdmin,
+    /// Where it writes.
+    pub outputs: Vec<Topic>,
 }
 
 impl Transactions {
-    /// Ends what an earlier process of this id left open, and fences it.
-    pub fn begin_life(&self) -> Result<(), LogError> {
+    /// Fences an earlier process of this id, and ends what it left open, also where the broker believes it ended
+    /// ([`super::hanging`]).
+    pub fn begin_life(&mut self) -> Result<(), LogError> {
         self.producer.init_transactions(Duration::from_secs(15)).map_err(convert::error)?;
-        self.let_go_of_offsets()
+        self.let_go_of_offsets()?;
+        for (topic, partition) in hanging::undecided(&self.admin, &self.outputs)? {
+            self.fill_up(&topic, partition)?;
+        }
+        Ok(())
+    }
+
+    /// A transaction for each partition: were one refused, the abort of it would end what hangs in the others too.
+    fn fill_up(&mut self, topic: &Topic, partition: Partition) -> Result<(), LogError> {
+        let commit = Commit { outputs: vec![hanging::filler(topic, partition)], ..Commit::default() };
+        for _ in 0..FILLERS {
+            match self.transact(&commit) {
+                Err(LogError::Transient(error)) => {
+                    tracing::warn!(%topic, partition = partition.0, %error, "what hangs could not be ended");
+                }
+                ended => return ended,
+            }
+        }
+        // The session looks again.
+        Ok(())
     }
 
     /// Offsets whose marker a broker has lost are pending for ever, and nobody else may read the group's until they are
-    /// decided ([`super::hanging`]). The next marker of this producer decides them: it aborts.
+    /// decided. The next marker of this producer decides them: it aborts.
     fn let_go_of_offsets(&self) -> Result<(), LogError> {
         let observer: BaseConsumer =
             self.config.observer(&self.group, "read_uncommitted").create().map_err(convert::error)?;
@@ -126,10 +154,15 @@ impl Transactions {
         let metadata = observer.group_metadata().ok_or_else(|| LogError::transient("the group is not known yet"))?;
         self.producer.begin_transaction().map_err(convert::error)?;
         let sent = repeat(|| self.producer.send_offsets_to_transaction(&offsets, &metadata, CALL));
-        if let Err(error @ (LogError::Fenced(_) | LogError::Fatal(_))) = sent {
-            return Err(error);
+        match sent {
+            Ok(()) => abort(&self.producer),
+            // The offsets were refused, but their partition is in the transaction: the abort reaches it.
+            Err(LogError::Transient(error)) if requires_abort(&error) => abort(&self.producer),
+            Err(error) => {
+                abort(&self.producer)?;
+                Err(error)
+            }
         }
-        abort(&self.producer)
     }
 
     /// The thread's loop. Ends when the session is dropped.

@@ -111,6 +111,8 @@ pub struct PartitionState {
     fetching: usize,
     fetched_at: Offset,
     drains: Vec<Drain>,
+    /// Some of what they cover is to be ended after the next commit.
+    drain_later: bool,
     seq: u64,
     /// Keys and lanes whose progress records are to be written again.
     dirty: BTreeSet<KeyId>,
@@ -164,6 +166,7 @@ impl PartitionState {
             fetching: 0,
             fetched_at: Offset::START,
             drains: restored.drains,
+            drain_later: false,
             seq: restored.seq,
             dirty: BTreeSet::new(),
             dirty_lanes: BTreeSet::new(),
@@ -479,9 +482,12 @@ impl PartitionState {
     }
 
     /// What was collected last is committed.
-    pub fn committed(&mut self) {
+    pub fn committed(&mut self, now: Timestamp) {
         self.uncommitted -= std::mem::take(&mut self.collected).min(self.uncommitted);
         self.uncommitted_bytes -= std::mem::take(&mut self.collected_bytes).min(self.uncommitted_bytes);
+        if std::mem::take(&mut self.drain_later) {
+            self.drain_all(0, now);
+        }
     }
 
     /// Something waits for its turn to be sent.

@@ -72,12 +72,13 @@ pub async fn restore<B: Backend>(
     }
     let mut reader = backend.reader(&settings.progress, partition, Offset::START).await?;
     let mut found: BTreeMap<Bytes, Bytes> = BTreeMap::new();
-    let mut bytes = 0;
+    let (mut bytes, mut last) = (0, None);
     if end > Offset::START {
         loop {
             while let Read::Records(records) = reader.read(READ).await? {
                 for record in records {
                     bytes += record.weight();
+                    last.clone_from(&record.key);
                     match (record.key, record.value) {
                         (Some(key), Some(value)) => drop(found.insert(key, value)),
                         (Some(key), None) => drop(found.remove(&key)),
@@ -92,7 +93,7 @@ pub async fn restore<B: Backend>(
             }
         }
     }
-    let restored = judge(found, assignment, settings)?;
+    let restored = judge(found, last, assignment, settings)?;
     events::restored(settings.stage, partition, bytes, restored.keys.len(), began.elapsed());
     Ok(restored)
 }
@@ -109,9 +110,11 @@ fn stored_seq(found: &BTreeMap<Bytes, Bytes>, assignment: &Assignment) -> Option
     }
 }
 
-/// Believes the progress if its partition record is the one that the committed offset names.
+/// Believes the progress if its partition record is the one that the committed offset names, and was written last: it is the
+/// last one of each commit, so a part of a commit lies behind it otherwise. `last`: the key of the last record of all.
 pub(super) fn judge(
     found: BTreeMap<Bytes, Bytes>,
+    last: Option<Bytes>,
     assignment: &Assignment,
     settings: &DeliverSettings,
 ) -> Result<Restored, LogError> {
@@ -124,8 +127,9 @@ pub(super) fn judge(
     };
     let committed = assignment.committed.as_ref();
     let seq = committed_seq(assignment);
+    let is_whole = last.is_some_and(|last| last == own_key.as_bytes());
     match stored {
-        Some(stored) if seq == Some(stored.seq) => believe(found, stored, assignment, settings),
+        Some(stored) if seq == Some(stored.seq) && is_whole => believe(found, stored, assignment, settings),
         stored => {
             let from = committed.map_or(Offset::START, |committed| committed.offset);
             if committed.is_some() || stored.is_some() {

@@ -197,7 +197,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
                 // A driver that does not wait any more has lost the partition, and drops this worker.
                 let _ = answer.send(changes);
             }
-            Ask::Committed => self.state.committed(),
+            Ask::Committed => self.state.committed(self.work.clock.now()),
             Ask::Drain(done) => {
                 self.stopped = true;
                 self.draining = Some(done);

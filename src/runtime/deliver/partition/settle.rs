@@ -318,9 +318,14 @@ impl PartitionState {
             return;
         }
         self.changed = true;
+        self.drain_all(known, now);
+    }
+
+    /// Ends what lies in front of keys and is covered by a drain from this one on.
+    pub(super) fn drain_all(&mut self, first: usize, now: Timestamp) {
         for index in 0..self.lanes.len() {
             let destination = self.lanes.at(index).lane.destination.as_str();
-            if !self.drains[known..].iter().any(|drain| drain.target.concerns(destination)) {
+            if !self.drains[first..].iter().any(|drain| drain.target.concerns(destination)) {
                 continue;
             }
             self.ask_all(index);
@@ -359,7 +364,10 @@ impl PartitionState {
         if self.drains.is_empty() {
             return any;
         }
-        while let Some(key) = self.lanes.key(id)
+        // Beyond what one commit may hold the rest is ended after it; nothing is sent before.
+        self.drain_later |= self.owes_much();
+        while !self.owes_much()
+            && let Some(key) = self.lanes.key(id)
             && key.in_flight == 0
             && key.activity != Activity::Fetching
             && let Some(front) = key.queue.front()

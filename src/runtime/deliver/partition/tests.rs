@@ -75,6 +75,8 @@ struct World {
     settings: DeliverSettings,
     log: Vec<Record>,
     stored: BTreeMap<Bytes, Bytes>,
+    /// The key of the last record that was stored.
+    last: Option<Bytes>,
     committed: Option<Committed>,
     pending: Vec<Addressed>,
     position: Option<Committed>,
@@ -130,6 +132,7 @@ impl World {
             settings: settings(bounds),
             log,
             stored: BTreeMap::new(),
+            last: None,
             committed: None,
             pending: Vec::new(),
             position: None,
@@ -164,7 +167,8 @@ impl World {
         self.final_here = self.final_committed.clone();
         self.drained = u64::MAX;
         let assignment = Assignment { partition: Partition(0), epoch: Epoch(1), committed: self.committed.clone() };
-        let restored = judge(self.stored.clone(), &assignment, &self.settings).expect("readable progress");
+        let restored =
+            judge(self.stored.clone(), self.last.clone(), &assignment, &self.settings).expect("readable progress");
         self.destinations = Self::destinations();
         let given = Given {
             partition: Partition(0),
@@ -363,6 +367,9 @@ impl World {
         }
         for output in self.pending.drain(..) {
             let key = output.key.expect("everything that is written has a key");
+            if output.topic == Topic::PROGRESS_ROUTER {
+                self.last = Some(key.clone());
+            }
             match (output.topic == Topic::PROGRESS_ROUTER, output.value) {
                 (false, _) => self.dead_letters += 1,
                 (true, Some(value)) => drop(self.stored.insert(key, value)),
@@ -377,7 +384,7 @@ impl World {
             assert!(unfinished.is_empty(), "seed {}: {} is committed past {unfinished:?}", self.seed, position.offset);
             self.committed = Some(position);
             self.check_cover();
-            state.committed();
+            state.committed(self.now);
         }
     }
 
@@ -549,10 +556,16 @@ fn progress_that_does_not_fit_the_committed_offset_is_not_believed() {
     world.read(&mut state);
     world.commit(&mut state, true);
     let kept = world.committed.clone().expect("committed");
-    for metadata in ["", "99", "x"] {
+    let ours = kept.metadata.as_str();
+    assert!(world.restore().pending > 0, "the progress fits");
+    // Behind the partition's record lies a part of what was to come before the next one.
+    let in_part = Some(Bytes::from_static(b"k/0/d0/u1"));
+    let whole = world.last.clone();
+    for (metadata, last) in [("", &whole), ("99", &whole), ("x", &whole), (ours, &in_part), (ours, &None)] {
         world.committed = Some(Committed { offset: kept.offset, metadata: metadata.into() });
+        world.last.clone_from(last);
         let state = world.restore();
         assert_eq!(state.live(), kept.offset, "{metadata:?}: reading goes on at the committed offset");
-        assert_eq!(state.pending, 0);
+        assert_eq!(state.pending, 0, "{metadata:?} {last:?}");
     }
 }
