@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream;
 
 use crate::clock::Timestamp;
 use crate::control::commands::Commands;
@@ -12,6 +14,8 @@ use crate::model::id::{DestinationId, User};
 use crate::model::progress::{Head, Ledger, Progress};
 use crate::model::record::{Offset, Partition, Topic};
 
+/// Partitions that are read at a time: each takes a reader.
+const AT_A_TIME: usize = 8;
 const READ: Limit = Limit { records: 1_000, bytes: 4 << 20 };
 
 /// All destinations that anything is known of.
@@ -119,23 +123,36 @@ impl Standing {
 pub async fn read<B: Backend>(log: &B) -> Result<Standing, LogError> {
     let (commands, _) = Commands::load(log).await?;
     let mut standing = Standing { commands, ..Standing::default() };
-    let topics = log.admin()?.topics().await?;
+    let admin = log.admin()?;
+    let topics = admin.topics().await?;
     let partitions = topics.iter().find(|info| info.topic == Topic::PROGRESS_ROUTER).map_or(0, |info| info.partitions);
-    for partition in (0..partitions).map(Partition) {
-        for value in newest(log, partition).await?.into_values() {
+    let mut reads =
+        stream::iter((0..partitions).map(|number| newest(log, &admin, Partition(number)))).buffer_unordered(AT_A_TIME);
+    while let Some(read) = reads.next().await {
+        let (partition, found) = read?;
+        for value in found.into_values() {
             match codec::decode::<Progress>(&value) {
                 Ok(progress) => standing.take(partition, progress),
                 Err(error) => tracing::warn!(partition = partition.0, %error, "a progress record cannot be read"),
             }
         }
     }
+    drop(reads);
     Ok(standing)
 }
 
 /// The last record of each key.
-async fn newest<B: Backend>(log: &B, partition: Partition) -> Result<BTreeMap<Bytes, Bytes>, LogError> {
-    let mut reader = log.reader(&Topic::PROGRESS_ROUTER, partition, Offset::START).await?;
+async fn newest<B: Backend>(
+    log: &B,
+    admin: &B::Admin,
+    partition: Partition,
+) -> Result<(Partition, BTreeMap<Bytes, Bytes>), LogError> {
     let mut found = BTreeMap::new();
+    let marks = admin.watermarks(&Topic::PROGRESS_ROUTER, partition).await?;
+    if marks.start >= marks.stable {
+        return Ok((partition, found));
+    }
+    let mut reader = log.reader(&Topic::PROGRESS_ROUTER, partition, Offset::START).await?;
     while let Read::Records(records) = reader.read(READ).await? {
         for record in records {
             match (record.key, record.value) {
@@ -145,5 +162,5 @@ async fn newest<B: Backend>(log: &B, partition: Partition) -> Result<BTreeMap<By
             }
         }
     }
-    Ok(found)
+    Ok((partition, found))
 }

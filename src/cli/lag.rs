@@ -10,7 +10,7 @@ use super::output::{Output, line, short, table};
 use crate::app::engine::Stage;
 use crate::app::lag::{self, PartitionLag, StageLag};
 use crate::app::open::AnyLog;
-use crate::app::standing;
+use crate::app::standing::{self, Standing};
 use crate::clock::{Clock, Timestamp};
 use crate::log::Backend;
 use crate::log::embedded::Access;
@@ -96,7 +96,11 @@ impl Lag {
 }
 
 async fn read<B: Backend>(log: &B, stages: &[Stage]) -> anyhow::Result<Vec<StageLag>> {
-    Ok(lag::read(log, stages, &standing::read(log).await?).await?)
+    let standing = match stages.contains(&Stage::Router) {
+        true => standing::read(log).await?,
+        false => Standing::default(),
+    };
+    Ok(lag::read(log, stages, &standing).await?)
 }
 
 /// By how much the work becomes more in a second; less where negative.
