@@ -168,7 +168,7 @@ impl Config {
         let mut table: Table = toml::from_str(DEFAULTS).expect("the compiled-in defaults are TOML");
         let known = keys(&table, "");
         for (key, text) in defaults {
-            let value = like(get(&table, key), text);
+            let value = like(key, get(&table, key), text);
             set(&mut table, key, value);
         }
         if let Some(path) = file {
@@ -191,12 +191,12 @@ impl Config {
                 continue;
             }
             check(&known, &key, &name)?;
-            let value = like(get(&table, &key), &text);
+            let value = like(&key, get(&table, &key), &text);
             set(&mut table, &key, value);
         }
         for (key, text) in flags {
             check(&known, key, "--set")?;
-            let value = like(get(&table, key), text);
+            let value = like(key, get(&table, key), text);
             set(&mut table, key, value);
         }
         table.try_into().map_err(|error: toml::de::Error| invalid("configuration", &error))
@@ -275,11 +275,13 @@ fn set_property(table: &mut Table, key: &str, value: Value) {
     }
 }
 
-/// A text from outside as the type that the default has.
-fn like(default: Option<&Value>, text: &str) -> Value {
-    let as_default = match default {
-        Some(Value::Integer(_)) => text.parse().ok().map(Value::Integer),
-        Some(Value::Boolean(_)) => text.parse().ok().map(Value::Boolean),
+/// A text from outside as the type that the default has, or that a destination's own key has.
+fn like(key: &str, default: Option<&Value>, text: &str) -> Value {
+    let own = key.strip_prefix("router.destinations.").and_then(|rest| rest.rsplit_once('.')).map(|(_, own)| own);
+    let as_default = match (default, own) {
+        (Some(Value::Integer(_)), _) | (_, Some("concurrency")) => text.parse().ok().map(Value::Integer),
+        (Some(Value::Boolean(_)), _) | (_, Some("ordered")) => text.parse().ok().map(Value::Boolean),
+        (_, Some("rate")) => text.parse().ok().map(Value::Float),
         _ => None,
     };
     as_default.unwrap_or_else(|| Value::String(text.to_owned()))
@@ -393,6 +395,13 @@ mod tests {
         let (webhook, one) = (&rules["WEBHOOK"], &rules["d1"]);
         assert_eq!((webhook.rate, webhook.retry_window), (Some(0.5), Some(Duration::from_secs(60))));
         assert_eq!((one.ordered, one.concurrency, one.rate), (Some(false), Some(3), None));
+        let flag = |key: &str, text: &str| (format!("router.destinations.d.{key}"), text.to_owned());
+        let flags = [flag("rate", "5"), flag("concurrency", "7"), flag("ordered", "false"), flag("retry_window", "2m")];
+        let flags: Vec<(&str, String)> = flags.iter().map(|(key, text)| (key.as_str(), text.clone())).collect();
+        let environment = [("LANEWAY_ROUTER__DESTINATIONS__e__RATE", "0.5")];
+        let rules = load("", &environment, &flags).expect("valid").router.destinations;
+        assert_eq!((rules["d"].rate, rules["d"].concurrency, rules["d"].ordered), (Some(5.0), Some(7), Some(false)));
+        assert_eq!((rules["d"].retry_window, rules["e"].rate), (Some(Duration::from_secs(120)), Some(0.5)));
         let wrong = load("[router.destinations.d1]\nrat = 1", &[], &[]).unwrap_err().to_string();
         assert!(wrong.contains("rat"), "{wrong}");
     }

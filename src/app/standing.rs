@@ -121,10 +121,11 @@ impl Standing {
 /// # Errors
 /// Where the log cannot be read.
 pub async fn read<B: Backend>(log: &B) -> Result<Standing, LogError> {
-    let (commands, _) = Commands::load(log).await?;
-    let mut standing = Standing { commands, ..Standing::default() };
+    // Asked first: it says so where the log does not answer, and a reader would wait.
     let admin = log.admin()?;
     let topics = admin.topics().await?;
+    let (commands, _) = Commands::load(log).await?;
+    let mut standing = Standing { commands, ..Standing::default() };
     let partitions = topics.iter().find(|info| info.topic == Topic::PROGRESS_ROUTER).map_or(0, |info| info.partitions);
     let mut reads =
         stream::iter((0..partitions).map(|number| newest(log, &admin, Partition(number)))).buffer_unordered(AT_A_TIME);

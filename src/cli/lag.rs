@@ -1,4 +1,7 @@
 //! `laneway lag`: how far each stage is behind.
+//!
+//! BEHIND is what any tool would say: offsets from the group's position to the end. Ends of transactions have offsets too, and a
+//! router's position is its oldest unfinished delivery. PENDING is what a router has to deliver yet.
 
 use std::time::Duration;
 
@@ -21,7 +24,8 @@ pub struct Lag {
     /// Only these stages.
     #[arg(value_enum, value_name = "STAGE")]
     stages: Vec<Consumer>,
-    /// A row for each partition.
+    /// A row for each partition. BEHIND counts offsets from the group's position, as any tool does; PENDING counts the
+    /// deliveries that a router has not ended.
     #[arg(long)]
     partitions: bool,
     /// Watch for so many seconds to tell the trend and the time to drain; 0 shows what is there at once.

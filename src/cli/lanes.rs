@@ -196,6 +196,11 @@ async fn command<B: Backend>(
         value: Some(codec::encode(&control).into()),
         headers,
     };
+    if let Target::Destination(destination) | Target::User(destination, _) = &command.target
+        && !standing::read(log).await?.destinations.contains_key(destination.as_str())
+    {
+        eprintln!("laneway: nothing is known of destination {destination} yet; the command holds all the same");
+    }
     log.publisher()?.publish(vec![record]).await?;
     let Command { id, action, target, at, by } = command;
     match output {

@@ -58,8 +58,8 @@ pub struct Load {
     /// … for so many seconds from its start.
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     fail_for: u64,
-    /// Give up waiting when nothing has arrived for so many seconds.
-    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    /// Give up waiting when nothing has arrived for so many seconds. A destination that was down is probed once a minute.
+    #[arg(long, default_value_t = 90, value_name = "SECONDS")]
     patience: u64,
     /// Keep on listening for repeats for so many seconds after everything has arrived.
     #[arg(long, default_value_t = 1, value_name = "SECONDS")]

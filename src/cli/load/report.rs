@@ -5,7 +5,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
-use super::super::output::{Output, table};
+use super::super::output::{Output, line, table};
 use super::oracle::Oracle;
 
 pub struct Report {
@@ -54,7 +54,7 @@ impl Report {
         match output {
             Output::Json => {
                 let fields = self.values.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
-                println!("{}", Value::Object(fields.collect()));
+                line(&Value::Object(fields.collect()).to_string());
             }
             Output::Table => {
                 let row = |(name, value): &(&str, Value)| vec![name.replace('_', " "), value.to_string()];

@@ -36,6 +36,8 @@ pub struct KafkaReader {
     seek: u64,
     brought: mpsc::Receiver<Brought>,
     at_end: bool,
+    /// Moved on without a seek since the last records came: an end that is told now may be from before.
+    moved: bool,
     /// Records beyond the last read's limit.
     rest: std::collections::VecDeque<Record>,
     /// Records below this are passed over.
@@ -55,7 +57,7 @@ impl KafkaReader {
         let place = (config.topic(topic), convert::partition(partition));
         seeks.send((0, from)).map_err(|_| LogError::transient("no reader"))?;
         thread("kafka-read", move || run(&consumer, &place, &orders, &brings))?;
-        Ok(Self { seeks, seek: 0, brought, at_end: false, rest: Default::default(), next: from })
+        Ok(Self { seeks, seek: 0, brought, at_end: false, moved: false, rest: Default::default(), next: from })
     }
 
     fn take(&mut self, limit: Limit) -> Read {
@@ -92,11 +94,14 @@ impl Reader for KafkaReader {
             }
             match brought.read? {
                 Read::Records(records) => {
-                    self.at_end = false;
+                    (self.at_end, self.moved) = (false, false);
                     self.rest.extend(records.into_iter().filter(|record| record.offset >= self.next));
                 }
                 Read::End => {
                     self.at_end = true;
+                    if std::mem::take(&mut self.moved) {
+                        continue;
+                    }
                     return Ok(Read::End);
                 }
             }
@@ -110,10 +115,11 @@ impl Reader for KafkaReader {
             while self.rest.front().is_some_and(|record| record.offset < to) {
                 self.rest.pop_front();
             }
+            self.moved = self.rest.is_empty();
             return Ok(());
         }
         self.seek += 1;
-        self.at_end = false;
+        (self.at_end, self.moved) = (false, false);
         self.rest.clear();
         self.seeks.send((self.seek, to)).map_err(|_| LogError::transient("the kafka reader has ended"))
     }
