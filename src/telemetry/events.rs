@@ -57,6 +57,11 @@ pub fn progress_missing(stage: &str, partition: Partition) {
     );
 }
 
+/// Behind the progress that the committed offset names lies some of a commit that does not count.
+pub fn progress_behind(stage: &str, partition: Partition, records: usize) {
+    warn!(stage, partition = partition.0, records, "progress of a commit that does not count is passed over");
+}
+
 /// A destination counts as down from now on, or as up again.
 pub fn breaker(destination: &str, is_open: bool) {
     if is_open {

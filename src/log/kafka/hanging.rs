@@ -12,8 +12,8 @@
 //!   record that readers pass over.
 //!
 //! Whether the transaction was to be committed cannot be known by then, nor whether all of it had been written. With its offsets
-//! aborted and its records committed inputs may be done twice, with the same ids; progress of which only a part is there is not
-//! believed (`deliver::restore`). What remains: if it was committed, and the filler's own transaction has to be aborted, its
+//! aborted and its records committed inputs may be done twice, with the same ids; progress of a commit that does not count is
+//! passed over (`deliver::restore`). What remains: if it was committed, and the filler's own transaction has to be aborted, its
 //! records in that partition go with it.
 //!
 //! A session may also outlive the broker's restart. So it looks now and then: what is undecided for longer than it can be gets

@@ -26,6 +26,9 @@
 //! transaction, together with every mark that had changed. Live reading starts at `base` and passes over `runs`. Detached lanes
 //! start at `tail` and pass over `done`. Held keys come with their marks and read their records at their offsets.
 //!
+//! - Records of a commit whose offset does not count may lie behind that one: a log may let a transaction be seen that it had
+//!   forgotten to abort. The partition's own record is the last one of each commit, so it is known where they begin; they are
+//!   passed over, and the first commit puts back what they replaced.
 //! - A record that live had passed but whose passing was not committed is read again by live: `base` and `live` are older too.
 //! - A record whose final outcome was not committed is open in what is restored, and is sent again with the same delivery id.
 //! - A record is never covered twice: marks of lanes and keys were written with the `runs` that leave out what they cover. Until

@@ -187,8 +187,8 @@ impl PartitionState {
             destinations,
             rules,
         };
-        for key in restored.stale {
-            state.outputs.push(state.tombstone(key));
+        for (key, value) in restored.corrections {
+            state.outputs.push(Addressed { value, ..state.tombstone(key) });
             state.changed = true;
         }
         for (lane, ledger) in restored.ledgers {

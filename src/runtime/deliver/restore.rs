@@ -38,8 +38,60 @@ pub struct Restored {
     pub lanes: Vec<LaneProgress>,
     pub drains: Vec<Drain>,
     pub ledgers: Vec<(Lane, Ledger)>,
-    /// Keys of progress records that are not to be believed: removed in the first commit.
-    pub stale: Vec<Bytes>,
+    /// Progress records that are not to be believed: these take their place in the first commit.
+    pub corrections: Vec<(Bytes, Option<Bytes>)>,
+}
+
+/// What the progress says of a partition, read in the order in which it was written.
+///
+/// A commit's last record is the partition's own, and the committed offset names the commit that counts. What lies behind that
+/// one belongs to a commit that does not count, or to a part of one: a log that forgets to end a transaction lets it be seen
+/// in the end ([`crate::log::kafka`]).
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    own_key: Bytes,
+    /// The number that the committed offset names.
+    seq: Option<u64>,
+    /// The last record of each key, up to the named commit; all of them as long as that has not come.
+    records: BTreeMap<Bytes, Bytes>,
+    is_named: bool,
+    /// What was written behind it.
+    behind: BTreeMap<Bytes, Option<Bytes>>,
+    /// The highest number that was seen.
+    highest: Option<u64>,
+}
+
+impl Found {
+    pub fn new(assignment: &Assignment) -> Self {
+        let own_key = ProgressKey::Partition.encode(assignment.partition).into();
+        let committed = assignment.committed.as_ref();
+        let seq = committed.and_then(|committed| committed.metadata.parse().ok());
+        Self { own_key, seq, ..Self::default() }
+    }
+
+    pub fn take(&mut self, key: Bytes, value: Option<Bytes>) {
+        let seq = value.as_ref().filter(|_| key == self.own_key).and_then(|value| match codec::decode(value) {
+            Ok(Progress::Partition(stored)) => Some(stored.seq),
+            _ => None,
+        });
+        self.highest = self.highest.max(seq);
+        self.behind.insert(key, value);
+        let is_named = seq.is_some() && seq == self.seq;
+        if is_named || !self.is_named {
+            for (key, value) in std::mem::take(&mut self.behind) {
+                match value {
+                    Some(value) => drop(self.records.insert(key, value)),
+                    None => drop(self.records.remove(&key)),
+                }
+            }
+        }
+        self.is_named |= is_named;
+    }
+
+    /// The commit that the committed offset names is still to come.
+    fn is_behind(&self) -> bool {
+        !self.is_named && self.seq.is_some() && self.highest < self.seq
+    }
 }
 
 /// Restores a partition from its progress.
@@ -71,75 +123,57 @@ pub async fn restore<B: Backend>(
         clock.sleep(UNDECIDED).await;
     }
     let mut reader = backend.reader(&settings.progress, partition, Offset::START).await?;
-    let mut found: BTreeMap<Bytes, Bytes> = BTreeMap::new();
-    let (mut bytes, mut last) = (0, None);
+    let (mut found, mut bytes) = (Found::new(assignment), 0);
     if end > Offset::START {
         loop {
             while let Read::Records(records) = reader.read(READ).await? {
                 for record in records {
                     bytes += record.weight();
-                    last.clone_from(&record.key);
-                    match (record.key, record.value) {
-                        (Some(key), Some(value)) => drop(found.insert(key, value)),
-                        (Some(key), None) => drop(found.remove(&key)),
-                        (None, _) => {}
+                    if let Some(key) = record.key {
+                        found.take(key, record.value);
                     }
                 }
             }
             // A replica that has just taken over may not show the newest records yet.
-            let is_behind = stored_seq(&found, assignment) < committed_seq(assignment);
-            if !is_behind || began.elapsed() > PATIENCE {
+            if !found.is_behind() || began.elapsed() > PATIENCE {
                 break;
             }
         }
     }
-    let restored = judge(found, last, assignment, settings)?;
+    let restored = judge(found, assignment, settings)?;
     events::restored(settings.stage, partition, bytes, restored.keys.len(), began.elapsed());
     Ok(restored)
 }
 
-fn committed_seq(assignment: &Assignment) -> Option<u64> {
-    assignment.committed.as_ref().and_then(|committed| committed.metadata.parse().ok())
-}
-
-fn stored_seq(found: &BTreeMap<Bytes, Bytes>, assignment: &Assignment) -> Option<u64> {
-    let own_key = ProgressKey::Partition.encode(assignment.partition);
-    match codec::decode::<Progress>(found.get(own_key.as_bytes())?) {
-        Ok(Progress::Partition(stored)) => Some(stored.seq),
-        _ => None,
-    }
-}
-
-/// Believes the progress if its partition record is the one that the committed offset names, and was written last: it is the
-/// last one of each commit, so a part of a commit lies behind it otherwise. `last`: the key of the last record of all.
-pub(super) fn judge(
-    found: BTreeMap<Bytes, Bytes>,
-    last: Option<Bytes>,
-    assignment: &Assignment,
-    settings: &DeliverSettings,
-) -> Result<Restored, LogError> {
+/// Believes the progress up to the commit that the committed offset names.
+pub(super) fn judge(found: Found, assignment: &Assignment, settings: &DeliverSettings) -> Result<Restored, LogError> {
+    let Found { own_key, seq, records, is_named, behind, highest } = found;
     let partition = assignment.partition;
-    let own_key = ProgressKey::Partition.encode(partition);
-    let stored = match found.get(own_key.as_bytes()).map(codec::decode::<Progress>) {
+    let stored = match records.get(&own_key).map(codec::decode::<Progress>) {
         Some(Ok(Progress::Partition(stored))) => Some(stored),
         Some(Ok(_)) | None => None,
-        Some(Err(error)) => return Err(unreadable(settings, partition, &own_key, &error)),
-    };
-    let committed = assignment.committed.as_ref();
-    let seq = committed_seq(assignment);
-    let is_whole = last.is_some_and(|last| last == own_key.as_bytes());
-    match stored {
-        Some(stored) if seq == Some(stored.seq) && is_whole => believe(found, stored, assignment, settings),
-        stored => {
-            let from = committed.map_or(Offset::START, |committed| committed.offset);
-            if committed.is_some() || stored.is_some() {
-                events::progress_missing(settings.stage, partition);
-            }
-            // Numbers go on above the stale ones, so that an old record is never taken for a new one.
-            let seq = stored.map_or(0, |stored| stored.seq).max(seq.unwrap_or(0));
-            Ok(Restored { base: from, live: from, seq, stale: found.into_keys().collect(), ..Restored::default() })
+        Some(Err(error)) => {
+            return Err(unreadable(settings, partition, &String::from_utf8_lossy(&own_key), &error));
         }
+    };
+    // Numbers go on above all that were seen, so that an old record is never taken for a new one.
+    let highest = highest.max(seq).unwrap_or(0);
+    if let Some(stored) = stored.as_ref().filter(|_| is_named) {
+        if !behind.is_empty() {
+            events::progress_behind(settings.stage, partition, behind.len());
+        }
+        let corrections = behind.into_keys().filter(|key| *key != own_key);
+        let corrections = corrections.map(|key| (key.clone(), records.get(&key).cloned())).collect();
+        let restored = believe(records, stored.clone(), assignment, settings)?;
+        return Ok(Restored { seq: highest, corrections, ..restored });
     }
+    let committed = assignment.committed.as_ref();
+    let from = committed.map_or(Offset::START, |committed| committed.offset);
+    if committed.is_some() || stored.is_some() {
+        events::progress_missing(settings.stage, partition);
+    }
+    let corrections = records.into_keys().map(|key| (key, None)).collect();
+    Ok(Restored { base: from, live: from, seq: highest, corrections, ..Restored::default() })
 }
 
 fn believe(
