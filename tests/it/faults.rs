@@ -214,7 +214,7 @@ impl Struck {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_happens_to_processes_loses_nothing() {
-    // Only in the long form: see the known defects in CHANGELOG.
+    // Only in the long form: each restart of a broker costs half a minute.
     let with_broker = setting("FAULTS_BROKER", 0) == 1;
     let (seconds, rate) = (setting("FAULTS_SECONDS", 25), setting("FAULTS_RATE", 150));
     let events = seconds * rate;
