@@ -129,15 +129,7 @@ async fn a_broker_that_goes_away_costs_503_and_nothing_else() {
     let load = flow.load(&["--events", "4000", "--rate", "300", "--users", "100", "--patience", "90"]);
     running[0].takes(800.0).await;
     broker.kill();
-    let client = reqwest::Client::new();
-    eventually("the edge answers 503", Duration::from_secs(40), async || {
-        let post = client.post(format!("{}/v1/track", flow.url())).basic_auth("wk-1", Some(""));
-        match post.body(r#"{"userId":"probe","event":"x"}"#).send().await {
-            Ok(answer) => answer.status() == 503 && answer.headers().contains_key("retry-after"),
-            Err(_) => false,
-        }
-    })
-    .await;
+    is_refused(&flow).await;
     broker.start_again();
     let report = load.report().await;
     assert_eq!(number(&report, "accepted"), 4_000);
@@ -154,6 +146,19 @@ async fn a_broker_that_goes_away_costs_503_and_nothing_else() {
     assert_eq!(ids.len(), 4_000, "{report}");
 }
 
+/// The edge cannot store anything, and says so.
+async fn is_refused(flow: &Flow) {
+    let client = reqwest::Client::new();
+    eventually("the edge answers 503", Duration::from_secs(40), async || {
+        let post = client.post(format!("{}/v1/track", flow.url())).basic_auth("wk-1", Some(""));
+        match post.body(r#"{"userId":"probe","event":"x"}"#).send().await {
+            Ok(answer) => answer.status() == 503 && answer.headers().contains_key("retry-after"),
+            Err(_) => false,
+        }
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_is_heeded_while_the_broker_is_away() {
     let broker = Broker::start();
@@ -163,8 +168,8 @@ async fn sigterm_is_heeded_while_the_broker_is_away() {
     let _load = flow.load(&["--events", "100000", "--rate", "500", "--patience", "1"]);
     running[0].takes(500.0).await;
     broker.kill();
-    // Long enough for a commit to wait for the broker; one that nothing ends would take a minute and more.
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    // By then commits wait for the broker; one that nothing ends would take a minute and more.
+    is_refused(&flow).await;
     running.iter().for_each(Process::terminate);
     for process in &mut running {
         let status = process.ended(Duration::from_secs(30)).await;

@@ -7,7 +7,9 @@ use std::time::Duration;
 use laneway::log::kafka::{Kafka, KafkaConfig};
 use laneway::log::partitioner::IsolateBy;
 use laneway::log::topic::TopicSpec;
-use laneway::log::{Admin, Backend, Commit, Committed, Limit, Member, Polled, Publisher, Read, Reader, Session};
+use laneway::log::{
+    Admin, Backend, Commit, Committed, Limit, Member, Polled, Publisher, Read, Reader, Session, Watermarks,
+};
 use laneway::model::record::{Addressed, Headers, Offset, Partition, Topic};
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -71,20 +73,24 @@ async fn commit(session: &mut impl Session, value: &'static str, offset: u128) {
     session.commit(std::sync::Arc::new(Commit { outputs, offsets })).await.expect("committed");
 }
 
-/// Begins a transaction as the member would, and leaves it open.
-fn open_transaction(address: &str) -> BaseProducer {
+/// A producer that can begin a transaction as the member would, or another one.
+fn producer(address: &str, id: &str) -> BaseProducer {
     let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", address).set("transactional.id", "g.one").set("transaction.timeout.ms", "10000");
+    config.set("bootstrap.servers", address).set("transactional.id", id).set("transaction.timeout.ms", "10000");
     let producer: BaseProducer = config.create().expect("a producer");
     producer.init_transactions(CALL).expect("a life begins");
     producer
 }
 
-fn fill(address: &str, producer: &BaseProducer) {
+/// Begins a transaction with one record, and leaves it open.
+fn begin(producer: &BaseProducer, topic: &str) {
     producer.begin_transaction().expect("begun");
-    let record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to("deliveries").partition(0).payload(b"hung");
+    let record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(topic).partition(0).payload(b"hung");
     producer.send(record).map_err(|(error, _)| error).expect("sent");
     producer.flush(CALL).expect("acknowledged");
+}
+
+fn add_offsets(address: &str, producer: &BaseProducer) {
     let mut offsets = TopicPartitionList::new();
     offsets.add_partition_offset("events", 0, rdkafka::Offset::Offset(2)).expect("an offset");
     let mut config = ClientConfig::new();
@@ -117,6 +123,49 @@ async fn create_topics(admin: &impl Admin) {
     }
 }
 
+/// Everything in a topic is decided.
+async fn is_decided(admin: &impl Admin, topic: &Topic) -> bool {
+    admin.watermarks(topic, Partition(0)).await.is_ok_and(|marks| marks.stable == marks.end)
+}
+
+/// Makes the coordinator forget a transaction of the member: its own log is put back to where that had not begun. Where
+/// `deliveries` stands when a broker would have ended it.
+async fn hang(broker: &Broker, admin: &impl Admin) -> Watermarks {
+    let address = broker.address();
+    let blocking = |work: Box<dyn FnOnce(&str) -> BaseProducer + Send>| {
+        let address = address.clone();
+        async move { tokio::task::spawn_blocking(move || work(&address)).await.expect("it ends") }
+    };
+    let member = blocking(Box::new(|address| producer(address, "g.one"))).await;
+    let kept = tempfile::tempdir().expect("a folder");
+    for folder in coordinator(&broker.data()) {
+        copy(&folder, &kept.path().join(folder.file_name().expect("a name")));
+    }
+    let _member = blocking(Box::new(move |address| {
+        begin(&member, "deliveries");
+        add_offsets(address, &member);
+        member
+    }))
+    .await;
+    broker.kill();
+    for folder in coordinator(&broker.data()) {
+        std::fs::remove_dir_all(&folder).expect("removed");
+        copy(&kept.path().join(folder.file_name().expect("a name")), &folder);
+    }
+    broker.start_again();
+    // One that begins later, and may live as long, is ended by the broker: then so would be the other one.
+    let _later = blocking(Box::new(|address| {
+        let later = producer(address, "later");
+        begin(&later, "events");
+        later
+    }))
+    .await;
+    assert!(!is_decided(admin, &Topic::EVENTS).await, "the later one is open");
+    eventually("the later one is ended", Duration::from_secs(60), async || is_decided(admin, &Topic::EVENTS).await)
+        .await;
+    admin.watermarks(&Topic::DELIVERIES, Partition(0)).await.expect("told")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_broker_left_undecided_is_ended_by_the_next_session_of_the_instance() {
     let broker = Broker::start();
@@ -131,41 +180,12 @@ async fn what_a_broker_left_undecided_is_ended_by_the_next_session_of_the_instan
     commit(&mut session, "first", 1).await;
     session.close().await;
 
-    // The coordinator is made to forget what began after this: to it the transaction has never been.
-    let producer = tokio::task::spawn_blocking({
-        let address = address.clone();
-        move || open_transaction(&address)
-    });
-    let producer = producer.await.expect("it ends");
-    let kept = tempfile::tempdir().expect("a folder");
-    for folder in coordinator(&broker.data()) {
-        copy(&folder, &kept.path().join(folder.file_name().expect("a name")));
-    }
-    let filled = tokio::task::spawn_blocking({
-        let address = address.clone();
-        move || fill(&address, &producer)
-    });
-    filled.await.expect("it ends");
-    broker.kill();
-    for folder in coordinator(&broker.data()) {
-        std::fs::remove_dir_all(&folder).expect("removed");
-        copy(&kept.path().join(folder.file_name().expect("a name")), &folder);
-    }
-    broker.start_again();
-    let marks = async || admin.watermarks(&Topic::DELIVERIES, Partition(0)).await;
-    eventually("the broker is back", CALL, async || marks().await.is_ok()).await;
-    // Longer than the transaction may live.
-    tokio::time::sleep(Duration::from_secs(12)).await;
-    let before = marks().await.expect("told");
+    let before = hang(&broker, &admin).await;
     assert!(before.stable < before.end, "the transaction hangs: {before:?}");
-
     let mut session = log.session(member()).await.expect("a session");
     let committed = assigned(&mut session).await.expect("a position");
     assert_eq!(committed.offset, Offset::new(1), "what was not committed does not count");
-    eventually("what hung is ended", Duration::from_secs(30), async || {
-        marks().await.is_ok_and(|marks| marks.stable == marks.end)
-    })
-    .await;
+    eventually("what hung is ended", CALL, async || is_decided(&admin, &Topic::DELIVERIES).await).await;
     let passed_over = laneway::telemetry::metrics::metrics().hanging.with_label_values(&["events"]).get();
     assert_eq!(passed_over, 0, "the offsets were decided before anybody asked for them");
     session.close().await;

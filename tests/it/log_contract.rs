@@ -16,7 +16,7 @@ use laneway::log::{
 };
 use laneway::model::record::{Addressed, Epoch, Headers, Offset, Partition, Record, Topic};
 
-use crate::support::{kafka_address, unique};
+use crate::support::{eventually, kafka_address, unique};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const LIMIT: Limit = Limit { records: 500, bytes: 1 << 20 };
@@ -388,7 +388,8 @@ async fn offsets_are_found_by_time<B: Backend>(log: B) {
     let topic = topic(&log, "in", 1).await;
     numbers(&log, &topic, 1, 10).await;
     let between = Clock::system().now();
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    eventually("the clock goes on", PATIENCE, async || Clock::system().now() > between.plus(Duration::from_millis(1)))
+        .await;
     numbers(&log, &topic, 1, 10).await;
     let admin = log.admin().unwrap();
     let at = |time| admin.offset_at(&topic, Partition(0), time);

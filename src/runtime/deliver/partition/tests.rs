@@ -415,12 +415,13 @@ impl World {
             let (count, seed) = (cover.count(record), self.seed);
             let key = Self::key_of(record);
             let expected = usize::from(!is_final);
-            if count != expected {
+            let why = || {
                 let lane = cover.lanes.get(&lane_of(record));
                 let mark = key.as_ref().and_then(|key| cover.keys.get(key));
                 let (at, base, runs) = (record.offset, cover.base, &cover.runs);
-                panic!("seed {seed}: {count} cover {at} of {key:?}, base {base} {runs:?}, lane {lane:?}, key {mark:?}");
-            }
+                format!("seed {seed}: what covers {at} of {key:?}; base {base} {runs:?}, lane {lane:?}, key {mark:?}")
+            };
+            assert_eq!(count, expected, "{}", why());
         }
     }
 
