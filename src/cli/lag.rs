@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::ConfigArgs;
-use super::output::{Output, line, short, table};
+use super::output::{Output, drains_in, line, short, table};
 use crate::app::engine::Stage;
 use crate::app::lag::{self, PartitionLag, StageLag};
 use crate::app::open::AnyLog;
@@ -134,7 +134,7 @@ impl Row {
     fn new(lag: &StageLag, partition: Option<u32>, it: &PartitionLag, trend: Option<f64>, now: Timestamp) -> Self {
         let dash = || "-".to_owned();
         let oldest = it.oldest.map(|at| now.since(at));
-        let drains_in = trend.filter(|trend| *trend < 0.0).map(|trend| it.work() as f64 / -trend);
+        let (drains_in, drains) = drains_in(it.work(), trend.map(|trend| -trend));
         let cells = vec![
             lag.stage.as_str().to_owned(),
             lag.topic.to_string(),
@@ -143,18 +143,14 @@ impl Row {
             oldest.map_or_else(dash, short),
             it.pending.map_or_else(dash, |pending| pending.to_string()),
             trend.map_or_else(dash, |trend| format!("{trend:+.0}/s")),
-            match (it.work(), drains_in) {
-                (0, _) => dash(),
-                (_, Some(seconds)) => short(Duration::from_secs_f64(seconds.min(1e9))),
-                (_, None) => trend.map_or_else(dash, |_| "never, at this rate".to_owned()),
-            },
+            drains,
         ];
         let json = json!({
             "stage": lag.stage.as_str(), "topic": lag.topic.as_str(), "group": lag.stage.group(), "partition": partition,
             "committed": partition.and(it.committed).map(|at| at.to_string()),
             "end": partition.map(|_| it.end.to_string()), "behind": it.behind,
             "oldest_seconds": oldest.map(|age| age.as_secs_f64()), "pending": it.pending, "trend_per_second": trend,
-            "drains_in_seconds": drains_in.filter(|_| it.work() > 0),
+            "drains_in_seconds": drains_in,
         });
         Self { cells, json }
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::output::{Output, line, short, table};
+use super::output::{Output, drains_in, line, short, table};
 use super::{ConfigArgs, Usage};
 use crate::app::open::AnyLog;
 use crate::app::standing::{self, Standing};
@@ -261,7 +261,7 @@ impl Row {
             _ if blocked > 0 => "users blocked".to_owned(),
             _ => "ok".to_owned(),
         };
-        let drains_in = rate.filter(|rate| *rate > 0.0).map(|rate| pending as f64 / rate);
+        let (drains_in, drains) = drains_in(pending, rate);
         let dash = || "-".to_owned();
         let ledger = it.ledger;
         let cells = vec![
@@ -272,11 +272,7 @@ impl Row {
             blocked.to_string(),
             ledger.delivered.to_string(),
             ledger.aborted.to_string(),
-            match (pending, drains_in) {
-                (0, _) => dash(),
-                (_, Some(seconds)) => short(Duration::from_secs_f64(seconds.min(1e9))),
-                (_, None) => rate.map_or_else(dash, |_| "never, at this rate".to_owned()),
-            },
+            drains,
         ];
         let json = json!({
             "destination": id, "state": state, "paused": paused, "pending": pending,

@@ -29,6 +29,20 @@ pub fn short(time: Duration) -> String {
     }
 }
 
+/// How long so much work takes where it becomes less by `per_second`; none where nothing is known of that. In seconds, and for
+/// people.
+pub fn drains_in(work: u64, per_second: Option<f64>) -> (Option<f64>, String) {
+    match per_second {
+        _ if work == 0 => (None, "-".to_owned()),
+        None => (None, "-".to_owned()),
+        Some(rate) if rate > 0.0 => {
+            let seconds = work as f64 / rate;
+            (Some(seconds), short(Duration::from_secs_f64(seconds.min(1e9))))
+        }
+        Some(_) => (None, "never, at this rate".to_owned()),
+    }
+}
+
 /// Prints rows with aligned columns.
 pub fn table(head: &[&str], rows: &[Vec<String>]) {
     let width = |column: usize| {
@@ -48,6 +62,14 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn work_drains_in_time_or_never() {
+        assert_eq!(drains_in(600, Some(10.0)), (Some(60.0), "1m 0s".into()));
+        assert_eq!(drains_in(600, Some(0.0)), (None, "never, at this rate".into()));
+        assert_eq!(drains_in(600, Some(-3.0)), (None, "never, at this rate".into()));
+        assert_eq!((drains_in(600, None).1, drains_in(0, Some(1.0)).1), ("-".into(), "-".into()));
+    }
 
     #[test]
     fn spans_are_short() {

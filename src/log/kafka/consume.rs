@@ -125,8 +125,8 @@ impl Rebalances {
     /// Stable offsets only: librdkafka waits for transactions that are about to decide (`require_stable`).
     ///
     /// An offset that is not stable after [`DECIDED`] never will be: a broker that was killed can leave a transaction's offsets
-    /// without their marker ([`hanging`]). Then what was committed before it counts. Had it been committed after all, its progress does not fit that offset, and the runtime reads on from there:
-    /// repeats are possible, loss is not.
+    /// without their marker ([`hanging`]). Then what was committed before it counts. Had it been committed after all, its inputs
+    /// are done again: repeats are possible, loss is not.
     fn committed(
         &self,
         consumer: &BaseConsumer<Self>,

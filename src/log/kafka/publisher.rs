@@ -214,12 +214,12 @@ impl Client {
     async fn introduce(&self, prefix: &str, records: &[Addressed]) -> Result<Vec<usize>, KafkaError> {
         let mut sent = Vec::new();
         // Since it waits: how many had been refused by then, and its room.
-        let mut waiting: Option<(u64, Room<'_>)> = None;
+        let mut since: Option<(u64, Room<'_>)> = None;
         loop {
             // Asked for before looking, so that no notice is missed.
             let met = self.shared.met.notified();
             let refusals = self.shared.refusals.load(Ordering::Acquire);
-            if let Some((before, _)) = &waiting
+            if let Some((before, _)) = &since
                 && *before != refusals
                 && !self.shared.is_known(records)
             {
@@ -242,8 +242,8 @@ impl Client {
                 return Ok(sent);
             }
             if mine.is_empty() {
-                if waiting.is_none() {
-                    waiting = Some((refusals, Room::take(&self.shared, records)?));
+                if since.is_none() {
+                    since = Some((refusals, Room::take(&self.shared, records)?));
                 }
                 met.await;
                 continue;

@@ -60,13 +60,18 @@ impl KafkaSession {
         let limits = Arc::new(Limits { records: AtomicUsize::new(500), bytes: AtomicUsize::new(1 << 20) });
 
         let (ready, is_ready) = oneshot::channel();
-        let (config, consumer_half, group) = (config.clone(), Arc::clone(&consumer), member.group.clone());
-        let (half_topic, known) = (topic.clone(), Known::default());
-        let (half_admin, outputs) = (admin.clone(), member.outputs.clone());
+        let mut transactions = Transactions {
+            config: config.clone(),
+            producer,
+            consumer: Arc::clone(&consumer),
+            group: member.group,
+            topic: topic.clone(),
+            owned,
+            known: Known::default(),
+            admin: admin.clone(),
+            outputs: member.outputs.clone(),
+        };
         thread("kafka-transact", move || {
-            let (topic, consumer, admin) = (half_topic, consumer_half, half_admin);
-            let mut transactions =
-                Transactions { config, producer, consumer, group, topic, owned, known, admin, outputs };
             let begun = transactions.begin_life();
             let alive = begun.is_ok();
             let _ = ready.send(begun);

@@ -112,13 +112,13 @@ impl Transactions {
         self.producer.init_transactions(Duration::from_secs(15)).map_err(convert::error)?;
         self.let_go_of_offsets()?;
         for (topic, partition) in hanging::undecided(&self.admin, &self.outputs)? {
-            self.fill_up(&topic, partition)?;
+            self.end_hanging(&topic, partition)?;
         }
         Ok(())
     }
 
     /// A transaction for each partition: were one refused, the abort of it would end what hangs in the others too.
-    fn fill_up(&mut self, topic: &Topic, partition: Partition) -> Result<(), LogError> {
+    fn end_hanging(&mut self, topic: &Topic, partition: Partition) -> Result<(), LogError> {
         let commit = Commit { outputs: vec![hanging::filler(topic, partition)], ..Commit::default() };
         for _ in 0..FILLERS {
             match self.transact(&commit) {
