@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
-use toml::{Table, Value};
+
+mod layers;
+pub mod schema;
+
+pub use layers::{ConfigError, Layers};
 
 /// The defaults, every key commented.
 pub const DEFAULTS: &str = include_str!("../deploy/laneway.toml");
-const PREFIX: &str = "LANEWAY_";
-/// Sections whose keys are the user's own.
-const FREE: [&str; 2] = ["log.kafka.properties", "router.destinations"];
 
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
@@ -144,16 +145,6 @@ pub struct DestinationRules {
     pub retry_min_attempts: Option<u32>,
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    #[error("{path}: {error}")]
-    Unreadable { path: PathBuf, error: std::io::Error },
-    #[error("{place}: {error}")]
-    Invalid { place: String, error: String },
-    #[error("{place}: there is no key {key}; the nearest is {nearest}")]
-    Unknown { place: String, key: String, nearest: String },
-}
-
 impl Config {
     /// `defaults` are a command's own, above the compiled-in ones and below everything that the user says.
     ///
@@ -165,138 +156,8 @@ impl Config {
         flags: &[(&str, String)],
         defaults: &[(&str, String)],
     ) -> Result<Self, ConfigError> {
-        let mut table: Table = toml::from_str(DEFAULTS).expect("the compiled-in defaults are TOML");
-        let known = keys(&table, "");
-        for (key, text) in defaults {
-            let value = like(key, get(&table, key), text);
-            set(&mut table, key, value);
-        }
-        if let Some(path) = file {
-            let unreadable = |error| ConfigError::Unreadable { path: path.to_owned(), error };
-            let text = std::fs::read_to_string(path).map_err(unreadable)?;
-            let place = path.display().to_string();
-            let own: Table = toml::from_str(&text).map_err(|error| syntax(&place, &text, &error))?;
-            for (key, value) in leaves(&own, "") {
-                check(&known, &key, &place)?;
-                set(&mut table, &key, value);
-            }
-        }
-        for (name, text) in environment {
-            let Some(path) = name.strip_prefix(PREFIX).filter(|path| path.contains("__")) else { continue };
-            let key = path.to_lowercase().replace("__", ".");
-            if key == "log.kafka.properties" {
-                for (key, value) in pairs(&name, &text)? {
-                    set_property(&mut table, &key, value);
-                }
-                continue;
-            }
-            check(&known, &key, &name)?;
-            let value = like(&key, get(&table, &key), &text);
-            set(&mut table, &key, value);
-        }
-        for (key, text) in flags {
-            check(&known, key, "--set")?;
-            let value = like(key, get(&table, key), text);
-            set(&mut table, key, value);
-        }
-        table.try_into().map_err(|error: toml::de::Error| invalid("configuration", &error))
+        Layers::read(file, environment, flags, defaults)?.config()
     }
-}
-
-fn invalid(place: &str, error: &toml::de::Error) -> ConfigError {
-    ConfigError::Invalid { place: place.to_owned(), error: error.to_string().trim().to_owned() }
-}
-
-/// Without the line itself, which may hold a secret.
-fn syntax(place: &str, text: &str, error: &toml::de::Error) -> ConfigError {
-    let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-    ConfigError::Invalid { place: place.to_owned(), error: format!("line {line}: {}", error.message()) }
-}
-
-fn check(known: &[String], key: &str, place: &str) -> Result<(), ConfigError> {
-    let is_free = FREE.iter().any(|section| key.starts_with(&format!("{section}.")));
-    if is_free || known.iter().any(|known| known == key) {
-        return Ok(());
-    }
-    let nearest = known.iter().max_by(|a, b| {
-        let (a, b) = (strsim::jaro_winkler(a, key), strsim::jaro_winkler(b, key));
-        a.total_cmp(&b)
-    });
-    let nearest = nearest.cloned().unwrap_or_default();
-    Err(ConfigError::Unknown { place: place.to_owned(), key: key.to_owned(), nearest })
-}
-
-fn keys(table: &Table, prefix: &str) -> Vec<String> {
-    leaves(table, prefix).into_iter().map(|(key, _)| key).collect()
-}
-
-fn leaves(table: &Table, prefix: &str) -> Vec<(String, Value)> {
-    let mut found = Vec::new();
-    for (key, value) in table {
-        let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
-        match value {
-            Value::Table(inner) => found.extend(leaves(inner, &path)),
-            other => found.push((path, other.clone())),
-        }
-    }
-    found
-}
-
-fn get<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
-    let (first, rest) = key.split_once('.').unwrap_or((key, ""));
-    match (table.get(first)?, rest) {
-        (value, "") => Some(value),
-        (Value::Table(inner), rest) => get(inner, rest),
-        _ => None,
-    }
-}
-
-fn set(table: &mut Table, key: &str, value: Value) {
-    if let Some(property) = key.strip_prefix("log.kafka.properties.") {
-        return set_property(table, property, value);
-    }
-    let (first, rest) = key.split_once('.').unwrap_or((key, ""));
-    if rest.is_empty() {
-        table.insert(first.to_owned(), value);
-    } else if let Value::Table(inner) = table.entry(first.to_owned()).or_insert_with(|| Value::Table(Table::new())) {
-        set(inner, rest, value);
-    }
-}
-
-/// Property names hold dots of their own.
-fn set_property(table: &mut Table, key: &str, value: Value) {
-    let properties = ["log", "kafka", "properties"].iter().try_fold(table, |table, key| match table.get_mut(*key) {
-        Some(Value::Table(inner)) => Some(inner),
-        _ => None,
-    });
-    if let Some(properties) = properties {
-        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        properties.insert(key.to_owned(), Value::String(text));
-    }
-}
-
-/// A text from outside as the type that the default has, or that a destination's own key has.
-fn like(key: &str, default: Option<&Value>, text: &str) -> Value {
-    let own = key.strip_prefix("router.destinations.").and_then(|rest| rest.rsplit_once('.')).map(|(_, own)| own);
-    let as_default = match (default, own) {
-        (Some(Value::Integer(_)), _) | (_, Some("concurrency")) => text.parse().ok().map(Value::Integer),
-        (Some(Value::Boolean(_)), _) | (_, Some("ordered")) => text.parse().ok().map(Value::Boolean),
-        (_, Some("rate")) => text.parse().ok().map(Value::Float),
-        _ => None,
-    };
-    as_default.unwrap_or_else(|| Value::String(text.to_owned()))
-}
-
-fn pairs(place: &str, text: &str) -> Result<Vec<(String, Value)>, ConfigError> {
-    let pair = |pair: &str| {
-        let (key, value) = pair.split_once('=').ok_or_else(|| ConfigError::Invalid {
-            place: place.to_owned(),
-            // Without the text itself, which may be a secret.
-            error: "expected key=value pairs separated by commas".to_owned(),
-        })?;
-        Ok((key.trim().to_owned(), Value::String(value.trim().to_owned())))
-    };
-    text.split(',').filter(|part| !part.trim().is_empty()).map(pair).collect()
 }
 
 fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {

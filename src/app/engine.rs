@@ -10,9 +10,9 @@ use axum::Router as HttpRouter;
 use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 
-use super::retention;
+use super::{placement, retention};
 use crate::clock::Clock;
-use crate::config::Config;
+use crate::config::{BackendKind, Config};
 use crate::control::{Current, commands};
 use crate::delivery::http::{Client, ClientSettings, Guard};
 use crate::log::partitioner::Placement;
@@ -74,6 +74,8 @@ pub struct Parts<B> {
     pub instance: String,
     pub clock: Clock,
     pub shutdown: Shutdown,
+    /// Start with another placement of users than the one in force, whatever waits.
+    pub break_order: bool,
 }
 
 /// Where the process listens.
@@ -191,6 +193,7 @@ async fn placements<B: Backend>(parts: &Parts<B>) -> anyhow::Result<Placements> 
             Some(_) => drop(placements.insert(topic, spec.placement())),
         }
     }
+    placement::settle(&parts.log, &parts.topics, parts.break_order, parts.clock.now()).await?;
     Ok(placements)
 }
 
@@ -217,8 +220,18 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
     }
 }
 
-fn failures(placements: &Placements, stage: Stage, input: Topic, topic: Topic) -> FailureTopic {
-    FailureTopic { placement: placements[&topic], topic, stage: stage.as_str(), input, group: stage.group() }
+fn failures(log: &crate::config::Log, placements: &Placements, stage: Stage, topic: Topic) -> FailureTopic {
+    // The embedded log knows no prefix.
+    let prefix = if log.backend == BackendKind::Kafka { log.topic_prefix.as_str() } else { "" };
+    let input = stage.input().unwrap_or(Topic::EVENTS);
+    FailureTopic {
+        placement: placements[&topic],
+        topic,
+        stage: stage.as_str(),
+        input_name: format!("{prefix}{input}"),
+        input,
+        group: format!("{prefix}{}", stage.group()),
+    }
 }
 
 fn start_processor<B: Backend>(
@@ -230,7 +243,7 @@ fn start_processor<B: Backend>(
     let processor = Processor {
         workspace: parts.workspace.clone(),
         deliveries: placements[&Topic::DELIVERIES],
-        failures: failures(placements, Stage::Processor, Topic::EVENTS, Topic::PROC_ERRORS),
+        failures: failures(&parts.config.log, placements, Stage::Processor, Topic::PROC_ERRORS),
     };
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let running = driver::run(
@@ -266,7 +279,7 @@ async fn start_router<B: Backend>(
     let deliver = DeliverSettings {
         input: Topic::DELIVERIES,
         progress: Topic::PROGRESS_ROUTER,
-        failures: failures(placements, Stage::Router, Topic::DELIVERIES, Topic::DEAD_LETTERS),
+        failures: failures(&parts.config.log, placements, Stage::Router, Topic::DEAD_LETTERS),
         bounds: Bounds {
             process_bytes: runtime.process_memory,
             partition_bytes: runtime.partition_memory,

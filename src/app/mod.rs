@@ -1,8 +1,13 @@
 //! The composition root: the only place that knows every module. Builds the stages on a log and runs them until shutdown.
 
+pub mod check;
+pub mod dead_letters;
+pub mod drift;
 pub mod engine;
 pub mod inbox;
 pub mod lag;
+pub mod offsets;
 pub mod open;
+mod placement;
 mod retention;
 pub mod standing;

@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 
 use crate::config::Router;
 use crate::log::topic::Topics;
-use crate::log::{Admin, Backend};
+use crate::log::{Admin, Backend, TopicConfig};
 use crate::model::record::Topic;
 
 /// Refuses a topic from which the log would delete what is still to be delivered: one that is bounded by bytes, or kept for less
@@ -16,11 +16,13 @@ use crate::model::record::Topic;
 /// # Errors
 /// What is wrong with `deliveries`, and what helps; or the log cannot be asked.
 pub async fn check<B: Backend>(log: &B, topics: &Topics, router: &Router) -> anyhow::Result<Option<Duration>> {
-    let found = log.admin()?.topics().await.context("the log cannot be asked for its topics")?;
+    let admin = log.admin()?;
+    let found = admin.topics().await.context("the log cannot be asked for its topics")?;
     let config = match found.into_iter().find(|info| info.topic == Topic::DELIVERIES) {
         Some(info) => {
-            let mut all = info.defaults;
-            all.extend(info.config);
+            let TopicConfig { own, defaults } = admin.topic_config(&info.topic).await?;
+            let mut all = defaults;
+            all.extend(own);
             all
         }
         None => topics

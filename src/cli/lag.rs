@@ -5,11 +5,12 @@
 
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::{Value, json};
 
 use super::ConfigArgs;
 use super::output::{Output, drains_in, line, short, table};
+use super::stage::Consumer;
 use crate::app::engine::Stage;
 use crate::app::lag::{self, PartitionLag, StageLag};
 use crate::app::open::AnyLog;
@@ -37,22 +38,6 @@ pub struct Lag {
     config: ConfigArgs,
 }
 
-/// The stages that read a topic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Consumer {
-    Processor,
-    Router,
-}
-
-impl From<Consumer> for Stage {
-    fn from(consumer: Consumer) -> Self {
-        match consumer {
-            Consumer::Processor => Stage::Processor,
-            Consumer::Router => Stage::Router,
-        }
-    }
-}
-
 impl Lag {
     pub async fn run(&self) -> anyhow::Result<()> {
         let config = self.config.load(&[], &[])?;
@@ -64,8 +49,7 @@ impl Lag {
     }
 
     async fn show<B: Backend>(&self, log: &B, clock: &Clock) -> anyhow::Result<()> {
-        let meant = if self.stages.is_empty() { Consumer::value_variants() } else { &self.stages };
-        let stages: Vec<Stage> = meant.iter().map(|consumer| (*consumer).into()).collect();
+        let stages = Consumer::meant(&self.stages);
         let mut before = None;
         if self.over > 0 {
             before = Some((read(log, &stages).await?, clock.instant()));

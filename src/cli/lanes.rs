@@ -10,17 +10,16 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::output::{Output, drains_in, line, short, table};
-use super::{ConfigArgs, Usage};
+use super::{ConfigArgs, Usage, operator};
 use crate::app::open::AnyLog;
 use crate::app::standing::{self, Standing};
 use crate::clock::{Clock, Timestamp};
+use crate::control::commands;
 use crate::log::embedded::Access;
 use crate::log::{Backend, Publisher};
-use crate::model::codec;
 use crate::model::command::{Action, Command};
 use crate::model::id::{DestinationId, User};
 use crate::model::progress::Target;
-use crate::model::record::{Addressed, Headers, Partition, Topic, header};
 use crate::with_log;
 
 #[derive(Args)]
@@ -181,21 +180,9 @@ async fn command<B: Backend>(
     output: Output,
     clock: &Clock,
 ) -> anyhow::Result<()> {
-    let who = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let by = format!("{}@{}", who("USER").or_else(|| who("LOGNAME")).unwrap_or_else(|| "unknown".into()), host.trim());
     let id = uuid::Uuid::new_v4().simple().to_string();
-    let command = Command { id, action, target, at: clock.now(), by };
-    let control = command.to_control();
-    let mut headers = Headers::new();
-    headers.push_text(header::CONTENT_TYPE, header::AVRO);
-    let record = Addressed {
-        topic: Topic::CONTROL,
-        partition: Partition(0),
-        key: Some(format!("{}/{}", control.kind, control.id).into()),
-        value: Some(codec::encode(&control).into()),
-        headers,
-    };
+    let command = Command { id, action, target, at: clock.now(), by: operator() };
+    let record = commands::record(&command.to_control());
     if let Target::Destination(destination) | Target::User(destination, _) = &command.target
         && !standing::read(log).await?.destinations.contains_key(destination.as_str())
     {

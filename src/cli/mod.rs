@@ -1,13 +1,18 @@
 //! The command line: one file for each command.
 
+mod check;
+mod config;
+mod dead_letters;
 mod dev;
 mod lag;
 mod lanes;
 mod load;
 mod metrics;
+mod offsets;
 mod output;
 mod publish;
 mod run;
+mod stage;
 mod tail;
 mod topics;
 
@@ -17,7 +22,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, Layers};
+use crate::control::file::FileError;
+use crate::log::topic::TopicError;
+use crate::log::{LogError, Misconfigured};
 
 /// Customer events in over HTTP, ordered deliveries out: a streaming engine on Kafka, or on one file.
 #[derive(Parser)]
@@ -33,7 +41,9 @@ enum Command {
     Dev(dev::Dev),
     /// Run one stage, several (comma-separated), or `all`.
     Run(run::Run),
-    /// Look at the flow's topics, or create them.
+    /// Look for everything that would keep the engine from running, without changing anything. Exit code 3 where something would.
+    Check(check::Check),
+    /// Look at the flow's topics, compare them with what is declared, or create them.
     Topics(topics::TopicsCommand),
     /// Publish events (one JSON object a line: an event, or a batch) to the `events` topic, checked as the gateway does.
     Publish(publish::Publish),
@@ -41,10 +51,16 @@ enum Command {
     Tail(tail::Tail),
     /// How far each stage is behind: what waits, since when, whether it becomes less, and when it will be done.
     Lag(lag::Lag),
+    /// Where the stages stand in their topics; put them elsewhere.
+    Offsets(offsets::Offsets),
     /// What each destination is doing; pause, resume, retry and drain.
     Lanes(lanes::Lanes),
+    /// Deliveries that were given up: look at them, send them again.
+    DeadLetters(dead_letters::DeadLetters),
     /// Send a realistic load to a gateway and, with --sink, be the destination and judge what arrives.
     Load(load::Load),
+    /// The configuration: what is in force and from where; its schema.
+    Config(config::ConfigCommand),
     /// Print the catalogue of metrics.
     Metrics(metrics::MetricsCommand),
 }
@@ -72,6 +88,10 @@ pub struct Found(String);
 
 impl ConfigArgs {
     fn load(&self, flags: &[(&str, String)], defaults: &[(&str, String)]) -> anyhow::Result<Config> {
+        Ok(self.layers(flags, defaults)?.config()?)
+    }
+
+    fn layers(&self, flags: &[(&str, String)], defaults: &[(&str, String)]) -> anyhow::Result<Layers> {
         let mut all: Vec<(&str, String)> = Vec::new();
         for pair in &self.set {
             let (key, value) =
@@ -84,7 +104,7 @@ impl ConfigArgs {
             Some((name.into_string().ok()?, value.into_string().ok()?))
         };
         let environment = std::env::vars_os().filter_map(text);
-        Ok(Config::load(self.config.as_deref(), environment, &all, defaults)?)
+        Ok(Layers::read(self.config.as_deref(), environment, &all, defaults)?)
     }
 }
 
@@ -106,7 +126,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("laneway: {error:#}");
-            let is_usage = error.chain().any(|cause| cause.is::<ConfigError>() || cause.is::<Usage>());
+            let is_usage = error.chain().any(is_usage);
             let is_finding = error.is::<Found>();
             ExitCode::from(if is_usage {
                 2
@@ -119,18 +139,40 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// What the caller has to mend: arguments, or something that is configured.
+fn is_usage(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let is_misconfigured =
+        matches!(cause.downcast_ref(), Some(LogError::Fatal(inside)) if inside.is::<Misconfigured>());
+    is_misconfigured
+        || cause.is::<Usage>()
+        || cause.is::<ConfigError>()
+        || cause.is::<FileError>()
+        || cause.is::<TopicError>()
+}
+
 async fn dispatch(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Dev(dev) => dev.run().await,
         Command::Run(run) => run.run().await,
+        Command::Check(check) => check.run().await,
         Command::Topics(topics) => topics.run().await,
         Command::Publish(publish) => publish.run().await,
         Command::Tail(tail) => tail.run().await,
         Command::Lag(lag) => lag.run().await,
+        Command::Offsets(offsets) => offsets.run().await,
         Command::Lanes(lanes) => lanes.run().await,
+        Command::DeadLetters(letters) => letters.run().await,
         Command::Load(load) => load.run().await,
+        Command::Config(config) => config.run(),
         Command::Metrics(metrics) => metrics.run(),
     }
+}
+
+/// Who gives a command, as far as the system tells.
+fn operator() -> String {
+    let who = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}@{}", who("USER").or_else(|| who("LOGNAME")).unwrap_or_else(|| "unknown".into()), host.trim())
 }
 
 /// Waits for SIGTERM or SIGINT. A second one ends the process at once.

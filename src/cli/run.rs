@@ -21,6 +21,10 @@ pub struct Run {
     /// gateway, processor, router; several separated by commas; or all.
     #[arg(value_name = "STAGE[,STAGE…]")]
     stages: String,
+    /// Start with another placement of users (partitions, isolate_by, spread) than the one in force, although deliveries wait:
+    /// what comes now may overtake them.
+    #[arg(long)]
+    break_order: bool,
     #[command(flatten)]
     config: ConfigArgs,
 }
@@ -50,7 +54,7 @@ impl Run {
                 apply(log, &topics).await?;
             }
             let log = log.clone();
-            let parts = Parts { log, config, topics, workspace, instance, clock, shutdown };
+            let parts = Parts { log, config, topics, workspace, instance, clock, shutdown, break_order: self.break_order };
             engine::run(parts, &stages, listeners, axum::Router::new()).await
         });
         following.abort();

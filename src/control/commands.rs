@@ -12,7 +12,7 @@ use crate::model::codec;
 use crate::model::command::{Action, Command, Control};
 use crate::model::id::DestinationId;
 use crate::model::progress::Target;
-use crate::model::record::{Offset, Partition, Record, Topic};
+use crate::model::record::{Addressed, Headers, Offset, Partition, Record, Topic, header};
 
 const PARTITION: Partition = Partition(0);
 const READ: Limit = Limit { records: 500, bytes: 1 << 20 };
@@ -83,6 +83,43 @@ impl Commands {
     }
 }
 
+/// The last word of each id of a kind; what cannot be read is told in its place.
+///
+/// # Errors
+/// Where the log cannot be read.
+pub async fn of_kind<B: Backend>(log: &B, kind: &str) -> Result<BTreeMap<String, Result<Control, String>>, LogError> {
+    let mut reader = log.reader(&Topic::CONTROL, PARTITION, Offset::START).await?;
+    let mut found = BTreeMap::new();
+    while let Read::Records(records) = reader.read(READ).await? {
+        for record in records {
+            let key = record.key.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
+            let Some((_, id)) = key.split_once('/').filter(|(of, _)| *of == kind) else { continue };
+            match record.value {
+                Some(value) => {
+                    let control = codec::decode::<Control>(&value);
+                    let control = control.map_err(|error| format!("control record {}: {error}", record.offset));
+                    found.insert(id.to_owned(), control);
+                }
+                None => drop(found.remove(id)),
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The record of `control` that says this.
+pub fn record(control: &Control) -> Addressed {
+    let mut headers = Headers::new();
+    headers.push_text(header::CONTENT_TYPE, header::AVRO);
+    Addressed {
+        topic: Topic::CONTROL,
+        partition: PARTITION,
+        key: Some(format!("{}/{}", control.kind, control.id).into()),
+        value: Some(codec::encode(control).into()),
+        headers,
+    }
+}
+
 /// The commands in force. Clones see the same ones.
 pub type Current = watch::Receiver<Arc<Commands>>;
 
@@ -116,9 +153,8 @@ pub async fn follow<B: Backend>(log: B, clock: Clock) -> Result<Current, LogErro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::record::Headers;
 
-    fn record(action: Action, target: &str, at: i64) -> Record {
+    fn told(action: Action, target: &str, at: i64) -> Record {
         let target = Target::parse(target).expect("a target");
         let (id, at) = (format!("{}-{at}", action.as_str()), Timestamp::from_millis(at));
         let control = Command { id, action, target, at, by: "me".into() }.to_control();
@@ -143,9 +179,9 @@ mod tests {
             (Action::Retry, "destination/a", 5),
             (Action::Resume, "destination/a", 6),
         ] {
-            commands.take(&record(action, target, at));
+            commands.take(&told(action, target, at));
         }
-        let mut broken = record(Action::Pause, "destination/c", 9);
+        let mut broken = told(Action::Pause, "destination/c", 9);
         broken.value = Some("nonsense".into());
         commands.take(&broken);
         assert_eq!(commands.paused(), HashSet::from(["b".into()]));
@@ -153,7 +189,7 @@ mod tests {
         assert_eq!((commands.drains(soon).count(), commands.retries(soon).count()), (2, 1));
         let late = soon.plus(RETRY_LIFE);
         assert_eq!((commands.drains(late).count(), commands.retries(late).count()), (2, 0));
-        let mut gone = record(Action::Pause, "destination/b", 9);
+        let mut gone = told(Action::Pause, "destination/b", 9);
         gone.value = None;
         commands.take(&gone);
         assert!(commands.paused().is_empty());

@@ -62,6 +62,11 @@ impl LogError {
     }
 }
 
+/// Inside [`LogError::Fatal`]: what was configured for the log cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Misconfigured(pub String);
+
 /// What a backend's commits promise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guarantee {
@@ -192,15 +197,29 @@ pub struct Watermarks {
 pub struct TopicInfo {
     pub topic: Topic,
     pub partitions: u32,
+}
+
+/// A topic's configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TopicConfig {
     /// What is set on the topic itself.
-    pub config: BTreeMap<String, String>,
+    pub own: BTreeMap<String, String>,
     /// What the log does where the topic says nothing.
     pub defaults: BTreeMap<String, String>,
+}
+
+impl TopicConfig {
+    /// What holds.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.own.get(key).or_else(|| self.defaults.get(key)).map(String::as_str)
+    }
 }
 
 pub trait Admin: Send + Sync + 'static {
     /// The topics under the configured prefix.
     fn topics(&self) -> impl Future<Output = Result<Vec<TopicInfo>, LogError>> + Send;
+
+    fn topic_config(&self, topic: &Topic) -> impl Future<Output = Result<TopicConfig, LogError>> + Send;
 
     /// Creates a topic; one that exists is left as it is.
     fn create(&self, topic: &TopicSpec) -> impl Future<Output = Result<(), LogError>> + Send;
@@ -232,6 +251,15 @@ pub trait Admin: Send + Sync + 'static {
         group: &str,
         topic: &Topic,
     ) -> impl Future<Output = Result<BTreeMap<Partition, Committed>, LogError>> + Send;
+
+    /// Sets positions of a group, without a metadata text. [`LogError::Fatal`] while the group has members: they would commit
+    /// their own.
+    fn reset(
+        &self,
+        group: &str,
+        topic: &Topic,
+        to: &BTreeMap<Partition, Offset>,
+    ) -> impl Future<Output = Result<(), LogError>> + Send;
 }
 
 /// One of the logs, connected.

@@ -7,10 +7,12 @@
 
 use xxhash_rust::xxh64::xxh64;
 
+use crate::model::delivery::Delivery;
+use crate::model::id::User;
 use crate::model::record::Partition;
 
 /// What shares partitions with what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum IsolateBy {
     None,
@@ -20,7 +22,7 @@ pub enum IsolateBy {
 }
 
 /// How the records of a topic are placed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Placement {
     pub isolate_by: IsolateBy,
     /// How many partitions one isolation key may use; `None` is all.
@@ -38,6 +40,17 @@ impl Placement {
             }
             _ => best(&[key, user], 0..self.partitions),
         }
+    }
+
+    /// The partition of a delivery: that of its user, or of its event where it has none.
+    pub fn of_delivery(&self, delivery: &Delivery) -> Partition {
+        let isolation_key = match self.isolate_by {
+            IsolateBy::None => "",
+            IsolateBy::Workspace => delivery.workspace.as_str(),
+            IsolateBy::Source => delivery.source.as_str(),
+            IsolateBy::Destination => delivery.destination.as_str(),
+        };
+        self.place(isolation_key, delivery.user.as_ref().map_or(delivery.message_id.as_str(), User::as_str))
     }
 
     /// All partitions that records under the isolation key may go to.

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 use crate::clock::Timestamp;
 
@@ -41,7 +42,8 @@ impl fmt::Debug for Topic {
 }
 
 /// A partition's number inside its topic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Partition(pub u32);
 
 impl fmt::Display for Partition {
@@ -51,7 +53,8 @@ impl fmt::Display for Partition {
 }
 
 /// A place in a partition. Ordered and opaque: offsets have gaps, so none is computed from another.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Offset(u128);
 
 impl Offset {
@@ -74,6 +77,20 @@ impl Offset {
 
     pub fn parse(text: &str) -> Option<Offset> {
         text.parse().ok().map(Offset)
+    }
+}
+
+impl From<Offset> for String {
+    fn from(offset: Offset) -> Self {
+        offset.to_string()
+    }
+}
+
+impl TryFrom<String> for Offset {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        Offset::parse(&text).ok_or_else(|| format!("{text:?} is no offset"))
     }
 }
 

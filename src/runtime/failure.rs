@@ -22,6 +22,8 @@ pub struct FailureTopic {
     pub stage: &'static str,
     /// The stage's input.
     pub input: Topic,
+    /// As other tools know it: with the log's prefix, as the group is.
+    pub input_name: String,
     pub group: String,
 }
 
@@ -105,7 +107,7 @@ impl FailureTopic {
         let (partition, offset) = (original.partition.to_string(), original.offset.to_string());
         let class = format!("dev.laneway.{}", cause.reason.as_str());
         for (name, value) in [
-            ("__connect.errors.topic", self.input.as_str()),
+            ("__connect.errors.topic", self.input_name.as_str()),
             ("__connect.errors.partition", &partition),
             ("__connect.errors.offset", &offset),
             ("__connect.errors.connector.name", "laneway"),
@@ -115,7 +117,7 @@ impl FailureTopic {
             ("__connect.errors.exception.class.name", &class),
             ("__connect.errors.exception.message", &cause.message),
             ("__connect.errors.exception.stacktrace", ""),
-            ("kafka_dlt-original-topic", self.input.as_str()),
+            ("kafka_dlt-original-topic", &self.input_name),
             ("kafka_dlt-original-timestamp-type", "CREATE_TIME"),
             ("kafka_dlt-original-consumer-group", &self.group),
             ("kafka_dlt-exception-fqcn", &class),

@@ -384,7 +384,14 @@ mod tests {
 
     fn failure_topic() -> FailureTopic {
         let placement = Placement { isolate_by: IsolateBy::None, spread: None, partitions: 1 };
-        FailureTopic { topic: Topic::PROC_ERRORS, placement, stage: "test", input: Topic::EVENTS, group: "g".into() }
+        FailureTopic {
+            topic: Topic::PROC_ERRORS,
+            placement,
+            stage: "test",
+            input: Topic::EVENTS,
+            input_name: "p.events".into(),
+            group: "p.g".into(),
+        }
     }
 
     async fn read_all(log: &Embedded, topic: &Topic) -> Vec<Record> {

@@ -67,6 +67,7 @@ contract! {
     a_topic_that_is_not_there_is_a_clear_error
     topics_are_created_once_and_configured
     many_publishers_write_at_once
+    positions_are_reset_where_nobody_is_in_the_group
 }
 
 fn spec(name: &str, partitions: u32) -> TopicSpec {
@@ -450,11 +451,12 @@ async fn topics_are_created_once_and_configured<B: Backend>(log: B) {
         let found = admin.topics().await.unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].partitions, 3);
-        assert_eq!(found[0].config["retention.ms"], "1000000");
-        if found[0].config.get("max.message.bytes").is_some_and(|set| set == "2000000") {
+        let config = admin.topic_config(&Topic::new("t")).await.unwrap();
+        assert_eq!(config.own["retention.ms"], "1000000");
+        if config.get("max.message.bytes") == Some("2000000") {
             return;
         }
-        assert!(Instant::now() < until, "{found:?}");
+        assert!(Instant::now() < until, "{config:?}");
     }
 }
 
@@ -512,4 +514,23 @@ async fn a_position_outside_the_log_resumes_at_the_earliest_record_on_kafka() {
     again.until("what is left", |tester| tester.seen.len() >= 10).await;
     let seen: Vec<usize> = again.seen.iter().map(|(_, n)| *n).collect();
     assert_eq!(seen, (10..20).collect::<Vec<_>>());
+}
+
+async fn positions_are_reset_where_nobody_is_in_the_group<B: Backend>(log: B) {
+    let topic = topic(&log, "in", 2).await;
+    let admin = log.admin().unwrap();
+    numbers(&log, &topic, 2, 20).await;
+    let to = BTreeMap::from([(Partition(1), Offset::new(3))]);
+    let mut member = Tester::join(&log, &topic, "a").await;
+    member.until("everything is read", |it| it.seen.len() == 20).await;
+    member.commit().await.unwrap();
+    let before = admin.committed("laneway.contract", &topic).await.unwrap();
+    let refused = admin.reset("laneway.contract", &topic, &to).await;
+    assert!(matches!(refused, Err(LogError::Fatal(_))), "{refused:?}");
+    assert_eq!(admin.committed("laneway.contract", &topic).await.unwrap(), before, "a refused one changes nothing");
+    member.session.close().await;
+    admin.reset("laneway.contract", &topic, &to).await.unwrap();
+    let found = admin.committed("laneway.contract", &topic).await.unwrap();
+    assert_eq!(found[&Partition(1)], Committed { offset: Offset::new(3), metadata: String::new() });
+    assert_eq!(found[&Partition(0)], before[&Partition(0)], "only what was named");
 }

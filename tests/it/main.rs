@@ -3,12 +3,17 @@
 #![allow(clippy::disallowed_methods, reason = "tests wait on the real clock, with deadlines")]
 #![allow(clippy::unwrap_used)]
 
+mod config;
+mod dead_letters;
 mod faults;
 mod flow;
 mod gateway;
 mod hanging;
+mod hostile;
 mod lag;
 mod lanes;
 mod log_contract;
+mod offsets;
+mod security;
 mod support;
 mod tidy;

@@ -216,6 +216,7 @@ impl Engine {
                 placement,
                 stage: "router",
                 input: Topic::DELIVERIES,
+                input_name: "deliveries".into(),
                 group: GROUP.into(),
             },
             bounds: plan.bounds,

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use crate::clock::Timestamp;
 use crate::log::topic::TopicSpec;
-use crate::log::{Admin, Committed, LogError, TopicInfo, Watermarks};
+use crate::log::{Admin, Committed, LogError, TopicConfig, TopicInfo, Watermarks};
 use crate::model::record::{Offset, Partition, Topic};
 
 use super::Embedded;
+use super::store::Position;
 
 pub struct EmbeddedAdmin(Embedded);
 
@@ -19,7 +20,15 @@ impl EmbeddedAdmin {
 
 impl Admin for EmbeddedAdmin {
     async fn topics(&self) -> Result<Vec<TopicInfo>, LogError> {
-        self.0.0.store.topics().await.map_err(LogError::transient)
+        let found = self.0.0.store.topics().await.map_err(LogError::transient)?;
+        Ok(found.into_iter().map(|it| TopicInfo { topic: it.topic, partitions: it.partitions }).collect())
+    }
+
+    async fn topic_config(&self, topic: &Topic) -> Result<TopicConfig, LogError> {
+        let found = self.0.0.store.topics().await.map_err(LogError::transient)?;
+        let found = found.into_iter().find(|it| it.topic == *topic);
+        let found = found.ok_or_else(|| LogError::fatal(format!("there is no topic {topic}")))?;
+        Ok(TopicConfig { own: found.config, defaults: BTreeMap::new() })
     }
 
     async fn create(&self, topic: &TopicSpec) -> Result<(), LogError> {
@@ -43,5 +52,20 @@ impl Admin for EmbeddedAdmin {
 
     async fn committed(&self, group: &str, topic: &Topic) -> Result<BTreeMap<Partition, Committed>, LogError> {
         self.0.0.store.committed(group, topic).await.map_err(LogError::transient)
+    }
+
+    async fn reset(&self, group: &str, topic: &Topic, to: &BTreeMap<Partition, Offset>) -> Result<(), LogError> {
+        // The groups of another process are not known here.
+        let _alone = self.0.exclude_engines()?;
+        if self.0.groups().has_members(&(group.to_owned(), topic.clone())) {
+            return Err(LogError::fatal(format!("group {group} has members: stop them first")));
+        }
+        let position = |(partition, offset): (&Partition, &Offset)| Position {
+            group: group.to_owned(),
+            topic: topic.clone(),
+            partition: *partition,
+            committed: Committed { offset: *offset, metadata: String::new() },
+        };
+        self.0.0.writer.write(Vec::new(), to.iter().map(position).collect(), None, None).await
     }
 }

@@ -143,6 +143,10 @@ impl Coordinator {
         owner.is_some_and(|(owner, current)| owner == session && *current == epoch)
     }
 
+    pub fn has_members(&self, key: &GroupKey) -> bool {
+        self.groups.get(key).is_some_and(|group| group.members.values().any(|member| !member.fenced))
+    }
+
     pub fn is_member(&self, key: &GroupKey, session: &SessionId) -> bool {
         self.groups.get(key).and_then(|group| group.members.get(session)).is_some_and(|member| !member.fenced)
     }

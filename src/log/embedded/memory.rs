@@ -8,10 +8,10 @@ use rand::{RngExt, SeedableRng};
 
 use crate::clock::Timestamp;
 use crate::log::topic::TopicSpec;
-use crate::log::{BoxError, Committed, Limit, TopicInfo, Watermarks};
+use crate::log::{BoxError, Committed, Limit, Watermarks};
 use crate::model::record::{Offset, Partition, Record, Topic};
 
-use super::store::{NoSuchPartition, Transaction, compacted};
+use super::store::{NoSuchPartition, StoredTopic, Transaction, compacted};
 
 /// What goes wrong, how often (0 to 1), by which seed.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,7 +38,7 @@ impl Faults {
 pub struct MemoryStore(Arc<Mutex<State>>);
 
 struct State {
-    topics: BTreeMap<String, TopicInfo>,
+    topics: BTreeMap<String, StoredTopic>,
     partitions: HashMap<(Topic, Partition), Kept>,
     positions: HashMap<(String, Topic), BTreeMap<Partition, Committed>>,
     commits: HashMap<String, u64>,
@@ -195,7 +195,7 @@ impl MemoryStore {
             .map_or(Offset::new(kept.next), |record| record.offset))
     }
 
-    pub async fn topics(&self) -> Result<Vec<TopicInfo>, BoxError> {
+    pub async fn topics(&self) -> Result<Vec<StoredTopic>, BoxError> {
         Ok(self.state().topics.values().cloned().collect())
     }
 
@@ -204,8 +204,7 @@ impl MemoryStore {
         if state.topics.contains_key(&spec.name) {
             return Ok(());
         }
-        let (config, defaults) = (spec.config.clone(), BTreeMap::new());
-        let info = TopicInfo { topic: spec.topic(), partitions: spec.partitions, config, defaults };
+        let info = StoredTopic { topic: spec.topic(), partitions: spec.partitions, config: spec.config.clone() };
         state.topics.insert(spec.name.clone(), info);
         for number in 0..spec.partitions {
             state.partitions.insert((spec.topic(), Partition(number)), Kept::default());
@@ -222,7 +221,7 @@ impl MemoryStore {
 
     pub async fn maintain(&self, now: Timestamp) -> Result<(), BoxError> {
         let mut state = self.state();
-        let topics: Vec<TopicInfo> = state.topics.values().cloned().collect();
+        let topics: Vec<StoredTopic> = state.topics.values().cloned().collect();
         for info in topics {
             let setting = |name: &str| info.config.get(name).and_then(|text| text.parse::<i64>().ok());
             let horizon = |keep: i64| Timestamp::from_millis(now.millis() - keep);

@@ -22,7 +22,7 @@ mod store;
 mod writer;
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -68,8 +68,10 @@ struct Shared {
     groups: Mutex<Coordinator>,
     ends: Arc<Ends>,
     clock: Clock,
+    /// None in memory.
+    folder: Option<PathBuf>,
     /// Held as long as the engine runs.
-    _lock: Option<std::fs::File>,
+    lock: Option<std::fs::File>,
 }
 
 /// Where each partition ends, and a bell for those who wait for more.
@@ -133,7 +135,7 @@ impl Embedded {
             Access::Command | Access::Setup => None,
         };
         let store = SqliteStore::open(&file).await.map_err(LogError::fatal)?;
-        Self::start(Store::Sqlite(store), access, clock, lock).await
+        Self::start(Store::Sqlite(store), access, clock, Some((folder, lock))).await
     }
 
     /// A log that lives in memory, with the faults that `faults` decides.
@@ -156,18 +158,44 @@ impl Embedded {
         self.groups().cut_off(&(group.to_owned(), topic.clone()), instance);
     }
 
-    async fn start(store: Store, access: Access, clock: Clock, lock: Option<std::fs::File>) -> Result<Self, LogError> {
+    async fn start(
+        store: Store,
+        access: Access,
+        clock: Clock,
+        place: Option<(&Path, Option<std::fs::File>)>,
+    ) -> Result<Self, LogError> {
         let ends = Arc::new(Ends::new());
         ends.note(store.ends().await.map_err(LogError::fatal)?);
         let writer = Writer::start(store.clone(), Arc::clone(&ends), clock.clone(), access);
         let groups = Mutex::new(Coordinator::new());
-        Ok(Self(Arc::new(Shared { store, writer, groups, ends, clock, _lock: lock })))
+        let (folder, lock) = place.map_or((None, None), |(folder, lock)| (Some(folder.to_owned()), lock));
+        Ok(Self(Arc::new(Shared { store, writer, groups, ends, clock, folder, lock })))
     }
 
     /// Finishes what is being written and closes the file.
     pub async fn close(&self) {
         self.0.writer.close().await;
         self.0.store.close().await;
+    }
+
+    /// Keeps engines away until it is dropped, where this process is none.
+    fn exclude_engines(&self) -> Result<Option<std::fs::File>, LogError> {
+        match (&self.0.folder, &self.0.lock) {
+            (Some(folder), None) => lock(folder).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Keeps other processes out of a group until it is dropped: a group lives in one process. The engine has its own lock.
+    fn exclude_members(&self, group: &str) -> Result<Option<std::fs::File>, LogError> {
+        match (&self.0.folder, &self.0.lock) {
+            (Some(folder), None) => {
+                let taken =
+                    || format!("another process is in group {group} on {}: end that one first", folder.display());
+                lock_file(&folder.join(format!("{group}.lock")), taken).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     fn groups(&self) -> std::sync::MutexGuard<'_, Coordinator> {
@@ -199,16 +227,22 @@ impl Backend for Embedded {
 }
 
 fn lock(folder: &Path) -> Result<std::fs::File, LogError> {
-    let path = folder.join("engine.lock");
+    lock_file(&folder.join("engine.lock"), || {
+        format!(
+            "another engine is running on the data folder {}; stop it, or give this one a folder of its own (--data-dir)",
+            folder.display()
+        )
+    })
+}
+
+/// Holds a lock as long as the file is open. `taken`: what to say where somebody else holds it.
+fn lock_file(path: &Path, taken: impl FnOnce() -> String) -> Result<std::fs::File, LogError> {
     let failed = |error: &dyn std::fmt::Display| LogError::fatal(format!("{}: {error}", path.display()));
-    let file = std::fs::OpenOptions::new().create(true).write(true).truncate(false).open(&path);
+    let file = std::fs::OpenOptions::new().create(true).write(true).truncate(false).open(path);
     let file = file.map_err(|error| failed(&error))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(LogError::fatal(format!(
-            "another engine is running on the data folder {}; stop it, or give this one a folder of its own (--data-dir)",
-            folder.display()
-        ))),
+        Err(std::fs::TryLockError::WouldBlock) => Err(LogError::fatal(taken())),
         Err(std::fs::TryLockError::Error(error)) => Err(failed(&error)),
     }
 }

@@ -32,6 +32,8 @@ pub struct EmbeddedSession {
     name: String,
     bell: Arc<Notify>,
     grown: watch::Receiver<u64>,
+    /// Held as long as this is a member, in a process that is no engine.
+    _alone: Option<std::fs::File>,
 }
 
 /// Where a partition is read.
@@ -42,6 +44,7 @@ struct ReadAt {
 
 impl EmbeddedSession {
     pub(super) async fn join(log: Embedded, member: Member) -> Result<Self, LogError> {
+        let alone = log.exclude_members(&member.group)?;
         let topics = log.0.store.topics().await.map_err(LogError::transient)?;
         let info = topics.iter().find(|info| info.topic == member.topic);
         let partitions = info.ok_or_else(|| LogError::fatal(format!("there is no topic {}", member.topic)))?.partitions;
@@ -67,6 +70,7 @@ impl EmbeddedSession {
             name,
             bell: joined.bell,
             grown,
+            _alone: alone,
         })
     }
 

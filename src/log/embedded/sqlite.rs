@@ -11,11 +11,11 @@ use sqlx::{Connection, Row, SqlitePool};
 
 use crate::clock::Timestamp;
 use crate::log::topic::TopicSpec;
-use crate::log::{BoxError, Committed, Limit, TopicInfo, Watermarks};
+use crate::log::{BoxError, Committed, Limit, Watermarks};
 use crate::model::record::{Addressed, Offset, Partition, Record, Topic};
 
 use super::frame;
-use super::store::{NoSuchPartition, Position, Transaction, compacted};
+use super::store::{NoSuchPartition, Position, StoredTopic, Transaction, compacted};
 
 /// Bits of a batch id that hold the offset: a partition may hold 10^12 records.
 const OFFSET_BITS: u32 = 40;
@@ -203,18 +203,13 @@ impl SqliteStore {
         Ok(records.iter().find(|record| record.timestamp >= at).map_or(first, |record| record.offset))
     }
 
-    pub async fn topics(&self) -> Result<Vec<TopicInfo>, BoxError> {
+    pub async fn topics(&self) -> Result<Vec<StoredTopic>, BoxError> {
         let rows =
             sqlx::query("select name, partitions, config from topics order by name").fetch_all(&self.readers).await?;
         rows.iter()
             .map(|row| {
                 let config = serde_json::from_str(&row.get::<String, _>(2))?;
-                Ok(TopicInfo {
-                    topic: Topic::new(row.get::<String, _>(0)),
-                    partitions: row.get(1),
-                    config,
-                    defaults: BTreeMap::new(),
-                })
+                Ok(StoredTopic { topic: Topic::new(row.get::<String, _>(0)), partitions: row.get(1), config })
             })
             .collect()
     }

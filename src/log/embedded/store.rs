@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::clock::Timestamp;
 use crate::log::topic::TopicSpec;
-use crate::log::{BoxError, Committed, Limit, TopicInfo, Watermarks};
+use crate::log::{BoxError, Committed, Limit, Watermarks};
 use crate::model::record::{Addressed, Offset, Partition, Record, Topic};
 
 use super::memory::MemoryStore;
@@ -26,6 +26,14 @@ pub struct Position {
     pub topic: Topic,
     pub partition: Partition,
     pub committed: Committed,
+}
+
+/// A topic, with what is set on it.
+#[derive(Clone, Debug)]
+pub struct StoredTopic {
+    pub topic: Topic,
+    pub partitions: u32,
+    pub config: BTreeMap<String, String>,
 }
 
 /// Everything that one transaction writes.
@@ -96,7 +104,7 @@ impl Store {
         either!(self, store => store.offset_at(topic, partition, at))
     }
 
-    pub async fn topics(&self) -> Result<Vec<TopicInfo>, BoxError> {
+    pub async fn topics(&self) -> Result<Vec<StoredTopic>, BoxError> {
         either!(self, store => store.topics())
     }
 

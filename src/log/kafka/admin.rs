@@ -1,26 +1,29 @@
 //! Topics, positions and watermarks of a Kafka cluster.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rdkafka::admin::{
     AdminClient, AdminOptions, AlterConfig, ConfigSource, NewTopic, ResourceSpecifier, TopicReplication,
 };
-use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 
 use crate::clock::Timestamp;
 use crate::log::topic::TopicSpec;
-use crate::log::{Admin, Committed, LogError, TopicInfo, Watermarks};
+use crate::log::{Admin, Committed, LogError, TopicConfig, TopicInfo, Watermarks};
 use crate::model::record::{Offset, Partition, Topic};
 
 use super::config::KafkaConfig;
 use super::convert;
 
 const CALL: Duration = Duration::from_secs(10);
+/// A client has so much to tell between two calls, at most: two lines for each try to connect.
+const TOLD: usize = 100;
 
 /// Clones share their clients.
 #[derive(Clone)]
@@ -28,21 +31,54 @@ pub struct KafkaAdmin(Arc<Clients>);
 
 struct Clients {
     config: KafkaConfig,
-    admin: AdminClient<DefaultClientContext>,
+    admin: AdminClient<Witness>,
     /// Its watermarks end at the last stable offset.
-    committed: Arc<BaseConsumer>,
+    committed: Arc<BaseConsumer<Witness>>,
     /// Its watermarks end behind the last record.
-    uncommitted: Arc<BaseConsumer>,
+    uncommitted: Arc<BaseConsumer<Witness>>,
+    witness: Witness,
+}
+
+/// Keeps what the clients said last about a connection that failed: a call that ran out of time does not know why.
+#[derive(Clone, Default)]
+pub(super) struct Witness(Arc<Mutex<Option<String>>>);
+
+impl ClientContext for Witness {
+    fn error(&self, error: KafkaError, reason: &str) {
+        // That all brokers are down is not why.
+        if error.rdkafka_error_code() != Some(Code::AllBrokersDown) {
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.to_owned());
+        }
+    }
+}
+
+impl ConsumerContext for Witness {}
+
+/// Takes in what a client has to tell. It reads nothing, so nobody else does, and what it tells would pile up.
+pub(super) fn hear<C: ConsumerContext>(client: &BaseConsumer<C>) {
+    // Nothing and something that was told look the same from here.
+    for _ in 0..TOLD {
+        let _ = client.poll(Duration::ZERO);
+    }
 }
 
 impl KafkaAdmin {
     pub(super) fn new(config: &KafkaConfig) -> Result<Self, LogError> {
-        let observer = |isolation: &str| config.observer("laneway.observer", isolation);
+        let witness = Witness::default();
+        let observer = |isolation: &str| {
+            let client = config.observer("laneway.observer", isolation).create_with_context(witness.clone());
+            client.map(Arc::new).map_err(convert::error)
+        };
+        let mut admin = config.observer("laneway.observer", "read_committed");
+        // Nobody can hear this one.
+        admin.set_log_level(RDKafkaLogLevel::Emerg);
+        let admin = admin.create_with_context(witness.clone());
         Ok(Self(Arc::new(Clients {
             config: config.clone(),
-            admin: observer("read_committed").create().map_err(convert::error)?,
-            committed: Arc::new(observer("read_committed").create().map_err(convert::error)?),
-            uncommitted: Arc::new(observer("read_uncommitted").create().map_err(convert::error)?),
+            admin: admin.map_err(convert::error)?,
+            committed: observer("read_committed")?,
+            uncommitted: observer("read_uncommitted")?,
+            witness,
         })))
     }
 
@@ -51,47 +87,81 @@ impl KafkaAdmin {
     }
 
     /// Is told of decided records only.
-    pub(super) fn committed_client(&self) -> &BaseConsumer {
+    pub(super) fn committed_client(&self) -> &BaseConsumer<Witness> {
         &self.0.committed
     }
 
     /// Is told of all records.
-    pub(super) fn uncommitted_client(&self) -> &BaseConsumer {
+    pub(super) fn uncommitted_client(&self) -> &BaseConsumer<Witness> {
         &self.0.uncommitted
     }
 
     /// librdkafka's look-ups block.
     async fn ask<T: Send + 'static>(
-        client: &Arc<BaseConsumer>,
-        call: impl FnOnce(&BaseConsumer) -> Result<T, KafkaError> + Send + 'static,
+        &self,
+        client: &Arc<BaseConsumer<Witness>>,
+        call: impl FnOnce(&BaseConsumer<Witness>) -> Result<T, KafkaError> + Send + 'static,
     ) -> Result<T, LogError> {
         let client = Arc::clone(client);
-        let answer = tokio::task::spawn_blocking(move || call(&client)).await;
-        answer.map_err(LogError::transient)?.map_err(convert::error)
+        let call = move || {
+            let answer = call(&client);
+            hear(&client);
+            answer
+        };
+        let answer = tokio::task::spawn_blocking(call).await.map_err(LogError::transient)?;
+        if answer.is_ok() {
+            self.0.witness.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        }
+        answer.map_err(|error| self.explain(error))
+    }
+
+    /// With the reason, where the error is only that no answer came.
+    fn explain(&self, error: KafkaError) -> LogError {
+        let is_silence = matches!(
+            error.rdkafka_error_code(),
+            Some(Code::BrokerTransportFailure | Code::OperationTimedOut | Code::AllBrokersDown | Code::RequestTimedOut)
+        );
+        let said = self.0.witness.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match said.filter(|_| is_silence) {
+            Some(reason) => LogError::transient(format!("{}: {reason}", self.0.config.bootstrap_servers)),
+            None => convert::error(error),
+        }
     }
 }
 
 impl Admin for KafkaAdmin {
     async fn topics(&self) -> Result<Vec<TopicInfo>, LogError> {
         let prefix = self.0.config.prefix.clone();
-        let found: Vec<(String, u32)> = Self::ask(&self.0.committed, move |client| {
-            let metadata = client.fetch_metadata(None, CALL)?;
-            let topics = metadata.topics().iter().filter(|topic| topic.error().is_none());
-            let ours = topics.filter_map(|topic| {
-                let name = topic.name().strip_prefix(&prefix)?;
-                (!name.starts_with("__")).then(|| (name.to_owned(), topic.partitions().len() as u32))
-            });
-            Ok(ours.collect())
-        })
-        .await?;
-        let mut infos = Vec::with_capacity(found.len());
-        for (name, partitions) in found {
-            let topic = Topic::new(name);
-            let (config, defaults) = self.topic_config(&topic).await?;
-            infos.push(TopicInfo { topic, partitions, config, defaults });
-        }
+        let found: Vec<(String, u32)> = self
+            .ask(&self.0.committed, move |client| {
+                let metadata = client.fetch_metadata(None, CALL)?;
+                let topics = metadata.topics().iter().filter(|topic| topic.error().is_none());
+                let ours = topics.filter_map(|topic| {
+                    let name = topic.name().strip_prefix(&prefix)?;
+                    (!name.starts_with("__")).then(|| (name.to_owned(), topic.partitions().len() as u32))
+                });
+                Ok(ours.collect())
+            })
+            .await?;
+        let info = |(name, partitions)| TopicInfo { topic: Topic::new(name), partitions };
+        let mut infos: Vec<TopicInfo> = found.into_iter().map(info).collect();
         infos.sort_by(|a, b| a.topic.cmp(&b.topic));
         Ok(infos)
+    }
+
+    async fn topic_config(&self, topic: &Topic) -> Result<TopicConfig, LogError> {
+        let name = self.0.config.topic(topic);
+        let options = AdminOptions::new().request_timeout(Some(CALL));
+        let answers = self.0.admin.describe_configs([&ResourceSpecifier::Topic(&name)], &options).await;
+        let mut config = TopicConfig::default();
+        for answer in answers.map_err(|error| self.explain(error))? {
+            for entry in answer.map_err(|code| refused(&name, code))?.entries {
+                let Some(value) = entry.value else { continue };
+                let is_own = entry.source == ConfigSource::DynamicTopic;
+                if is_own { &mut config.own } else { &mut config.defaults }.insert(entry.name, value);
+            }
+        }
+        Ok(config)
     }
 
     async fn create(&self, spec: &TopicSpec) -> Result<(), LogError> {
@@ -102,7 +172,7 @@ impl Admin for KafkaAdmin {
             topic = topic.set(key, value);
         }
         let options = AdminOptions::new().operation_timeout(Some(CALL)).request_timeout(Some(CALL));
-        let answers = self.0.admin.create_topics([&topic], &options).await.map_err(convert::error)?;
+        let answers = self.0.admin.create_topics([&topic], &options).await.map_err(|error| self.explain(error))?;
         for answer in answers {
             match answer {
                 Ok(_) | Err((_, Code::TopicAlreadyExists)) => {}
@@ -115,14 +185,14 @@ impl Admin for KafkaAdmin {
     async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), LogError> {
         let name = self.0.config.topic(topic);
         // The call sets all of a topic's entries at once, so what is there goes along.
-        let (mut all, _) = self.topic_config(topic).await?;
+        let mut all = self.topic_config(topic).await?.own;
         all.extend(config.clone());
         let mut alter = AlterConfig::new(ResourceSpecifier::Topic(&name));
         for (key, value) in &all {
             alter = alter.set(key, value);
         }
         let options = AdminOptions::new().request_timeout(Some(CALL));
-        for answer in self.0.admin.alter_configs([&alter], &options).await.map_err(convert::error)? {
+        for answer in self.0.admin.alter_configs([&alter], &options).await.map_err(|error| self.explain(error))? {
             answer.map_err(|(_, code)| refused(&name, code))?;
         }
         Ok(())
@@ -132,9 +202,9 @@ impl Admin for KafkaAdmin {
         let (name, number) = (self.0.config.topic(topic), convert::partition(partition));
         let stable_of = name.clone();
         let (_, stable) =
-            Self::ask(&self.0.committed, move |client| client.fetch_watermarks(&stable_of, number, CALL)).await?;
+            self.ask(&self.0.committed, move |client| client.fetch_watermarks(&stable_of, number, CALL)).await?;
         let (start, end) =
-            Self::ask(&self.0.uncommitted, move |client| client.fetch_watermarks(&name, number, CALL)).await?;
+            self.ask(&self.0.uncommitted, move |client| client.fetch_watermarks(&name, number, CALL)).await?;
         Ok(Watermarks { start: convert::offset(start), stable: convert::offset(stable), end: convert::offset(end) })
     }
 
@@ -142,13 +212,14 @@ impl Admin for KafkaAdmin {
         let (name, number) = (self.0.config.topic(topic), convert::partition(partition));
         // Taken before: what lies below it when nothing at or after that time is found has been written before that time.
         let end = self.watermarks(topic, partition).await?.end;
-        let found = Self::ask(&self.0.uncommitted, move |client| {
-            let mut list = TopicPartitionList::new();
-            list.add_partition_offset(&name, number, RawOffset::Offset(at.millis()))?;
-            let found = client.offsets_for_times(list, CALL)?;
-            Ok(found.find_partition(&name, number).map(|element| element.offset()))
-        })
-        .await?;
+        let found = self
+            .ask(&self.0.uncommitted, move |client| {
+                let mut list = TopicPartitionList::new();
+                list.add_partition_offset(&name, number, RawOffset::Offset(at.millis()))?;
+                let found = client.offsets_for_times(list, CALL)?;
+                Ok(found.find_partition(&name, number).map(|element| element.offset()))
+            })
+            .await?;
         match found {
             Some(RawOffset::Offset(raw)) => Ok(convert::offset(raw)),
             _ => Ok(end),
@@ -157,15 +228,20 @@ impl Admin for KafkaAdmin {
 
     async fn committed(&self, group: &str, topic: &Topic) -> Result<BTreeMap<Partition, Committed>, LogError> {
         let name = self.0.config.topic(topic);
-        let client: BaseConsumer = self.0.config.observer(group, "read_committed").create().map_err(convert::error)?;
-        let found = Self::ask(&Arc::new(client), move |client| {
-            let metadata = client.fetch_metadata(Some(&name), CALL)?;
-            let count = metadata.topics().first().map_or(0, |topic| topic.partitions().len());
-            let mut list = TopicPartitionList::new();
-            list.add_partition_range(&name, 0, count as i32 - 1);
-            client.committed_offsets(list, CALL)
-        })
-        .await?;
+        let client = self.0.config.observer(group, "read_committed").create_with_context(self.0.witness.clone());
+        let client: Arc<BaseConsumer<Witness>> = Arc::new(client.map_err(convert::error)?);
+        let found = self
+            .ask(&client, move |client| {
+                let metadata = client.fetch_metadata(Some(&name), CALL)?;
+                let count = metadata.topics().first().map_or(0, |topic| topic.partitions().len());
+                let mut list = TopicPartitionList::new();
+                list.add_partition_range(&name, 0, count as i32 - 1);
+                let found = client.committed_offsets(list, CALL)?;
+                // A position that could not be had is no "never committed".
+                found.elements().iter().try_for_each(|element| element.error())?;
+                Ok(found)
+            })
+            .await?;
         let position = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match element.offset() {
             RawOffset::Offset(raw) => {
                 let committed = Committed { offset: convert::offset(raw), metadata: element.metadata().to_owned() };
@@ -175,26 +251,31 @@ impl Admin for KafkaAdmin {
         };
         Ok(found.elements().iter().filter_map(position).collect())
     }
-}
 
-impl KafkaAdmin {
-    /// What is set on the topic itself, and what the broker does where nothing is.
-    async fn topic_config(
-        &self,
-        topic: &Topic,
-    ) -> Result<(BTreeMap<String, String>, BTreeMap<String, String>), LogError> {
-        let name = self.0.config.topic(topic);
-        let options = AdminOptions::new().request_timeout(Some(CALL));
-        let answers = self.0.admin.describe_configs([&ResourceSpecifier::Topic(&name)], &options).await;
-        let (mut own, mut defaults) = (BTreeMap::new(), BTreeMap::new());
-        for answer in answers.map_err(convert::error)? {
-            for entry in answer.map_err(|code| refused(&name, code))?.entries {
-                let Some(value) = entry.value else { continue };
-                let is_own = entry.source == ConfigSource::DynamicTopic;
-                if is_own { &mut own } else { &mut defaults }.insert(entry.name, value);
-            }
+    async fn reset(&self, group: &str, topic: &Topic, to: &BTreeMap<Partition, Offset>) -> Result<(), LogError> {
+        let (name, full) = (self.0.config.topic(topic), self.0.config.group(group));
+        let client = self.0.config.observer(group, "read_committed").create_with_context(self.0.witness.clone());
+        let client: Arc<BaseConsumer<Witness>> = Arc::new(client.map_err(convert::error)?);
+        let to = to.clone();
+        let members = full.clone();
+        let members = self.ask(&client, move |client| {
+            let list = client.fetch_group_list(Some(&members), CALL)?;
+            let member = |it: &rdkafka::groups::GroupMemberInfo| format!("{} on {}", it.client_id(), it.client_host());
+            Ok(list.groups().iter().flat_map(|group| group.members()).map(member).collect::<Vec<_>>())
+        });
+        let members = members.await?;
+        if !members.is_empty() {
+            return Err(LogError::fatal(format!("group {full} has members ({}): stop them first", members.join(", "))));
         }
-        Ok((own, defaults))
+        self.ask(&client, move |client| {
+            let mut list = TopicPartitionList::new();
+            for (partition, offset) in &to {
+                list.add_partition_offset(&name, convert::partition(*partition), convert::raw_offset(*offset))?;
+            }
+            // From nobody in the group: a broker refuses it where somebody has joined meanwhile.
+            client.commit(&list, CommitMode::Sync)
+        })
+        .await
     }
 }
 

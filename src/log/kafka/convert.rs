@@ -9,7 +9,7 @@ use rdkafka::message::{BorrowedMessage, Header, Headers as _, OwnedHeaders};
 use rdkafka::topic_partition_list::Offset as RawOffset;
 
 use crate::clock::Timestamp;
-use crate::log::LogError;
+use crate::log::{LogError, Misconfigured};
 use crate::model::record::{Headers, Offset, Partition, Record, header};
 
 pub fn record(message: &BorrowedMessage<'_>) -> Record {
@@ -82,6 +82,15 @@ pub fn error(error: KafkaError) -> LogError {
         KafkaError::MessageConsumptionFatal(_) => true,
         _ => false,
     };
+    if let KafkaError::ClientConfig(_, description, key, value) = &error {
+        // The value may be a secret, and librdkafka repeats it.
+        let description =
+            if value.is_empty() { description.clone() } else { description.replace(value.as_str(), "…") };
+        return LogError::fatal(Misconfigured(format!("log.kafka.properties: {key}: {description}")));
+    }
+    if let KafkaError::ClientCreation(description) = &error {
+        return LogError::fatal(Misconfigured(format!("log.kafka.properties: {description}")));
+    }
     match code {
         Some(code) if is_refusal(code) => LogError::fatal(format!("the broker refuses us: {error}")),
         Some(Code::FencedInstanceId | Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch) => {
@@ -89,7 +98,6 @@ pub fn error(error: KafkaError) -> LogError {
         }
         // Whatever else is fatal to a client can be mended by a new one.
         _ if fatal => LogError::fenced(error),
-        None if matches!(error, KafkaError::ClientConfig(..) | KafkaError::ClientCreation(_)) => LogError::fatal(error),
         _ => LogError::transient(error),
     }
 }

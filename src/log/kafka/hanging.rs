@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 use tokio::sync::oneshot;
@@ -34,7 +34,7 @@ use crate::log::{Commit, LogError};
 use crate::model::record::{Addressed, Headers, Partition, Topic, header};
 use crate::telemetry::events;
 
-use super::admin::KafkaAdmin;
+use super::admin::{self, KafkaAdmin};
 use super::config::TRANSACTION_TIMEOUT;
 use super::convert;
 use super::transact::Order;
@@ -121,7 +121,8 @@ fn look(admin: &KafkaAdmin, topics: &[Topic]) -> Result<Undecided, LogError> {
 }
 
 /// Where each partition ends, as far as this client is told.
-fn ends(client: &BaseConsumer, topic: &str) -> Result<BTreeMap<i32, i64>, KafkaError> {
+fn ends<C: ConsumerContext>(client: &BaseConsumer<C>, topic: &str) -> Result<BTreeMap<i32, i64>, KafkaError> {
+    admin::hear(client);
     let metadata = client.fetch_metadata(Some(topic), CALL)?;
     let mut list = TopicPartitionList::new();
     for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {

@@ -23,6 +23,9 @@ use super::{convert, thread};
 /// Batches that wait for the runtime: with librdkafka's own queue behind them, more would only be memory.
 const BATCHES: usize = 2;
 
+/// A poll without anything to tell ends after so long.
+const IDLE: Duration = Duration::from_millis(200);
+
 /// Leaving the group takes a moment.
 const LEAVE: Duration = Duration::from_secs(5);
 
@@ -124,7 +127,7 @@ impl Session for KafkaSession {
         }
         self.limits.records.store(limit.records, Ordering::Relaxed);
         self.limits.bytes.store(limit.bytes, Ordering::Relaxed);
-        let polled = self.ends.polled.recv().await;
+        let Ok(polled) = tokio::time::timeout(IDLE, self.ends.polled.recv()).await else { return Ok(Polled::Idle) };
         let polled = polled.unwrap_or_else(|| Err(LogError::fenced("the kafka consumer has ended")))?;
         match &polled {
             Polled::Assigned(given) => {

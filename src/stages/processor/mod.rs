@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crate::control::Current;
 use crate::control::workspace::{Destination, Source, Workspace};
-use crate::log::partitioner::{IsolateBy, Placement};
+use crate::log::partitioner::Placement;
 use crate::model::codec;
 use crate::model::delivery::{Delivery, Origin, Payload, TransformAt};
 use crate::model::event::Event;
@@ -94,7 +94,7 @@ impl Processor {
     /// The delivery for one destination, or its failure.
     fn deliver(&self, record: &Record, event: &Event, destination: &Destination, whole: &Object<'_>) -> Addressed {
         let made = match destination.kind.as_str() {
-            "WEBHOOK" => webhook::request(whole, &destination.config).map_err(|error| error.to_string()),
+            webhook::KIND => webhook::request(whole, &destination.config).map_err(|error| error.to_string()),
             other => Err(format!("there is no transform for destinations of type {other}")),
         };
         let request = match made {
@@ -137,13 +137,6 @@ impl Processor {
     }
 
     fn address(&self, delivery: &Delivery, traceparent: Option<&str>) -> Addressed {
-        let isolation_key = match self.deliveries.isolate_by {
-            IsolateBy::None => "",
-            IsolateBy::Workspace => delivery.workspace.as_str(),
-            IsolateBy::Source => delivery.source.as_str(),
-            IsolateBy::Destination => delivery.destination.as_str(),
-        };
-        let user = delivery.user.as_ref().map_or(delivery.message_id.as_str(), |user| user.as_str());
         let mut headers = Headers::new();
         headers.push_text(header::SOURCE, delivery.source.as_str());
         headers.push_text(header::WORKSPACE, delivery.workspace.as_str());
@@ -162,7 +155,7 @@ impl Processor {
         headers.push_text(header::CONTENT_TYPE, header::AVRO);
         Addressed {
             topic: Topic::DELIVERIES,
-            partition: self.deliveries.place(isolation_key, user),
+            partition: self.deliveries.of_delivery(delivery),
             key: Some(delivery.destination.as_str().to_owned().into()),
             value: Some(codec::encode(delivery).into()),
             headers,

@@ -29,6 +29,9 @@ const NOT_FROM_EVENTS: [&str; 10] = [
     "proxy-authorization",
 ];
 
+/// The destinations that this serves.
+pub const KIND: &str = "WEBHOOK";
+
 /// Why an event cannot be made ready.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum WebhookError {
@@ -47,13 +50,7 @@ pub enum WebhookError {
 /// # Errors
 /// [`WebhookError`]; none of them passes by trying again.
 pub fn request(event: &Object<'_>, config: &Value) -> Result<HttpRequest, WebhookError> {
-    let method = match config.get("webhookMethod").and_then(Value::as_str) {
-        None | Some("") => "POST".to_owned(),
-        Some(method) => method.to_uppercase(),
-    };
-    if !["POST", "PUT", "PATCH", "GET", "DELETE"].contains(&method.as_str()) {
-        return Err(WebhookError::Method(method));
-    }
+    let method = method(config)?;
     let url = target(event, config)?;
     let has_body = matches!(method.as_str(), "POST" | "PUT" | "PATCH");
     let headers = headers(event, config, has_body);
@@ -68,11 +65,34 @@ pub fn request(event: &Object<'_>, config: &Value) -> Result<HttpRequest, Webhoo
     Ok(HttpRequest { method, url, headers, params, body_format, body })
 }
 
-fn target(event: &Object<'_>, config: &Value) -> Result<String, WebhookError> {
-    let configured = config.get("webhookUrl").and_then(Value::as_str).map(str::trim).unwrap_or_default();
-    if configured.is_empty() {
-        return Err(WebhookError::NoUrl);
+/// Whether any event can be made ready for a destination that is configured so.
+///
+/// # Errors
+/// [`WebhookError`]
+pub fn check(config: &Value) -> Result<(), WebhookError> {
+    method(config)?;
+    let url = configured(config)?;
+    Url::parse(url).map(drop).map_err(|error| WebhookError::Url(url.to_owned(), error.to_string()))
+}
+
+fn method(config: &Value) -> Result<String, WebhookError> {
+    let method = match config.get("webhookMethod").and_then(Value::as_str) {
+        None | Some("") => "POST".to_owned(),
+        Some(method) => method.to_uppercase(),
+    };
+    match ["POST", "PUT", "PATCH", "GET", "DELETE"].contains(&method.as_str()) {
+        true => Ok(method),
+        false => Err(WebhookError::Method(method)),
     }
+}
+
+fn configured(config: &Value) -> Result<&str, WebhookError> {
+    let url = config.get("webhookUrl").and_then(Value::as_str).map(str::trim).unwrap_or_default();
+    if url.is_empty() { Err(WebhookError::NoUrl) } else { Ok(url) }
+}
+
+fn target(event: &Object<'_>, config: &Value) -> Result<String, WebhookError> {
+    let configured = configured(config)?;
     let full = event.get("fullPath").and_then(string_of).or_else(|| from_integrations(event));
     let append = event.get("appendPath").and_then(string_of).unwrap_or_default();
     if full.is_none() && append.is_empty() {

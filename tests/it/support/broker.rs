@@ -1,33 +1,62 @@
-//! A Kafka of a test's own, for tests that stop it.
+//! A Kafka of a test's own, for tests that stop it or ask for more than the shared one has.
 
 use std::path::Path;
 use std::process::Command;
 
 use super::process::free_port;
 
+/// One node, or a cluster of several.
 pub struct Broker {
-    port: u16,
+    ports: Vec<u16>,
+    /// Of the listeners with TLS and SASL; the next ports are those with TLS and client certificates. Empty: none.
+    tls_ports: Vec<u16>,
     folder: tempfile::TempDir,
 }
 
 impl Broker {
     pub fn start() -> Self {
-        let broker = Self { port: free_port(), folder: tempfile::tempdir().expect("a folder") };
-        broker.run("up");
+        Self::up(1, false)
+    }
+
+    /// So many nodes with the listeners that companies have; three replicas from three nodes on.
+    pub fn start_secured(nodes: usize) -> Self {
+        Self::up(nodes, true)
+    }
+
+    fn up(nodes: usize, is_secured: bool) -> Self {
+        let ports = |count: usize| (0..count).map(|_| free_port()).collect();
+        let tls_ports = ports(if is_secured { nodes } else { 0 });
+        let broker = Self { ports: ports(nodes), tls_ports, folder: tempfile::tempdir().expect("a folder") };
+        broker.run("up", "kafka");
         broker
     }
 
     pub fn address(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        addresses(&self.ports)
+    }
+
+    /// With TLS and SASL.
+    pub fn tls_address(&self) -> String {
+        addresses(&self.tls_ports)
+    }
+
+    /// With TLS and client certificates.
+    pub fn mtls_address(&self) -> String {
+        addresses(&self.tls_ports.iter().map(|port| port + 1).collect::<Vec<_>>())
+    }
+
+    /// A file that a client needs.
+    pub fn tls_file(&self, name: &str) -> String {
+        self.folder.path().join("kafka/tls").join(name).display().to_string()
     }
 
     /// With -9: nothing is written or told any more.
     pub fn kill(&self) {
-        self.run("kill");
+        self.run("kill", "kafka");
     }
 
     pub fn stop(&self) {
-        self.run("stop");
+        self.run("stop", "kafka");
     }
 
     /// Where it keeps its partitions.
@@ -37,14 +66,21 @@ impl Broker {
 
     /// With what it has on disk.
     pub fn start_again(&self) {
-        self.run("start");
+        self.run("start", "kafka");
     }
 
-    fn run(&self, what: &str) {
+    /// One node of a cluster, from 1 on.
+    pub fn kill_node(&self, number: usize) {
+        self.run("kill", &name(number));
+    }
+
+    fn run(&self, what: &str, name: &str) {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/services");
+        let list = |ports: &[u16]| ports.iter().map(u16::to_string).collect::<Vec<_>>().join(",");
         let ran = Command::new(script)
-            .args([what, "kafka"])
-            .env("LANEWAY_KAFKA_PORT", self.port.to_string())
+            .args([what, name])
+            .env("LANEWAY_KAFKA_PORT", list(&self.ports))
+            .env("LANEWAY_KAFKA_TLS_PORT", list(&self.tls_ports))
             .env("LANEWAY_SERVICES_RUN", self.folder.path())
             .output()
             .expect("deploy/services runs");
@@ -52,8 +88,16 @@ impl Broker {
     }
 }
 
+fn name(number: usize) -> String {
+    if number == 1 { "kafka".to_owned() } else { format!("kafka-{number}") }
+}
+
+fn addresses(ports: &[u16]) -> String {
+    ports.iter().map(|port| format!("127.0.0.1:{port}")).collect::<Vec<_>>().join(",")
+}
+
 impl Drop for Broker {
     fn drop(&mut self) {
-        self.run("kill");
+        (1..=self.ports.len()).for_each(|number| self.kill_node(number));
     }
 }

@@ -175,9 +175,29 @@ impl Flow {
         Self::on_kafka_with(address, None)
     }
 
+    /// Without its topics, and with more settings.
+    pub fn unapplied(address: &str, settings: &[(&str, &str)]) -> Self {
+        let mut flow = Self::new(true);
+        for (name, value) in [
+            ("LANEWAY_LOG__BACKEND", "kafka"),
+            ("LANEWAY_LOG__KAFKA__BOOTSTRAP_SERVERS", address),
+            ("LANEWAY_LOG__TOPIC_PREFIX", &(unique("f") + ".")),
+            ("LANEWAY_RUNTIME__SESSION_TIMEOUT", "6s"),
+        ] {
+            flow.set(name, value);
+        }
+        settings.iter().for_each(|(name, value)| flow.set(name, value));
+        flow
+    }
+
+    pub fn apply(&self) {
+        let applied = self.command(&["topics", "apply"]);
+        assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+    }
+
     /// With so many partitions instead of the declared ones, for `deliveries` and what goes with it.
     pub fn on_kafka_with(address: &str, partitions: Option<u32>) -> Self {
-        let mut flow = Self::new(true);
+        let mut flow = Self::unapplied(address, &[]);
         if let Some(partitions) = partitions {
             let declared = Path::new(env!("CARGO_MANIFEST_DIR")).join("topics");
             for name in ["deliveries.yaml", "progress.yaml"] {
@@ -188,16 +208,7 @@ impl Flow {
             }
             flow.set("LANEWAY_TOPICS__DIR", ".");
         }
-        for (name, value) in [
-            ("LANEWAY_LOG__BACKEND", "kafka".to_owned()),
-            ("LANEWAY_LOG__KAFKA__BOOTSTRAP_SERVERS", address.to_owned()),
-            ("LANEWAY_LOG__TOPIC_PREFIX", unique("f") + "."),
-            ("LANEWAY_RUNTIME__SESSION_TIMEOUT", "6s".to_owned()),
-        ] {
-            flow.environment.push((name.to_owned(), value));
-        }
-        let applied = flow.command(&["topics", "apply"]);
-        assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+        flow.apply();
         flow
     }
 
@@ -218,6 +229,11 @@ impl Flow {
             .stdin(Stdio::null())
             .output()
             .expect("laneway runs")
+    }
+
+    /// Starts a command.
+    pub fn begin(&self, args: &[&str]) -> Process {
+        Process::spawn(args, &self.environment, 0, self.folder.path())
     }
 
     /// Starts stages under an instance id.

@@ -37,6 +37,7 @@ fn settings(bounds: Bounds) -> DeliverSettings {
             placement,
             stage: "router",
             input: Topic::DELIVERIES,
+            input_name: "deliveries".into(),
             group: "g".into(),
         },
         bounds,

@@ -1,0 +1,227 @@
+//! Everything that would keep the engine from running, or make it run badly, found at once and before it is started.
+
+use std::time::Duration;
+
+use super::{drift, open, placement, retention};
+use crate::clock::Clock;
+use crate::config::{BackendKind, Config};
+use crate::control::file::FileWatch;
+use crate::control::workspace::Workspace;
+use crate::log::embedded::Access;
+use crate::log::topic::Topics;
+use crate::log::{Admin, Backend, LogError};
+use crate::model::record::Topic;
+use crate::transform::builtin::webhook::{self, WebhookError};
+use crate::with_log;
+
+/// The log has so long to answer everything that is asked.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum State {
+    Ok,
+    /// It runs, and somebody will wonder.
+    Warning,
+    /// It does not run, or loses what it should keep.
+    Problem,
+}
+
+impl State {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::Ok => "ok",
+            State::Warning => "warning",
+            State::Problem => "problem",
+        }
+    }
+}
+
+/// What was looked at, and how it is.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    pub subject: String,
+    pub state: State,
+    pub says: String,
+    /// What to do about it; empty where nothing is to be done.
+    pub remedy: String,
+}
+
+impl Finding {
+    fn ok(subject: &str, says: impl Into<String>) -> Self {
+        Self { subject: subject.to_owned(), state: State::Ok, says: says.into(), remedy: String::new() }
+    }
+
+    fn warning(subject: &str, says: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { subject: subject.to_owned(), state: State::Warning, says: says.into(), remedy: remedy.into() }
+    }
+
+    pub fn problem(subject: &str, says: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { subject: subject.to_owned(), state: State::Problem, says: says.into(), remedy: remedy.into() }
+    }
+}
+
+/// Looks at everything that a configuration names. Nothing is changed.
+pub async fn run(config: &Config, clock: &Clock) -> Vec<Finding> {
+    let mut found = vec![Finding::ok("configuration", format!("log.backend = {}", backend(config)))];
+    if let Err(error) = open::instance_id(config) {
+        found.push(Finding::problem("instance", error.to_string(), "choose another instance.id"));
+    }
+    found.extend(workspace(config).await);
+    match open::topics(config) {
+        Ok(topics) => found.extend(log(config, &topics, clock).await),
+        Err(error) => {
+            let remedy = "mend the declaration in topics.dir";
+            found.push(Finding::problem("topic declarations", format!("{error:#}"), remedy));
+        }
+    }
+    found
+}
+
+fn backend(config: &Config) -> &'static str {
+    match config.log.backend {
+        BackendKind::Kafka => "kafka",
+        BackendKind::Embedded => "embedded",
+        BackendKind::Memory => "memory",
+    }
+}
+
+async fn workspace(config: &Config) -> Vec<Finding> {
+    let subject = "workspace";
+    let path = &config.control.workspace_file;
+    match FileWatch::open(path).await {
+        Ok(watch) => of_workspace(&watch.current().get()),
+        Err(error) => {
+            let remedy = "name the file that the control plane exports (control.workspace_file)";
+            vec![Finding::problem(subject, error.to_string(), remedy)]
+        }
+    }
+}
+
+fn of_workspace(workspace: &Workspace) -> Vec<Finding> {
+    let subject = "workspace";
+    let sources: Vec<_> = workspace.sources().collect();
+    let count = sources.iter().map(|source| source.destinations.len()).sum::<usize>();
+    let mut found = vec![Finding::ok(subject, format!("{} sources, {count} connected destinations", sources.len()))];
+    if sources.iter().all(|source| !source.enabled) {
+        found.push(Finding::warning(subject, "no source is enabled", "every event will be refused: enable one"));
+    }
+    for source in sources.iter().filter(|source| source.enabled && source.destinations.is_empty()) {
+        let remedy = "its events go nowhere: connect one, or disable it";
+        found.push(Finding::warning(subject, format!("source {} has no destination", source.id), remedy));
+    }
+    for destination in sources.iter().flat_map(|source| &source.destinations) {
+        let subject = format!("destination {}", destination.id);
+        if destination.kind.as_str() != webhook::KIND {
+            let says = format!("destinations of type {} are not served", destination.kind);
+            found.push(Finding::warning(&subject, says, "its events end in proc-errors: disconnect it"));
+        } else if let Err(error) = webhook::check(&destination.config) {
+            let remedy = "its events end in proc-errors: mend its configuration";
+            let says = match &error {
+                // An URL may hold a key.
+                WebhookError::Url(_, why) => format!("webhookUrl is not an URL: {why}"),
+                other => other.to_string(),
+            };
+            found.push(Finding::warning(&subject, says, remedy));
+        }
+    }
+    found
+}
+
+async fn log(config: &Config, topics: &Topics, clock: &Clock) -> Vec<Finding> {
+    let subject = "log";
+    let remedy = match config.log.backend {
+        BackendKind::Kafka => {
+            "is it up, reachable from here, and are log.kafka.bootstrap_servers and .properties right?"
+        }
+        BackendKind::Embedded => {
+            "start the engine once (`laneway run all`), or name its folder (log.embedded.data_dir)"
+        }
+        BackendKind::Memory => "",
+    };
+    let embedded = &config.log.embedded.data_dir;
+    if config.log.backend == BackendKind::Embedded && !embedded.join("log.sqlite").exists() {
+        let says = format!("there is none in {} (log.embedded.data_dir)", embedded.display());
+        return vec![Finding::warning(subject, says, "the engine creates it at its start")];
+    }
+    let any = match open::AnyLog::open(config, Access::Command, clock).await {
+        Ok(any) => any,
+        Err(error) => return vec![Finding::problem(subject, format!("{error:#}"), remedy)],
+    };
+    let looked = async { with_log!(&any, log => look(log, config, topics).await) };
+    let found = match tokio::time::timeout(PATIENCE, looked).await {
+        Ok(Ok(found)) => found,
+        Ok(Err(error)) => vec![Finding::problem(subject, error.to_string(), remedy)],
+        Err(_) => vec![Finding::problem(subject, format!("no answer within {PATIENCE:?}"), remedy)],
+    };
+    any.close().await;
+    found
+}
+
+async fn look<B: Backend>(log: &B, config: &Config, topics: &Topics) -> Result<Vec<Finding>, LogError> {
+    let there = log.admin()?.topics().await?;
+    let mut found = vec![Finding::ok("log", format!("answers, {} topics", there.len()))];
+    let is_own = config.log.backend != BackendKind::Kafka;
+    for compared in drift::compare(log, topics.iter()).await? {
+        let subject = format!("topic {}", compared.spec.name);
+        if compared.found.is_none() {
+            found.push(match is_own {
+                true => Finding::warning(&subject, "is not there", "the engine creates it at its start"),
+                false => Finding::problem(&subject, "is not there", "`laneway topics apply` creates it"),
+            });
+            continue;
+        }
+        if compared.differences.is_empty() {
+            found.push(Finding::ok(&subject, "as declared"));
+        }
+        for it in compared.differences {
+            let has = it.found.as_deref().unwrap_or("nothing");
+            let says = format!("{} is declared as {} and is {has}", it.key, it.declared);
+            found.push(match it.key.as_str() {
+                "partitions" => {
+                    let remedy = "declare what is there (topics.dir): other partitions would move users while their deliveries wait";
+                    Finding::problem(&subject, says, remedy)
+                }
+                _ => Finding::warning(&subject, says, "set it in the log, or declare what is there (topics.dir)"),
+            });
+        }
+    }
+    if there.iter().any(|info| info.topic == Topic::CONTROL) {
+        for moved in placement::look(log, topics).await?.0 {
+            let remedy = "declare what was (topics.dir), or let everything drain before the start (`laneway lag`)";
+            found.push(Finding::problem("placement", moved.to_string(), remedy));
+        }
+    }
+    if let Err(error) = retention::check(log, topics, &config.router).await {
+        found.push(Finding::problem("retention", format!("{error:#}"), "the router refuses to start until then"));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workspace_is_looked_through() {
+        let text = r#"{"workspaceId":"w","sources":[
+            {"id":"s1","writeKey":"k1","enabled":true,"destinations":[]},
+            {"id":"s2","writeKey":"k2","enabled":true,"destinations":[
+                {"id":"d1","enabled":true,"config":{"webhookUrl":"http://127.0.0.1/"},"destinationDefinition":{"name":"WEBHOOK"}},
+                {"id":"d2","enabled":true,"config":{},"destinationDefinition":{"name":"WEBHOOK"}},
+                {"id":"d3","enabled":true,"config":{},"destinationDefinition":{"name":"AM"}}]}]}"#;
+        let workspace = Workspace::parse(text).expect("a workspace");
+        let mut found = of_workspace(&workspace);
+        found.sort_by(|a, b| a.subject.cmp(&b.subject).then(a.state.cmp(&b.state)));
+        let said: Vec<(&str, &str, &str)> =
+            found.iter().map(|it| (it.subject.as_str(), it.state.as_str(), it.says.as_str())).collect();
+        assert_eq!(
+            said,
+            [
+                ("destination d2", "warning", "the destination has no webhookUrl"),
+                ("destination d3", "warning", "destinations of type AM are not served"),
+                ("workspace", "ok", "2 sources, 3 connected destinations"),
+                ("workspace", "warning", "source s1 has no destination"),
+            ]
+        );
+    }
+}

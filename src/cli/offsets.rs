@@ -1,0 +1,267 @@
+//! `laneway offsets`: where the stages' groups stand, and putting them elsewhere.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::output::{Output, line, table};
+use super::stage::{Consumer, when};
+use super::{ConfigArgs, Usage};
+use crate::app::engine::Stage;
+use crate::app::offsets::{self, Place, Step, Target};
+use crate::app::open::AnyLog;
+use crate::app::standing::{self, Standing};
+use crate::clock::{Clock, Timestamp};
+use crate::log::Backend;
+use crate::log::embedded::Access;
+use crate::model::record::{Offset, Partition, Topic};
+use crate::with_log;
+
+#[derive(Args)]
+pub struct Offsets {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Every partition's position, and where its log begins and ends.
+    List {
+        /// Only these stages.
+        #[arg(value_enum, value_name = "STAGE")]
+        stages: Vec<Consumer>,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Put a stage's positions elsewhere, while it does not run. Shows what that would be, and acts only with --execute.
+    ///
+    /// Processor: what lies above a position is processed, again where it was. Router: what lies above is delivered, again
+    /// where it was, and what is pending below is forgotten.
+    Reset(Reset),
+}
+
+#[derive(Args)]
+struct Reset {
+    #[arg(value_enum)]
+    stage: Consumer,
+    /// Only these partitions.
+    #[arg(long = "partition", value_name = "NUMBER")]
+    partitions: Vec<u32>,
+    #[command(flatten)]
+    target: TargetArgs,
+    /// Do it.
+    #[arg(long)]
+    execute: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct TargetArgs {
+    /// The earliest record.
+    #[arg(long)]
+    to_earliest: bool,
+    /// The end: nothing that is there now is read.
+    #[arg(long)]
+    to_latest: bool,
+    /// Where it is: what a router has pending is forgotten all the same.
+    #[arg(long)]
+    to_current: bool,
+    #[arg(long, value_name = "OFFSET")]
+    to_offset: Option<String>,
+    /// So many offsets on, or back.
+    #[arg(long, value_name = "OFFSETS", allow_hyphen_values = true)]
+    shift_by: Option<i64>,
+    /// What was written since then: 2h, 3d ago, or an RFC 3339 time.
+    #[arg(long, visible_aliases = ["to-datetime", "by-duration"], value_name = "WHEN")]
+    to_time: Option<String>,
+    /// A line PARTITION,OFFSET for each partition (or TOPIC,PARTITION,OFFSET, as kafka-consumer-groups exports them).
+    #[arg(long, value_name = "FILE")]
+    from_file: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct Common {
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+impl TargetArgs {
+    /// `topics`: the names of the stage's topic.
+    fn read(&self, topics: &[&str], now: Timestamp) -> anyhow::Result<Target> {
+        if let Some(text) = &self.to_offset {
+            let offset = Offset::parse(text).ok_or_else(|| Usage(format!("--to-offset {text}: not an offset")))?;
+            return Ok(Target::Offset(offset));
+        }
+        if let Some(path) = &self.from_file {
+            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+            return Ok(Target::Each(
+                each(&text, topics).map_err(|problem| Usage(format!("{}: {problem}", path.display())))?,
+            ));
+        }
+        Ok(match (&self.to_time, self.shift_by) {
+            (Some(text), _) => Target::Time(when(text, now)?),
+            (None, Some(by)) => Target::Shift(by),
+            (None, None) if self.to_earliest => Target::Earliest,
+            (None, None) if self.to_latest => Target::Latest,
+            (None, None) => Target::Current,
+        })
+    }
+}
+
+/// Lines of `PARTITION,OFFSET`, or `TOPIC,PARTITION,OFFSET` as kafka-consumer-groups exports them.
+fn each(text: &str, topics: &[&str]) -> Result<BTreeMap<Partition, Offset>, String> {
+    let mut found = BTreeMap::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let fields: Vec<&str> = line.split(',').map(|field| field.trim().trim_matches('"')).collect();
+        let place = match fields[..] {
+            [topic, ..] if fields.len() == 3 && !topics.contains(&topic) => {
+                return Err(format!("line {}: {topic} is not the stage's topic, {}", number + 1, topics.join(" or ")));
+            }
+            [partition, offset] | [_, partition, offset] => {
+                partition.parse().ok().map(Partition).zip(Offset::parse(offset))
+            }
+            _ => None,
+        };
+        let (partition, offset) = place.ok_or_else(|| format!("line {}: expected PARTITION,OFFSET", number + 1))?;
+        if found.insert(partition, offset).is_some() {
+            return Err(format!("line {}: partition {partition} stands there twice", number + 1));
+        }
+    }
+    Ok(found)
+}
+
+impl Offsets {
+    pub async fn run(&self) -> anyhow::Result<()> {
+        let common = match &self.action {
+            Action::List { common, .. } => common,
+            Action::Reset(reset) => &reset.common,
+        };
+        let (config, clock, output) = (common.config.load(&[], &[])?, Clock::system(), common.output);
+        let any = AnyLog::open(&config, Access::Command, &clock).await?;
+        let ended = with_log!(&any, log => match &self.action {
+            Action::List { stages, .. } => list(log, stages, output).await,
+            Action::Reset(reset) => reset.run(log, &config.log.topic_prefix, output, &clock).await,
+        });
+        any.close().await;
+        ended
+    }
+}
+
+/// A stage's topic, and where it stands in it.
+async fn look<B: Backend>(log: &B, stage: Stage) -> anyhow::Result<(Topic, BTreeMap<Partition, Place>)> {
+    let topic = stage.input().context("this stage reads no topic")?;
+    let standing = match stage {
+        Stage::Router => standing::read(log).await?,
+        _ => Standing::default(),
+    };
+    let places = offsets::look(log, stage, &topic, &standing).await?;
+    Ok((topic, places))
+}
+
+async fn list<B: Backend>(log: &B, stages: &[Consumer], output: Output) -> anyhow::Result<()> {
+    let (mut rows, mut shown) = (Vec::new(), Vec::new());
+    for stage in Consumer::meant(stages) {
+        let (topic, places) = look(log, stage).await?;
+        for (partition, Place { committed, marks, pending }) in places {
+            let at = committed.as_ref().map(|committed| committed.offset.to_string());
+            shown.push(json!({
+                "stage": stage.as_str(), "group": stage.group(), "topic": topic.as_str(), "partition": partition.0,
+                "committed": at, "metadata": committed.map(|committed| committed.metadata), "start": marks.start.to_string(),
+                "stable": marks.stable.to_string(), "end": marks.end.to_string(), "pending": pending,
+            }));
+            let dash = || "-".to_owned();
+            let cells = [at.unwrap_or_else(dash), marks.start.to_string(), marks.end.to_string()];
+            let pending = pending.map_or_else(dash, |pending| pending.to_string());
+            rows.push([&[stage.group(), topic.to_string(), partition.to_string()], &cells[..], &[pending]].concat());
+        }
+    }
+    match output {
+        Output::Json => drop(line(&Value::from(shown).to_string())),
+        Output::Table => table(&["GROUP", "TOPIC", "PARTITION", "COMMITTED", "START", "END", "PENDING"], &rows),
+    }
+    Ok(())
+}
+
+impl Reset {
+    async fn run<B: Backend>(&self, log: &B, prefix: &str, output: Output, clock: &Clock) -> anyhow::Result<()> {
+        let stage = Stage::from(self.stage);
+        let (topic, mut places) = look(log, stage).await?;
+        let target = self.target.read(&[topic.as_str(), &format!("{prefix}{topic}")], clock.now())?;
+        let named = match &target {
+            Target::Each(each) => each.keys().map(|partition| partition.0).collect(),
+            _ => self.partitions.clone(),
+        };
+        if let Some(stray) = named.iter().find(|number| !places.contains_key(&Partition(**number))) {
+            anyhow::bail!(Usage(format!("topic {topic} has no partition {stray}")));
+        }
+        places.retain(|partition, _| self.partitions.is_empty() || self.partitions.contains(&partition.0));
+        let steps = offsets::plan(log, &topic, places, &target).await?;
+        if self.execute {
+            offsets::execute(log, stage, &topic, &steps).await?;
+        }
+        self.tell(&steps, output);
+        Ok(())
+    }
+
+    fn tell(&self, steps: &BTreeMap<Partition, Step>, output: Output) {
+        let at = |step: &Step| step.place.committed.as_ref().map(|committed| committed.offset);
+        if output == Output::Json {
+            let row = |(partition, step): (&Partition, &Step)| {
+                json!({
+                    "partition": partition.0, "from": at(step).map(|at| at.to_string()), "to": step.to.to_string(),
+                    "clamped": step.is_clamped, "pending": step.place.pending, "executed": self.execute,
+                })
+            };
+            line(&Value::from(steps.iter().map(row).collect::<Vec<_>>()).to_string());
+            return;
+        }
+        let row = |(partition, step): (&Partition, &Step)| {
+            let change = at(step).map(|at| match step.to >= at {
+                true => format!("+{}", step.to.raw() - at.raw()),
+                false => format!("-{}", at.raw() - step.to.raw()),
+            });
+            let dash = || "-".to_owned();
+            vec![
+                partition.to_string(),
+                at(step).map_or_else(dash, |at| at.to_string()),
+                format!("{}{}", step.to, if step.is_clamped { " (the nearest)" } else { "" }),
+                change.unwrap_or_else(dash),
+                step.place.pending.map_or_else(dash, |pending| pending.to_string()),
+            ]
+        };
+        let rows: Vec<Vec<String>> = steps.iter().map(row).collect();
+        table(&["PARTITION", "FROM", "TO", "CHANGE", "PENDING"], &rows);
+        let pending: u64 = steps.values().filter_map(|step| step.place.pending).sum();
+        if pending > 0 {
+            let tense = if self.execute { "are" } else { "would be" };
+            line(&format!("of {pending} pending deliveries those below the new positions {tense} forgotten"));
+        }
+        line(if self.execute { "set, and read back" } else { "nothing was changed; --execute does it" });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_read_from_a_file() {
+        let expected = BTreeMap::from([(Partition(0), Offset::new(5)), (Partition(11), Offset::new(7))]);
+        let each = |text| each(text, &["events", "p.events"]);
+        assert_eq!(each("0,5\n\n11, 7\n"), Ok(expected.clone()));
+        assert_eq!(each("\"p.events\",0,5\nevents,11,7"), Ok(expected));
+        assert_eq!(each("0,5\nx,7"), Err("line 2: expected PARTITION,OFFSET".into()));
+        assert_eq!(each("0,5\n0,7"), Err("line 2: partition 0 stands there twice".into()));
+        assert_eq!(
+            each("deliveries,0,5"),
+            Err("line 1: deliveries is not the stage's topic, events or p.events".into())
+        );
+    }
+}

@@ -1,0 +1,63 @@
+//! How stages and times are named on the command line.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+
+use super::Usage;
+use crate::app::engine::Stage;
+use crate::clock::Timestamp;
+
+/// The stages that read a topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Consumer {
+    Processor,
+    Router,
+}
+
+impl Consumer {
+    /// All of them where none is named.
+    pub fn meant(named: &[Consumer]) -> Vec<Stage> {
+        let meant = if named.is_empty() { Self::value_variants() } else { named };
+        meant.iter().map(|consumer| (*consumer).into()).collect()
+    }
+}
+
+impl From<Consumer> for Stage {
+    fn from(consumer: Consumer) -> Self {
+        match consumer {
+            Consumer::Processor => Stage::Processor,
+            Consumer::Router => Stage::Router,
+        }
+    }
+}
+
+/// A time, or how long ago.
+///
+/// # Errors
+/// [`Usage`] where it is neither.
+pub fn when(text: &str, now: Timestamp) -> anyhow::Result<Timestamp> {
+    let ago = text.parse::<jiff::SignedDuration>().ok().and_then(|span| Duration::try_from(span).ok());
+    let days =
+        || text.strip_suffix('d')?.parse().ok().map(|days: u64| Duration::from_secs(days.saturating_mul(86_400)));
+    let at = ago.or_else(days).map(|ago| now.minus(ago)).or_else(|| Timestamp::parse(text));
+    at.ok_or_else(|| Usage(format!("{text:?} is neither a duration (2h, 3d) nor a time (2026-01-31T10:00:00Z)")).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_given_as_such_or_as_ages() {
+        let now = Timestamp::from_millis(864_000_000);
+        let at = |text: &str| when(text, now).map(Timestamp::millis).ok();
+        assert_eq!(at("1s"), Some(863_999_000));
+        assert_eq!(at("2h"), Some(864_000_000 - 7_200_000));
+        assert_eq!(at("3d"), Some(864_000_000 - 3 * 86_400_000));
+        assert_eq!(at("1970-01-02T00:00:00Z"), Some(86_400_000));
+        for text in ["", "soon", "d", "-1x", "2026-13-01"] {
+            assert_eq!(at(text), None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Destinations that answer as nobody should: each answer ends in its verdict, in time, and is never taken for another.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use laneway::clock::Clock;
+use laneway::delivery::http::{Client, ClientSettings, Guard};
+use laneway::delivery::verdict::Verdict;
+use laneway::model::delivery::{BodyFormat, HttpRequest};
+use laneway::model::outcome::Reason;
+
+/// A request has so long, answer and all.
+const TIMEOUT: Duration = Duration::from_millis(500);
+const BODY: &str = "{\"a\":1}";
+
+/// What a server has been asked.
+type Asked = Arc<Mutex<Vec<String>>>;
+
+/// A server of raw bytes: takes a request whole, then does `act` with the connection.
+fn server(act: impl Fn(&mut TcpStream) -> std::io::Result<()> + Send + Sync + 'static) -> (String, Asked) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let address = listener.local_addr().expect("an address");
+    let (asked, act) = (Asked::default(), Arc::new(act));
+    let noted = Arc::clone(&asked);
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let (noted, act) = (Arc::clone(&noted), Arc::clone(&act));
+            std::thread::spawn(move || {
+                let mut request = Vec::new();
+                let mut chunk = [0; 4096];
+                while !request.ends_with(BODY.as_bytes()) {
+                    match stream.read(&mut chunk) {
+                        Ok(count) if count > 0 => request.extend_from_slice(&chunk[..count]),
+                        _ => break,
+                    }
+                }
+                noted.lock().expect("no poison").push(String::from_utf8_lossy(&request).into_owned());
+                // The other side may have gone: that is what is tried.
+                let _ = act(&mut stream);
+            });
+        }
+    });
+    (format!("http://{address}"), asked)
+}
+
+/// A server that says this and closes.
+fn says(text: &'static str) -> String {
+    server(move |stream| stream.write_all(text.as_bytes())).0
+}
+
+async fn send_with(url: &str, guard: Guard) -> Verdict {
+    let settings = ClientSettings { timeout: TIMEOUT, guard, ..ClientSettings::default() };
+    let client = Client::new(settings, Clock::system()).expect("a client");
+    let request = HttpRequest {
+        method: "POST".into(),
+        url: url.into(),
+        headers: vec![("content-type".into(), "application/json".into()), ("authorization".into(), "secret".into())],
+        params: vec![],
+        body_format: BodyFormat::Json,
+        body: Bytes::from_static(BODY.as_bytes()),
+    };
+    let id = "d-1".into();
+    let sent = client.send(&request, &id);
+    tokio::time::timeout(TIMEOUT * 20, sent).await.unwrap_or_else(|_| panic!("{url} holds the request up for ever"))
+}
+
+async fn send(url: &str) -> Verdict {
+    send_with(url, Guard::default()).await
+}
+
+/// It counts as no answer, for this reason.
+async fn is_silence(url: &str, reason: &str) {
+    match send(url).await {
+        Verdict::Retry { code: 0, message, .. } => assert!(message.contains(reason), "{reason}: {message}"),
+        other => panic!("{reason}: {other:?}"),
+    }
+}
+
+async fn is_aborted(url: &str, with: Reason, code: u16) {
+    match send(url).await {
+        Verdict::Abort { reason, code: found, .. } => assert_eq!((reason, found), (with, code)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_whole_answer_is_tried_again() {
+    is_silence(&says(""), "no answer").await;
+    is_silence(&says("SSH-2.0-OpenSSH_9.2\r\n"), "no answer").await;
+    is_silence(&says("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nten bytes."), "no answer").await;
+    is_silence(&says("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhel"), "no answer").await;
+    is_silence(&says("HTTP/1.1 200 OK\r\ncontent-length: banana\r\n\r\n"), "no answer").await;
+    is_silence("http://127.0.0.1:1/", "no connection").await;
+    let plain = says("HTTP/1.1 400 Bad Request\r\n\r\n").replace("http:", "https:");
+    is_silence(&plain, "").await;
+    let reset = server(|stream| {
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nten")?;
+        rustix::net::sockopt::set_socket_linger(&*stream, Some(Duration::ZERO)).map_err(std::io::Error::from)
+    });
+    is_silence(&reset.0, "no answer").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_never_ends_is_cut_off() {
+    let nothing = server(|stream| stream.read(&mut [0; 1]).map(drop));
+    is_silence(&nothing.0, "timed out").await;
+    let drip = server(|stream| {
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")?;
+        loop {
+            stream.write_all(b".")?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    is_silence(&drip.0, "timed out").await;
+    let drip_of_headers = server(|stream| {
+        stream.write_all(b"HTTP/1.1 200 OK\r\n")?;
+        loop {
+            stream.write_all(b"a: b\r\n")?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    is_silence(&drip_of_headers.0, "timed out").await;
+    let informs = server(|stream| {
+        loop {
+            stream.write_all(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n")?;
+        }
+    });
+    is_silence(&informs.0, "").await;
+    let headers = server(|stream| {
+        stream.write_all(b"HTTP/1.1 200 OK\r\n")?;
+        loop {
+            stream.write_all(b"x: yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy\r\n")?;
+        }
+    });
+    is_silence(&headers.0, "").await;
+    // What it says is enough to know that it has the delivery; the rest is of no interest.
+    let body = server(|stream| {
+        stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n")?;
+        loop {
+            stream.write_all(&[b'x'; 4096])?;
+        }
+    });
+    assert_eq!(send(&body.0).await, Verdict::Delivered { code: 200 });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_is_one_whatever_comes_with_it() {
+    is_aborted(
+        &says("HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n"),
+        Reason::Rejected,
+        101,
+    )
+    .await;
+    is_aborted(&says("HTTP/1.1 302 Found\r\nlocation: /elsewhere\r\ncontent-length: 0\r\n\r\n"), Reason::Rejected, 302)
+        .await;
+    is_aborted(
+        &says("HTTP/1.1 307 There\r\nlocation: file:///etc/passwd\r\ncontent-length: 0\r\n\r\n"),
+        Reason::Rejected,
+        307,
+    )
+    .await;
+    is_aborted(&says("HTTP/1.1 307 There\r\ncontent-length: 0\r\n\r\n"), Reason::Rejected, 307).await;
+    is_aborted(
+        &says("HTTP/1.1 308 Again\r\nlocation: /\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"),
+        Reason::Rejected,
+        308,
+    )
+    .await;
+    is_aborted("ftp://127.0.0.1/", Reason::BadRequest, 0).await;
+    assert_eq!(send(&says("HTTP/1.1 204 No Content\r\n\r\n")).await, Verdict::Delivered { code: 204 });
+    for (told, least) in [("120", 100), ("Fri, 01 Jan 2100 00:00:00 GMT", 3_000)] {
+        let text = format!("HTTP/1.1 429 Slow\r\nretry-after: {told}\r\ncontent-length: 0\r\n\r\n");
+        match send(&server(move |stream| stream.write_all(text.as_bytes())).0).await {
+            Verdict::Retry { code: 429, not_before: Some(wait), .. } => {
+                assert!(wait >= Duration::from_secs(least) && wait <= Duration::from_secs(3_600), "{told}: {wait:?}");
+            }
+            other => panic!("{told}: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redirect_keeps_the_body_and_leaves_the_keys_behind() {
+    let (elsewhere, asked) = server(|stream| stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"));
+    let text = format!("HTTP/1.1 307 There\r\nlocation: {elsewhere}/x\r\ncontent-length: 0\r\n\r\n");
+    let (from, _) = server(move |stream| stream.write_all(text.as_bytes()));
+    assert_eq!(send(&from).await, Verdict::Delivered { code: 200 });
+    let asked = asked.lock().expect("no poison")[0].to_lowercase();
+    assert!(asked.starts_with("post /x") && asked.ends_with(BODY), "method and body stay: {asked}");
+    assert!(asked.contains("idempotency-key: d-1") && asked.contains("content-type"), "{asked}");
+    assert!(!asked.contains("secret"), "what is for one host is not for another: {asked}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_way_leads_to_addresses_that_are_refused() {
+    is_aborted("http://169.254.169.254/latest/meta-data", Reason::BlockedAddress, 0).await;
+    let metadata = "HTTP/1.1 307 There\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n";
+    is_aborted(&says(metadata), Reason::BlockedAddress, 0).await;
+    // A name is judged by what it resolves to when the connection is made, whatever it was before.
+    let (there, asked) = server(|stream| stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"));
+    let named = there.replace("127.0.0.1", "localhost");
+    assert_eq!(send_with(&named, Guard::default()).await, Verdict::Delivered { code: 200 });
+    let strict = send_with(&named, Guard { block_private: true }).await;
+    assert!(matches!(strict, Verdict::Abort { reason: Reason::BlockedAddress, .. }), "{strict:?}");
+    assert_eq!(asked.lock().expect("no poison").len(), 1, "nothing was sent there");
+}

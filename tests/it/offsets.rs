@@ -1,0 +1,121 @@
+//! `laneway offsets`: a stage that does not run is put elsewhere, and goes on from there.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::http::{HeaderMap, StatusCode};
+use serde_json::Value;
+
+use crate::support::eventually;
+use crate::support::process::{Flow, Process};
+
+const SOON: Duration = Duration::from_secs(60);
+const EVENTS: usize = 20;
+
+/// Counts how often each delivery came.
+#[derive(Default)]
+struct Sink {
+    is_down: AtomicBool,
+    arrived: Mutex<BTreeMap<String, usize>>,
+}
+
+impl Sink {
+    async fn start(port: u16) -> Arc<Self> {
+        let this = Arc::new(Self::default());
+        let sink = Arc::clone(&this);
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.expect("a listener");
+        let take = async move |headers: HeaderMap| {
+            if sink.is_down.load(Ordering::Relaxed) {
+                return StatusCode::SERVICE_UNAVAILABLE;
+            }
+            let id = headers["idempotency-key"].to_str().expect("text").to_owned();
+            *sink.arrived.lock().expect("no poison").entry(id).or_default() += 1;
+            StatusCode::OK
+        };
+        tokio::spawn(async move { axum::serve(listener, axum::Router::new().fallback(take)).await });
+        this
+    }
+
+    /// Deliveries, and how often they came in all.
+    fn counts(&self) -> (usize, usize) {
+        let arrived = self.arrived.lock().expect("no poison");
+        (arrived.len(), arrived.values().sum())
+    }
+}
+
+fn publish(flow: &Flow, events: usize) {
+    let event = |n: usize| format!("{{\"type\":\"track\",\"userId\":\"u{n}\",\"event\":\"e\"}}\n");
+    std::fs::write(flow.folder.path().join("events"), (0..events).map(event).collect::<String>()).expect("written");
+    assert!(flow.command(&["publish", "--write-key", "wk-1", "events"]).status.success());
+}
+
+fn offsets(flow: &Flow, args: &[&str]) -> Vec<Value> {
+    let told = flow.command(&[&["offsets"], args, &["--output", "json"]].concat());
+    assert!(told.status.success(), "{args:?}: {}", String::from_utf8_lossy(&told.stderr));
+    serde_json::from_slice(&told.stdout).expect("JSON")
+}
+
+async fn stopped(processes: Vec<Process>) {
+    for mut process in processes {
+        process.terminate();
+        assert!(process.ended(SOON).await.success());
+    }
+}
+
+fn pending(flow: &Flow) -> u64 {
+    offsets(flow, &["list", "router"]).iter().filter_map(|row| row["pending"].as_u64()).sum()
+}
+
+async fn goes_where_it_is_put(flow: Flow) {
+    let sink = Sink::start(flow.sink).await;
+    let running = flow.start_all().await;
+    publish(&flow, EVENTS);
+    eventually("everything arrives", SOON, async || sink.counts() == (EVENTS, EVENTS)).await;
+    let refused = flow.command(&["offsets", "reset", "processor", "--to-earliest", "--execute"]);
+    assert_eq!(refused.status.code(), Some(1), "it runs: {}", String::from_utf8_lossy(&refused.stdout));
+    stopped(running).await;
+
+    let would = offsets(&flow, &["reset", "processor", "--to-earliest"]);
+    let moves = |row: &&Value| row["from"].as_str().is_some_and(|from| from != "0");
+    assert!(
+        would.iter().filter(moves).count() > 0 && would.iter().all(|row| row["to"] == "0" && row["executed"] == false)
+    );
+    let before = offsets(&flow, &["list", "processor"]);
+    assert!(before.iter().any(|row| row["committed"].as_str().is_some_and(|at| at != "0")), "nothing was changed");
+    offsets(&flow, &["reset", "processor", "--to-earliest", "--execute"]);
+    assert!(offsets(&flow, &["list", "processor"]).iter().all(|row| row["committed"] == "0"));
+    let running = flow.start_all().await;
+    eventually("everything arrives again", SOON, async || sink.counts() == (EVENTS, 2 * EVENTS)).await;
+
+    // A router that is put to the end forgets what it had not ended.
+    sink.is_down.store(true, Ordering::Relaxed);
+    publish(&flow, 5);
+    eventually("five are pending", SOON, async || pending(&flow) == 5).await;
+    stopped(running).await;
+    let told = flow.command(&["offsets", "reset", "router", "--to-latest"]);
+    assert!(String::from_utf8_lossy(&told.stdout).contains("of 5 pending deliveries"), "{told:?}");
+    offsets(&flow, &["reset", "router", "--to-latest", "--execute"]);
+    sink.is_down.store(false, Ordering::Relaxed);
+    let running = flow.start_all().await;
+    publish(&flow, 3);
+    eventually("what is new arrives", SOON, async || sink.counts().0 == EVENTS + 3).await;
+    eventually("nothing is pending", SOON, async || pending(&flow) == 0).await;
+    assert_eq!(sink.counts(), (EVENTS + 3, 2 * EVENTS + 3), "what was pending was forgotten");
+    stopped(running).await;
+
+    let usage = |args: &[&str]| flow.command(&[&["offsets", "reset", "router"], args].concat()).status.code();
+    assert_eq!((usage(&[]), usage(&["--to-earliest", "--to-latest"])), (Some(2), Some(2)));
+    assert_eq!((usage(&["--to-offset", "x"]), usage(&["--to-latest", "--partition", "99"])), (Some(2), Some(2)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_stage_goes_where_it_is_put_on_kafka() {
+    goes_where_it_is_put(Flow::on_kafka()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_stage_goes_where_it_is_put_embedded() {
+    goes_where_it_is_put(Flow::embedded()).await;
+}

@@ -1,0 +1,119 @@
+//! A cluster as companies run it: TLS, passwords, client certificates. And no secret anywhere.
+
+use serde_json::Value;
+
+use crate::support::broker::Broker;
+use crate::support::process::{Flow, number};
+
+const SCRAM: &str = "scram-secret-1";
+const PLAIN: &str = "plain-secret-2";
+
+/// Settings of a client over TLS, as `log.kafka.properties` in the environment.
+fn sasl(broker: &Broker, mechanism: &str, more: &str) -> String {
+    let authority = broker.tls_file("ca.pem");
+    format!(
+        "security.protocol=SASL_SSL,ssl.ca.location={authority},sasl.mechanism={mechanism},sasl.username=laneway,{more}"
+    )
+}
+
+/// What `laneway check` finds wrong with the log, and the whole of what it says.
+fn log_problem(flow: &Flow) -> (String, String) {
+    let told = flow.command(&["check", "--output", "json"]);
+    let whole = format!("{}{}", String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr));
+    assert_eq!(told.status.code(), Some(3), "{whole}");
+    let found: Vec<Value> = serde_json::from_slice(&told.stdout).expect("JSON");
+    let log = found.iter().find(|it| it["subject"] == "log" && it["state"] == "problem").expect("a problem");
+    (log["says"].as_str().expect("text").to_owned(), whole)
+}
+
+/// A flow over TLS and SCRAM that is given its password through a variable.
+fn scrammed(broker: &Broker) -> Flow {
+    let properties = sasl(broker, "SCRAM-SHA-512", "sasl.password=${LANEWAY_TEST_PASSWORD}");
+    let settings = [("LANEWAY_LOG__KAFKA__PROPERTIES", properties.as_str()), ("LANEWAY_TEST_PASSWORD", SCRAM)];
+    let flow = Flow::unapplied(&broker.tls_address(), &settings);
+    flow.apply();
+    flow
+}
+
+fn events(default: &str) -> String {
+    std::env::var("SECURE_EVENTS").unwrap_or_else(|_| default.into())
+}
+
+fn are_none(report: &Value, names: &[&str]) {
+    names.iter().for_each(|name| assert_eq!(number(report, name), 0, "{name}: {report}"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_flow_runs_over_tls_and_scram_and_tells_no_secret() {
+    let broker = Broker::start_secured(1);
+    let flow = scrammed(&broker);
+    let mut running = flow.start_all().await;
+    let report = flow.load(&["--events", &events("4000"), "--users", "200"]).report().await;
+    are_none(&report, &["lost", "out_of_order", "duplicated_messages"]);
+    let mut said = String::new();
+    for process in &mut running {
+        let page = reqwest::get(format!("http://127.0.0.1:{}/metrics", process.admin)).await.expect("an answer");
+        said += &page.text().await.expect("a page");
+        process.terminate();
+        assert!(process.ended(std::time::Duration::from_secs(30)).await.success());
+        said += &process.said();
+    }
+    for args in [&["config", "show"][..], &["check"], &["topics", "describe"], &["lanes", "--over", "0"]] {
+        let told = flow.command(args);
+        assert!(told.status.success(), "{args:?}: {}", String::from_utf8_lossy(&told.stderr));
+        said += &String::from_utf8_lossy(&told.stdout);
+        said += &String::from_utf8_lossy(&told.stderr);
+    }
+    assert!(said.contains("${LANEWAY_TEST_PASSWORD}") && !said.contains(SCRAM), "a secret is told");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_way_in_works_and_a_wrong_key_is_told() {
+    let broker = Broker::start_secured(1);
+    let (address, mtls) = (broker.tls_address(), broker.mtls_address());
+    let (authority, client) = (broker.tls_file("ca.pem"), broker.tls_file("client"));
+    let certificate = format!(
+        "security.protocol=SSL,ssl.ca.location={authority},ssl.certificate.location={client}.pem,ssl.key.location={client}.key"
+    );
+    let token = "enable.sasl.oauthbearer.unsecure.jwt=true,sasl.oauthbearer.config=principal=laneway";
+    for (address, properties) in [
+        (&address, sasl(&broker, "PLAIN", &format!("sasl.password={PLAIN}"))),
+        (&address, sasl(&broker, "OAUTHBEARER", token)),
+        (&mtls, certificate),
+    ] {
+        let flow = Flow::unapplied(address, &[("LANEWAY_LOG__KAFKA__PROPERTIES", &properties)]);
+        let told = flow.command(&["topics", "list"]);
+        assert!(told.status.success(), "{properties}: {}", String::from_utf8_lossy(&told.stderr));
+    }
+    for (address, properties, reason) in [
+        (&address, sasl(&broker, "SCRAM-SHA-512", "sasl.password=hunter2"), "uthentication failed"),
+        (
+            &address,
+            "security.protocol=SASL_SSL,sasl.mechanism=PLAIN,sasl.username=u,sasl.password=hunter2".into(),
+            "certificate",
+        ),
+        (&mtls, format!("security.protocol=SSL,ssl.ca.location={authority}"), "ertificate"),
+        (&address, "security.protocol=SASL_SSL,sasl.mechanism=hunter2".into(), "SASL mechanism"),
+        (&address, "ssl.ca.location=/nowhere/ca.pem,security.protocol=SSL".into(), "ssl.ca.location"),
+    ] {
+        let flow = Flow::unapplied(address, &[("LANEWAY_LOG__KAFKA__PROPERTIES", &properties)]);
+        let (says, whole) = log_problem(&flow);
+        assert!(says.contains(reason), "{properties}: {says}");
+        assert!(!whole.contains("hunter2") || reason == "SASL mechanism", "a secret is told: {whole}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_of_three_nodes_may_die() {
+    let broker = Broker::start_secured(3);
+    let flow = scrammed(&broker);
+    let described = flow.command(&["topics", "describe", "deliveries", "--output", "json"]);
+    let described: Value = serde_json::from_slice(&described.stdout).expect("JSON");
+    assert_eq!(described[0]["defaults"]["min.insync.replicas"], "2", "{described}");
+    let running = flow.start_all().await;
+    let load = flow.load(&["--events", &events("6000"), "--users", "200", "--rate", "600"]);
+    running[0].takes(1_000.0).await;
+    broker.kill_node(2);
+    // What the gateway could not answer for is posted again.
+    are_none(&load.report().await, &["lost", "out_of_order"]);
+}
