@@ -1,9 +1,6 @@
-//! What a run lies in: topics of its own on the test Kafka, filled directly, and the router as a process of its own, whose CPU
-//! and memory are its alone.
+//! What a run lies in: topics of its own on the test Kafka, filled directly, and the router as a process of its own.
 
 use std::collections::HashMap;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +15,7 @@ use laneway::model::codec;
 use laneway::model::delivery::{BodyFormat, Delivery, HttpRequest, Payload, TransformAt};
 use laneway::model::record::{Addressed, Headers, Partition, Topic, header};
 
+use crate::process::{Running, Setting, bootstrap};
 use crate::sink::Sink;
 
 /// Of a delivery's body, in bytes: with the rest a record is about 1 KB.
@@ -25,8 +23,6 @@ const BODY: usize = 600;
 /// Records in one call of the publisher, and calls at a time.
 const BATCH: usize = 500;
 const CALLS: usize = 8;
-/// Every Linux tells CPU time in hundredths of a second.
-const TICKS: f64 = 100.0;
 
 /// Where deliveries go.
 #[derive(Clone, Copy)]
@@ -38,8 +34,7 @@ pub enum Place {
 }
 
 pub struct Bed {
-    folder: tempfile::TempDir,
-    prefix: String,
+    setting: Setting,
     kafka: Kafka,
     publisher: KafkaPublisher,
     placement: Placement,
@@ -50,17 +45,13 @@ pub struct Bed {
     numbers: HashMap<(u32, u32), u32>,
     pub published: u64,
     pub bytes: u64,
-    router: Option<Child>,
-    admin: u16,
+    router: Option<Running>,
 }
 
 impl Bed {
     /// Topics, a workspace of so many webhooks, and their sink.
     pub async fn new(destinations: usize, place: Place, config: &str) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
         let (sink, port) = Sink::start(destinations).await;
-        let prefix = format!("bench-{}.", uuid::Uuid::new_v4().simple());
-        let bootstrap_servers = format!("127.0.0.1:{}", std::env::var("LANEWAY_KAFKA_PORT").unwrap_or("19092".into()));
         let each = |number| {
             serde_json::json!({"id": format!("d{number}"), "enabled": true, "config": {"webhookUrl": format!("http://127.0.0.1:{port}/"),
                 "webhookMethod": "POST"}, "destinationDefinition": {"name": "WEBHOOK", "displayName": "Webhook", "config": {}}})
@@ -68,18 +59,18 @@ impl Bed {
         let all: Vec<serde_json::Value> = (0..destinations).map(each).collect();
         let workspace = serde_json::json!({"workspaceId": "ws-1", "sources": [{"id": "src-1", "writeKey": "wk-1", "enabled": true,
             "destinations": all}]});
-        std::fs::write(folder.path().join("workspace.json"), workspace.to_string()).expect("written");
-        std::fs::write(folder.path().join("laneway.toml"), config).expect("written");
-        let kafka =
-            Kafka::new(KafkaConfig { bootstrap_servers, prefix: prefix.clone(), properties: Default::default() });
+        let setting = Setting::new(&workspace, config);
+        let kafka = Kafka::new(KafkaConfig {
+            bootstrap_servers: bootstrap(),
+            prefix: setting.prefix.clone(),
+            properties: Default::default(),
+        });
         let publisher = kafka.publisher().expect("a publisher");
         let topics = Topics::load(None).expect("topics");
         let deliveries = topics.iter().find(|spec| spec.topic() == Topic::DELIVERIES).expect("deliveries");
         let placement = deliveries.placement();
-        let admin = 21_000 + (std::process::id() % 4_000) as u16;
-        let bed = Self {
-            folder,
-            prefix,
+        Self {
+            setting,
             kafka,
             publisher,
             placement,
@@ -91,36 +82,7 @@ impl Bed {
             published: 0,
             bytes: 0,
             router: None,
-            admin,
-        };
-        let applied = bed.command(&["topics", "apply"]).status().expect("laneway runs");
-        assert!(applied.success(), "is there a Kafka (deploy/services up kafka)?\n{}", bed.said());
-        bed
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("log"));
-        let log = log.expect("a log file");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_laneway"));
-        command
-            .args(args)
-            .args(["--config", "laneway.toml"])
-            .env("LANEWAY_CONTROL__WORKSPACE_FILE", "workspace.json")
-            .env("LANEWAY_LOG__BACKEND", "kafka")
-            .env("LANEWAY_LOG__KAFKA__BOOTSTRAP_SERVERS", self.bootstrap())
-            .env("LANEWAY_LOG__TOPIC_PREFIX", &self.prefix)
-            .env("LANEWAY_RUNTIME__SESSION_TIMEOUT", "6s")
-            .env("LANEWAY_ADMIN__LISTEN", format!("127.0.0.1:{}", self.admin))
-            .env("LANEWAY_INSTANCE__ID", "bench")
-            .current_dir(self.folder.path())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().expect("a second handle"))
-            .stderr(log);
-        command
-    }
-
-    fn bootstrap(&self) -> String {
-        format!("127.0.0.1:{}", std::env::var("LANEWAY_KAFKA_PORT").unwrap_or("19092".into()))
+        }
     }
 
     /// Publishes one delivery for each pair of destination and user, in order, and waits until the log has them.
@@ -206,63 +168,31 @@ impl Bed {
     /// Starts the router and waits until it is ready. Tells how long that took.
     pub async fn start(&mut self) -> Duration {
         let began = Instant::now();
-        self.router = Some(self.command(&["run", "router"]).spawn().expect("laneway starts"));
-        let url = format!("http://127.0.0.1:{}/readyz", self.admin);
-        loop {
-            if let Ok(answer) = reqwest::get(&url).await
-                && answer.status() == 200
-            {
-                return began.elapsed();
-            }
-            let ended = self.router.as_mut().and_then(|child| child.try_wait().ok().flatten());
-            assert!(ended.is_none() && began.elapsed() < Duration::from_secs(120), "no router:\n{}", self.said());
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    /// The end of what it has printed.
-    fn said(&self) -> String {
-        let said = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
-        let lines: Vec<&str> = said.lines().rev().take(30).collect();
-        lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+        self.router = Some(self.setting.start("router").await);
+        began.elapsed()
     }
 
     pub fn kill(&mut self) {
-        if let Some(mut router) = self.router.take() {
-            let _ = router.kill();
-            let _ = router.wait();
-        }
+        self.router = None;
     }
 
-    fn proc(&self, file: &str) -> String {
-        let pid = self.router.as_ref().map_or(0, Child::id);
-        std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join(file)).unwrap_or_default()
+    fn router(&self) -> &Running {
+        self.router.as_ref().expect("a running router")
     }
 
     /// Seconds of CPU that the router has used.
     pub fn cpu(&self) -> f64 {
-        let stat = self.proc("stat");
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let ticks = |index: usize| fields.get(index).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
-        (ticks(11) + ticks(12)) / TICKS
+        self.router().cpu()
     }
 
     /// The most memory that the router has had, in MB.
     pub fn peak_memory(&self) -> u64 {
-        let status = self.proc("status");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+        self.router().peak_memory()
     }
 
     /// The sum of a metric's series.
     pub async fn metric(&self, name: &str) -> f64 {
-        let url = format!("http://127.0.0.1:{}/metrics", self.admin);
-        let page = match reqwest::get(&url).await {
-            Ok(answer) => answer.text().await.unwrap_or_default(),
-            Err(_) => String::new(),
-        };
-        let of_name = |line: &&str| line.starts_with(name) && line[name.len()..].starts_with([' ', '{']);
-        page.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        self.router().metric(name).await
     }
 
     /// Waits until so many have been delivered. False where nothing has come for `patience`.
@@ -277,7 +207,7 @@ impl Bed {
                 (last, since) = (now, Instant::now());
             }
             if since.elapsed() > patience {
-                eprintln!("the router said last:\n{}", self.said());
+                eprintln!("the router said last:\n{}", self.setting.said());
                 return false;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -293,11 +223,5 @@ impl Bed {
             bytes += records.iter().map(|record| record.value.as_ref().map_or(0, bytes::Bytes::len)).sum::<usize>();
         }
         bytes as f64 / began.elapsed().as_secs_f64()
-    }
-}
-
-impl Drop for Bed {
-    fn drop(&mut self) {
-        self.kill();
     }
 }

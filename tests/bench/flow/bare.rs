@@ -1,0 +1,159 @@
+//! The least that could do a stage's work: what the stages are measured against. No checks, no users, no errors.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::routing::{get, post};
+use rdkafka::ClientConfig;
+use rdkafka::client::ClientContext;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::Message;
+use rdkafka::producer::{
+    BaseRecord, DeliveryResult, FutureProducer, FutureRecord, Producer, ProducerContext, ThreadedProducer,
+};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use serde_json::value::RawValue;
+
+use crate::process::bootstrap;
+
+fn client() -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", bootstrap());
+    config
+}
+
+/// axum and a producer: the body as it is, or each member of a batch; 200 when all replicas have it.
+pub async fn gateway(port: u16, topic: &str) {
+    let producer: FutureProducer = client()
+        .set("enable.idempotence", "true")
+        .set("acks", "all")
+        .set("linger.ms", "2")
+        .create()
+        .expect("a producer");
+    let (topic, turn) = (topic.to_owned(), Arc::new(AtomicUsize::new(0)));
+    let single = {
+        let (producer, topic, turn) = (producer.clone(), topic.clone(), Arc::clone(&turn));
+        async move |body: bytes::Bytes| {
+            send(&producer, &topic, &turn, &body).await;
+            "OK"
+        }
+    };
+    let batch = async move |body: bytes::Bytes| {
+        let parsed: HashMap<&str, Vec<&RawValue>> = serde_json::from_slice(&body).expect("a batch");
+        let events = parsed["batch"].iter().map(|event| send(&producer, &topic, &turn, event.get().as_bytes()));
+        futures_util::future::join_all(events).await;
+        "OK"
+    };
+    let routes = axum::Router::new()
+        .route("/", get(async || "OK"))
+        .route("/v1/track", post(single))
+        .route("/v1/batch", post(batch));
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.expect("a listener");
+    axum::serve(listener, routes).await.expect("served");
+}
+
+async fn send(producer: &FutureProducer, topic: &str, turn: &AtomicUsize, body: &[u8]) {
+    let partition = (turn.fetch_add(1, Ordering::Relaxed) % 12) as i32;
+    let record = FutureRecord::to(topic).partition(partition).key("wk-1").payload(body);
+    producer.send(record, Duration::from_secs(10)).await.expect("stored");
+}
+
+/// Counts what is still on its way.
+#[derive(Default)]
+struct Reports(AtomicUsize);
+
+impl ClientContext for Reports {}
+
+impl ProducerContext for Reports {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+        assert!(result.is_ok(), "not stored");
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Reads `events` and writes each record as it is to `deliveries`, in transactions of what twenty milliseconds bring.
+pub fn processor(prefix: &str) {
+    const CALL: Duration = Duration::from_secs(10);
+    let consumer: BaseConsumer = client()
+        .set("group.id", format!("{prefix}bare"))
+        .set("isolation.level", "read_committed")
+        .set("enable.auto.commit", "false")
+        .set("auto.offset.reset", "earliest")
+        .set("fetch.queue.backoff.ms", "5")
+        .set("fetch.wait.max.ms", "100")
+        .create()
+        .expect("a consumer");
+    let producer: ThreadedProducer<Reports> = client()
+        .set("transactional.id", format!("{prefix}bare"))
+        .set("linger.ms", "1")
+        .set("queue.buffering.max.messages", "200000")
+        .set("retry.backoff.ms", "5")
+        .create_with_context(Reports::default())
+        .expect("a producer");
+    let (from, to) = (format!("{prefix}events"), format!("{prefix}deliveries"));
+    producer.init_transactions(CALL).expect("a transactional id");
+    consumer.subscribe(&[&from]).expect("subscribed");
+    loop {
+        let (mut offsets, mut is_open, mut until) = (HashMap::<i32, i64>::new(), false, None::<Instant>);
+        while until.is_none_or(|until| Instant::now() < until) {
+            let Some(Ok(message)) = consumer.poll(Duration::from_millis(5)) else { continue };
+            if !is_open {
+                producer.begin_transaction().expect("begun");
+                (is_open, until) = (true, Some(Instant::now() + Duration::from_millis(20)));
+            }
+            offsets.insert(message.partition(), message.offset() + 1);
+            producer.context().0.fetch_add(1, Ordering::Release);
+            let record: BaseRecord<'_, [u8], [u8]> =
+                BaseRecord::to(&to).partition(message.partition()).payload(message.payload().unwrap_or_default());
+            if let Err((error, _)) = producer.send(record.key(message.key().unwrap_or_default())) {
+                panic!("not taken: {error}");
+            }
+        }
+        // What `commit_transaction` would flush takes a tenth of a second there.
+        while producer.context().0.load(Ordering::Acquire) > 0 {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        let mut list = TopicPartitionList::new();
+        for (partition, offset) in offsets {
+            list.add_partition_offset(&from, partition, Offset::Offset(offset)).expect("added");
+        }
+        let group = consumer.group_metadata().expect("a member");
+        producer.send_offsets_to_transaction(&list, &group, CALL).expect("offsets");
+        producer.commit_transaction(CALL).expect("committed");
+    }
+}
+
+/// Records a second that one connection writes durably: a thousand of 1 KB in a row, a transaction for each.
+pub async fn sqlite(file: &Path, during: Duration) -> f64 {
+    use sqlx::Connection;
+    use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
+    let options = SqliteConnectOptions::new()
+        .filename(file)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full);
+    let mut connection = SqliteConnection::connect_with(&options).await.expect("a file");
+    sqlx::query("create table batches (id integer primary key, body blob not null)")
+        .execute(&mut connection)
+        .await
+        .expect("created");
+    let (began, mut written, body) = (Instant::now(), 0_u64, vec![b'x'; 100 * 1_000]);
+    while began.elapsed() < during {
+        let mut transaction = connection.begin().await.expect("begun");
+        for _ in 0..10 {
+            sqlx::query("insert into batches (body) values (?)")
+                .bind(&body)
+                .execute(&mut *transaction)
+                .await
+                .expect("written");
+        }
+        transaction.commit().await.expect("committed");
+        written += 1_000;
+    }
+    written as f64 / began.elapsed().as_secs_f64()
+}

@@ -1,0 +1,260 @@
+//! What the stages cost beside the least that could do their work, on a real Kafka: each figure stands beside that of a bare
+//! loop in the same run, in turns. Figures are lines of JSON.
+//!
+//! ```text
+//! deploy/services up kafka
+//! cargo bench --bench flow -- gateway          (single events, then batches of 100; SECONDS=8 PAIRS=3)
+//! cargo bench --bench flow -- processor 500000
+//! cargo bench --bench flow -- embedded
+//! ```
+
+#![allow(clippy::disallowed_methods, reason = "it measures time")]
+
+mod bare;
+#[path = "../process.rs"]
+mod process;
+
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use laneway::clock::Clock;
+use laneway::log::embedded::{Access, Embedded};
+use laneway::log::kafka::{Kafka, KafkaConfig};
+use laneway::log::topic::Topics;
+use laneway::log::{Admin, Backend, Publisher};
+use laneway::model::record::{Addressed, Headers, Partition, Topic};
+use laneway::stages::gateway::Admission;
+use laneway::stages::gateway::request::{Call, Facts, admit};
+use serde_json::{Value, json};
+
+use process::{Running, Setting, bootstrap};
+
+/// Requests under way at a time.
+const CONNECTIONS: usize = 64;
+const GATEWAY: u16 = 28_080;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let argument = |index: usize| arguments.get(index).map(String::as_str);
+    match (argument(0), argument(1)) {
+        (Some("gateway"), _) => gateway().await,
+        (Some("processor"), count) => processor(count.and_then(|text| text.parse().ok()).unwrap_or(500_000)).await,
+        (Some("embedded"), _) => embedded().await,
+        // The other side of a comparison, in a process of its own.
+        (Some("bare-gateway"), Some(topic)) => bare::gateway(GATEWAY, topic).await,
+        (Some("bare-processor"), Some(prefix)) => bare::processor(prefix),
+        _ => {
+            eprintln!("which? gateway, processor, embedded (see tests/bench/flow)");
+            return ExitCode::from(2);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn workspace() -> Value {
+    let webhook = json!({"id": "d", "enabled": true, "config": {"webhookUrl": "http://127.0.0.1:9/", "webhookMethod": "POST"},
+        "destinationDefinition": {"name": "WEBHOOK", "displayName": "Webhook", "config": {}}});
+    json!({"workspaceId": "ws-1", "sources": [{"id": "src-1", "writeKey": "wk-1", "enabled": true, "destinations": [webhook]}]})
+}
+
+/// An event of about 1 KB.
+fn event(number: u64) -> String {
+    let user = number.wrapping_mul(7_919) % 100_000;
+    let padding = "x".repeat(700);
+    format!(
+        r#"{{"type":"track","userId":"user-{user}","event":"Order Completed","messageId":"message-{number}","properties":{{"total":{number},"note":"{padding}"}},"context":{{"library":{{"name":"bench"}}}}}}"#
+    )
+}
+
+fn again(args: &[&str]) -> Running {
+    let program = std::env::current_exe().expect("a path");
+    let child = Command::new(program).args(args).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+    Running::of(child.expect("it starts"))
+}
+
+/// Events a second that a gateway takes from so many connections, and what one costs it in microseconds of CPU.
+async fn flat_out(url: &str, batch: u64, process: &Running) -> (f64, f64) {
+    let client = reqwest::Client::new();
+    let (number, taken) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    // The first requests open connections and create what is created once.
+    let warm = Instant::now() + Duration::from_secs(1);
+    let until = warm + Duration::from_secs(setting("SECONDS", 8));
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..CONNECTIONS {
+        let (client, url, number, taken) = (client.clone(), url.to_owned(), Arc::clone(&number), Arc::clone(&taken));
+        tasks.spawn(async move {
+            while Instant::now() < until {
+                let first = number.fetch_add(batch, Ordering::Relaxed);
+                let body = match batch {
+                    1 => event(first),
+                    _ => format!("{{\"batch\":[{}]}}", (first..first + batch).map(event).collect::<Vec<_>>().join(",")),
+                };
+                let sent = client.post(&url).basic_auth("wk-1", Some("")).body(body).send().await.expect("an answer");
+                assert_eq!(sent.status(), 200);
+                if Instant::now() >= warm {
+                    taken.fetch_add(batch, Ordering::Relaxed);
+                }
+            }
+        });
+    }
+    tokio::time::sleep_until(warm.into()).await;
+    let cpu = process.cpu();
+    while tasks.join_next().await.is_some() {}
+    let (taken, cpu) = (taken.load(Ordering::Relaxed) as f64, process.cpu() - cpu);
+    (taken / warm.elapsed().as_secs_f64(), cpu * 1e6 / taken)
+}
+
+async fn gateway() {
+    let place = Setting::new(&workspace(), &format!("[gateway]\nlisten = \"127.0.0.1:{GATEWAY}\"\n"));
+    let url = format!("http://127.0.0.1:{GATEWAY}");
+    for (name, path, batch) in [("single", "v1/track", 1), ("batches of 100", "v1/batch", 100)] {
+        let (mut ours, mut bare, mut our_cpu, mut bare_cpu, mut peak) = (vec![], vec![], vec![], vec![], 0);
+        for _ in 0..setting("PAIRS", 3) {
+            let running = place.start("gateway").await;
+            let (rate, cpu) = flat_out(&format!("{url}/{path}"), batch, &running).await;
+            ours.push(rate);
+            our_cpu.push(cpu);
+            peak = peak.max(running.peak_memory());
+            let taken = running.metric("laneway_gateway_events_total").await;
+            assert!(taken >= rate, "it says itself that it took {taken}");
+            drop(running);
+            let running = again(&["bare-gateway", &format!("{}events", place.prefix)]);
+            while reqwest::get(&url).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let (rate, cpu) = flat_out(&format!("{url}/{path}"), batch, &running).await;
+            bare.push(rate);
+            bare_cpu.push(cpu);
+        }
+        let (ours, bare, our_cpu, bare_cpu) = (median(ours), median(bare), median(our_cpu), median(bare_cpu));
+        println!(
+            "{}",
+            json!({"run": format!("gateway, {name}"), "events_per_second": ours.round(), "bare": bare.round(), "ratio": ours / bare,
+                "cpu_us_per_event": our_cpu, "bare_cpu_us_per_event": bare_cpu, "peak_mb": peak})
+        );
+    }
+}
+
+/// Fills `events` as the gateway would.
+async fn fill(log: &Kafka, count: u64) {
+    let workspace = laneway::control::workspace::Workspace::parse(&workspace().to_string()).expect("a workspace");
+    let source = workspace.by_write_key("wk-1").expect("a source");
+    let topics = Topics::load(None).expect("topics");
+    let placement = topics.get(&Topic::EVENTS).expect("declared").placement();
+    let admission = Admission::new(log.publisher().expect("a publisher"), placement);
+    let clock = Clock::system();
+    for first in (0..count).step_by(500) {
+        let facts = Facts {
+            received_at: clock.now(),
+            client_ip: "127.0.0.1".into(),
+            channel: laneway::model::event::Channel::Http,
+            job_run: None,
+            task_run: None,
+        };
+        let body =
+            format!("{{\"batch\":[{}]}}", (first..(first + 500).min(count)).map(event).collect::<Vec<_>>().join(","));
+        let events = admit(source, Call::Batch, body.as_bytes(), &facts).expect("admitted");
+        admission.publish(&events, None).await.expect("published");
+    }
+}
+
+/// Waits until a group has read everything. Tells how long that took from its first step on, and the CPU.
+async fn drained(log: &Kafka, group: &str, running: &Running) -> (Duration, f64) {
+    let admin = log.admin().expect("an admin");
+    let (mut began, mut cpu) = (Instant::now(), running.cpu());
+    let mut is_begun = false;
+    loop {
+        let committed = admin.committed(group, &Topic::EVENTS).await.expect("positions");
+        if !is_begun && committed.values().any(|it| it.offset.raw() > 0) {
+            (is_begun, began, cpu) = (true, Instant::now(), running.cpu());
+        }
+        let mut is_done = committed.len() == 12;
+        for (partition, at) in &committed {
+            let end = admin.watermarks(&Topic::EVENTS, *partition).await.expect("marks").stable;
+            is_done &= at.offset.raw() + 1 >= end.raw();
+        }
+        if is_done {
+            return (began.elapsed(), running.cpu() - cpu);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn processor(count: u64) {
+    let (mut ours, mut bare, mut our_cpu, mut bare_cpu) = (vec![], vec![], vec![], vec![]);
+    for _ in 0..setting("PAIRS", 3) {
+        let place = Setting::new(&workspace(), "");
+        let log = Kafka::new(KafkaConfig {
+            bootstrap_servers: bootstrap(),
+            prefix: place.prefix.clone(),
+            properties: Default::default(),
+        });
+        fill(&log, count).await;
+        let running = place.start("processor").await;
+        let (time, cpu) = drained(&log, "laneway.processor", &running).await;
+        ours.push(count as f64 / time.as_secs_f64());
+        our_cpu.push(cpu * 1e6 / count as f64);
+        drop(running);
+        let running = again(&["bare-processor", &place.prefix]);
+        let (time, cpu) = drained(&log, "bare", &running).await;
+        bare.push(count as f64 / time.as_secs_f64());
+        bare_cpu.push(cpu * 1e6 / count as f64);
+    }
+    let (ours, bare, our_cpu, bare_cpu) = (median(ours), median(bare), median(our_cpu), median(bare_cpu));
+    println!(
+        "{}",
+        json!({"run": "processor", "events_per_second": ours.round(), "bare": bare.round(), "ratio": ours / bare,
+            "cpu_us_per_event": our_cpu, "bare_cpu_us_per_event": bare_cpu})
+    );
+}
+
+/// Durable records a second: many publishers with 100 records of 1 KB each, against one writer of the same batches.
+async fn embedded() {
+    let (mut ours, mut bare) = (vec![], vec![]);
+    for _ in 0..setting("PAIRS", 3) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log = Embedded::open(folder.path(), Access::Engine, Clock::system()).await.expect("a log");
+        let topics = Topics::load(None).expect("topics");
+        log.admin().expect("an admin").create(topics.get(&Topic::EVENTS).expect("declared")).await.expect("created");
+        let until = Instant::now() + Duration::from_secs(setting("SECONDS", 8));
+        let (began, written) = (Instant::now(), Arc::new(AtomicU64::new(0)));
+        let mut tasks = tokio::task::JoinSet::new();
+        for task in 0..CONNECTIONS as u32 {
+            let (publisher, written) = (log.publisher().expect("a publisher"), Arc::clone(&written));
+            tasks.spawn(async move {
+                let record = |n: u32| Addressed {
+                    topic: Topic::EVENTS,
+                    partition: Partition((task + n) % 12),
+                    key: Some("wk-1".into()),
+                    value: Some(vec![b'x'; 1_000].into()),
+                    headers: Headers::new(),
+                };
+                while Instant::now() < until {
+                    publisher.publish((0..100).map(record).collect()).await.expect("published");
+                    written.fetch_add(100, Ordering::Relaxed);
+                }
+            });
+        }
+        while tasks.join_next().await.is_some() {}
+        ours.push(written.load(Ordering::Relaxed) as f64 / began.elapsed().as_secs_f64());
+        log.close().await;
+        bare.push(bare::sqlite(&folder.path().join("bare.sqlite"), Duration::from_secs(setting("SECONDS", 8))).await);
+    }
+    let (ours, bare) = (median(ours), median(bare));
+    println!(
+        "{}",
+        json!({"run": "embedded", "records_per_second": ours.round(), "bare": bare.round(), "ratio": ours / bare})
+    );
+}
