@@ -2,7 +2,7 @@
 //! environment, then flags. Unknown keys are errors that name the nearest one.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
@@ -145,21 +145,6 @@ pub struct DestinationRules {
     pub retry_min_attempts: Option<u32>,
 }
 
-impl Config {
-    /// `defaults` are a command's own, above the compiled-in ones and below everything that the user says.
-    ///
-    /// # Errors
-    /// [`ConfigError`] names the file or variable, the key and what is wrong.
-    pub fn load(
-        file: Option<&Path>,
-        environment: impl Iterator<Item = (String, String)>,
-        flags: &[(&str, String)],
-        defaults: &[(&str, String)],
-    ) -> Result<Self, ConfigError> {
-        Layers::read(file, environment, flags, defaults)?.config()
-    }
-}
-
 fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(input)?;
     let parsed = text.parse::<jiff::SignedDuration>().ok().and_then(|span| Duration::try_from(span).ok());
@@ -205,7 +190,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("laneway-{}.toml", uuid::Uuid::new_v4()));
         std::fs::write(&path, file).expect("written");
         let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        let loaded = Config::load(Some(&path), environment, flags, &[]);
+        let loaded = Layers::read(Some(&path), environment, flags, &[]).and_then(|layers| layers.config());
         std::fs::remove_file(&path).expect("removed");
         loaded
     }
@@ -269,6 +254,7 @@ mod tests {
 
     #[test]
     fn the_defaults_are_complete() {
-        Config::load(None, std::iter::empty(), &[], &[]).expect("the compiled-in file has every key");
+        let layers = Layers::read(None, std::iter::empty(), &[], &[]).expect("the compiled-in file is readable");
+        layers.config().expect("it has every key");
     }
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::output::{Output, line, table};
 use super::stage::when;
-use super::{ConfigArgs, Usage};
+use super::{Common, Usage};
 use crate::app::dead_letters;
 use crate::app::open::AnyLog;
 use crate::clock::{Clock, Timestamp};
@@ -88,14 +88,6 @@ struct FilterArgs {
     /// Given up before then.
     #[arg(long, value_name = "WHEN")]
     until: Option<String>,
-}
-
-#[derive(Args)]
-struct Common {
-    #[arg(long, value_enum, default_value_t)]
-    output: Output,
-    #[command(flatten)]
-    config: ConfigArgs,
 }
 
 impl FilterArgs {

@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::output::{Output, drains_in, line, short, table};
-use super::{ConfigArgs, Usage, operator};
+use super::{Common, Usage, operator};
 use crate::app::open::AnyLog;
 use crate::app::standing::{self, Standing};
 use crate::clock::{Clock, Timestamp};
@@ -90,14 +90,6 @@ struct List {
     over: u64,
     #[command(flatten)]
     common: Common,
-}
-
-#[derive(Args)]
-struct Common {
-    #[arg(long, value_enum, default_value_t)]
-    output: Output,
-    #[command(flatten)]
-    config: ConfigArgs,
 }
 
 impl Lanes {

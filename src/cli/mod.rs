@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use self::output::Output;
 use crate::config::{Config, ConfigError, Layers};
 use crate::control::file::FileError;
 use crate::log::topic::TopicError;
@@ -74,6 +75,15 @@ pub struct ConfigArgs {
     /// Set a key, over file and environment: --set log.backend=kafka. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
+}
+
+/// What commands take that look at the log.
+#[derive(Args)]
+pub struct Common {
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    config: ConfigArgs,
 }
 
 /// An error of the caller's: exit code 2.

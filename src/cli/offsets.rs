@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::output::{Output, line, table};
 use super::stage::{Consumer, when};
-use super::{ConfigArgs, Usage};
+use super::{Common, Usage};
 use crate::app::engine::Stage;
 use crate::app::offsets::{self, Place, Step, Target};
 use crate::app::open::AnyLog;
@@ -82,14 +82,6 @@ struct TargetArgs {
     /// A line PARTITION,OFFSET for each partition (or TOPIC,PARTITION,OFFSET, as kafka-consumer-groups exports them).
     #[arg(long, value_name = "FILE")]
     from_file: Option<PathBuf>,
-}
-
-#[derive(Args)]
-struct Common {
-    #[arg(long, value_enum, default_value_t)]
-    output: Output,
-    #[command(flatten)]
-    config: ConfigArgs,
 }
 
 impl TargetArgs {

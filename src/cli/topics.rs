@@ -5,7 +5,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::output::{Output, line, table};
-use super::{ConfigArgs, Found, Usage};
+use super::{Common, Found, Usage};
 use crate::app::drift::{self, Compared};
 use crate::app::open::{self, AnyLog};
 use crate::clock::Clock;
@@ -35,14 +35,6 @@ enum Action {
     Diff(Common),
     /// Create what is missing. What exists is left as it is: partitions and settings are never changed silently.
     Apply(Common),
-}
-
-#[derive(Args)]
-struct Common {
-    #[arg(long, value_enum, default_value_t)]
-    output: Output,
-    #[command(flatten)]
-    config: ConfigArgs,
 }
 
 impl TopicsCommand {

@@ -6,12 +6,12 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Common, FilterArgs, find};
+use super::{FilterArgs, find};
 use crate::app::dead_letters::{self, Redrive, Sent, Survey};
 use crate::app::open;
 use crate::cli::output::{Output, line, short, table};
 use crate::cli::run::shutdown_on_signal;
-use crate::cli::{Found, Usage, operator};
+use crate::cli::{Common, Found, Usage, operator};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::log::partitioner::Placement;
