@@ -188,7 +188,7 @@ async fn look<B: Backend>(log: &B, config: &Config, topics: &Topics) -> Result<V
     if there.iter().any(|info| info.topic == Topic::CONTROL) {
         for moved in placement::look(log, topics).await?.0 {
             let remedy = "declare what was (topics.dir), or let everything drain before the start (`laneway lag`)";
-            found.push(Finding::problem("placement", moved.to_string(), remedy));
+            found.push(Finding::warning("placement", moved.to_string(), remedy));
         }
     }
     if let Err(error) = retention::check(log, topics, &config.router).await {

@@ -76,7 +76,7 @@ struct TargetArgs {
     /// So many offsets on, or back.
     #[arg(long, value_name = "OFFSETS", allow_hyphen_values = true)]
     shift_by: Option<i64>,
-    /// What was written since then: 2h, 3d ago, or an RFC 3339 time.
+    /// What was written since then: 2h or 3d (ago), or an RFC 3339 time.
     #[arg(long, visible_aliases = ["to-datetime", "by-duration"], value_name = "WHEN")]
     to_time: Option<String>,
     /// A line PARTITION,OFFSET for each partition (or TOPIC,PARTITION,OFFSET, as kafka-consumer-groups exports them).
