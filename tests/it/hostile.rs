@@ -1,6 +1,6 @@
 //! Destinations that answer as nobody should: each answer ends in its verdict, in time, and is never taken for another.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -50,6 +50,22 @@ fn server(act: impl Fn(&mut TcpStream) -> std::io::Result<()> + Send + Sync + 's
 /// A server that says this and closes.
 fn says(text: &'static str) -> String {
     server(move |stream| stream.write_all(text.as_bytes())).0
+}
+
+/// A server that goes on with so little every now and then until the other side hangs up.
+fn drips(head: &'static str, drop: &'static str) -> String {
+    let drip = move |stream: &mut TcpStream| {
+        stream.set_read_timeout(Some(Duration::from_millis(20)))?;
+        stream.write_all(head.as_bytes())?;
+        loop {
+            stream.write_all(drop.as_bytes())?;
+            match stream.read(&mut [0; 1]) {
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                _ => return Ok(()),
+            }
+        }
+    };
+    server(drip).0
 }
 
 async fn send_with(url: &str, guard: Guard) -> Verdict {
@@ -108,22 +124,8 @@ async fn what_is_no_whole_answer_is_tried_again() {
 async fn what_never_ends_is_cut_off() {
     let nothing = server(|stream| stream.read(&mut [0; 1]).map(drop));
     is_silence(&nothing.0, "timed out").await;
-    let drip = server(|stream| {
-        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")?;
-        loop {
-            stream.write_all(b".")?;
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    });
-    is_silence(&drip.0, "timed out").await;
-    let drip_of_headers = server(|stream| {
-        stream.write_all(b"HTTP/1.1 200 OK\r\n")?;
-        loop {
-            stream.write_all(b"a: b\r\n")?;
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    });
-    is_silence(&drip_of_headers.0, "timed out").await;
+    is_silence(&drips("HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", "."), "timed out").await;
+    is_silence(&drips("HTTP/1.1 200 OK\r\n", "a: b\r\n"), "timed out").await;
     let informs = server(|stream| {
         loop {
             stream.write_all(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n")?;

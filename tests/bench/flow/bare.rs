@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use axum::routing::{get, post};
@@ -63,7 +63,20 @@ async fn send(producer: &FutureProducer, topic: &str, turn: &AtomicUsize, body: 
 
 /// Counts what is still on its way.
 #[derive(Default)]
-struct Reports(AtomicUsize);
+struct Reports {
+    waiting: AtomicUsize,
+    lock: Mutex<()>,
+    none_left: Condvar,
+}
+
+impl Reports {
+    fn wait(&self, at_most: Duration) {
+        let lock = self.lock.lock().expect("no poison");
+        let some_left = |_: &mut ()| self.waiting.load(Ordering::Acquire) > 0;
+        let waited = self.none_left.wait_timeout_while(lock, at_most, some_left).expect("no poison");
+        assert!(!waited.1.timed_out(), "not stored within {at_most:?}");
+    }
+}
 
 impl ClientContext for Reports {}
 
@@ -72,7 +85,10 @@ impl ProducerContext for Reports {
 
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
         assert!(result.is_ok(), "not stored");
-        self.0.fetch_sub(1, Ordering::Release);
+        if self.waiting.fetch_sub(1, Ordering::AcqRel) == 1 {
+            drop(self.lock.lock().expect("no poison"));
+            self.none_left.notify_one();
+        }
     }
 }
 
@@ -107,7 +123,7 @@ pub fn processor(prefix: &str) {
                 (is_open, until) = (true, Some(Instant::now() + Duration::from_millis(20)));
             }
             offsets.insert(message.partition(), message.offset() + 1);
-            producer.context().0.fetch_add(1, Ordering::Release);
+            producer.context().waiting.fetch_add(1, Ordering::Release);
             let record: BaseRecord<'_, [u8], [u8]> =
                 BaseRecord::to(&to).partition(message.partition()).payload(message.payload().unwrap_or_default());
             if let Err((error, _)) = producer.send(record.key(message.key().unwrap_or_default())) {
@@ -115,9 +131,7 @@ pub fn processor(prefix: &str) {
             }
         }
         // What `commit_transaction` would flush takes a tenth of a second there.
-        while producer.context().0.load(Ordering::Acquire) > 0 {
-            std::thread::sleep(Duration::from_micros(200));
-        }
+        producer.context().wait(CALL);
         let mut list = TopicPartitionList::new();
         for (partition, offset) in offsets {
             list.add_partition_offset(&from, partition, Offset::Offset(offset)).expect("added");

@@ -13,6 +13,8 @@
 mod bare;
 #[path = "../process.rs"]
 mod process;
+#[path = "../../waiting.rs"]
+mod waiting;
 
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -30,7 +32,10 @@ use laneway::stages::gateway::request::{Call, Facts, admit};
 use serde_json::{Value, json};
 
 use process::{Running, Setting, bootstrap};
+use waiting::eventually;
 
+/// What takes longer has failed.
+const PATIENCE: Duration = Duration::from_secs(300);
 /// Requests under way at a time.
 const CONNECTIONS: usize = 64;
 const GATEWAY: u16 = 28_080;
@@ -131,9 +136,7 @@ async fn gateway() {
             assert!(taken >= rate, "it says itself that it took {taken}");
             drop(running);
             let running = again(&["bare-gateway", &format!("{}events", place.prefix)]);
-            while reqwest::get(&url).await.is_err() {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
+            eventually("the bare one listens", PATIENCE, async || reqwest::get(&url).await.is_ok()).await;
             let (rate, cpu) = flat_out(&format!("{url}/{path}"), batch, &running).await;
             bare.push(rate);
             bare_cpu.push(cpu);
@@ -173,23 +176,23 @@ async fn fill(log: &Kafka, count: u64) {
 /// Waits until a group has read everything. Tells how long that took from its first step on, and the CPU.
 async fn drained(log: &Kafka, group: &str, running: &Running) -> (Duration, f64) {
     let admin = log.admin().expect("an admin");
-    let (mut began, mut cpu) = (Instant::now(), running.cpu());
-    let mut is_begun = false;
-    loop {
+    let is_begun = async || {
         let committed = admin.committed(group, &Topic::EVENTS).await.expect("positions");
-        if !is_begun && committed.values().any(|it| it.offset.raw() > 0) {
-            (is_begun, began, cpu) = (true, Instant::now(), running.cpu());
-        }
+        committed.values().any(|it| it.offset.raw() > 0)
+    };
+    let is_done = async || {
+        let committed = admin.committed(group, &Topic::EVENTS).await.expect("positions");
         let mut is_done = committed.len() == 12;
         for (partition, at) in &committed {
             let end = admin.watermarks(&Topic::EVENTS, *partition).await.expect("marks").stable;
             is_done &= at.offset.raw() + 1 >= end.raw();
         }
-        if is_done {
-            return (began.elapsed(), running.cpu() - cpu);
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+        is_done
+    };
+    eventually("the first events are read", PATIENCE, is_begun).await;
+    let (began, cpu) = (Instant::now(), running.cpu());
+    eventually("everything is read", PATIENCE, is_done).await;
+    (began.elapsed(), running.cpu() - cpu)
 }
 
 async fn processor(count: u64) {

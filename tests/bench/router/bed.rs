@@ -197,21 +197,14 @@ impl Bed {
 
     /// Waits until so many have been delivered. False where nothing has come for `patience`.
     pub async fn until(&self, delivered: u64, patience: Duration) -> bool {
-        let (mut last, mut since) = (0, Instant::now());
-        loop {
-            let now = self.sink.seen().delivered;
-            if now >= delivered {
-                return true;
-            }
-            if now != last {
-                (last, since) = (now, Instant::now());
-            }
-            if since.elapsed() > patience {
+        let mut grown = self.sink.grown();
+        while *grown.borrow_and_update() < delivered {
+            if tokio::time::timeout(patience, grown.changed()).await.is_err() {
                 eprintln!("the router said last:\n{}", self.setting.said());
                 return false;
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        true
     }
 
     /// The rate at which nothing but a reader gets through partition 0, in bytes of records a second.

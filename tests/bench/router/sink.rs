@@ -10,6 +10,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, Uri};
 use hdrhistogram::Histogram;
 use laneway::clock::Clock;
+use tokio::sync::watch;
 
 /// How a destination answers.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,6 +25,16 @@ pub enum Manner {
     Once(u64),
     /// 500 to so many of a hundred users.
     FailingUsers(u64),
+}
+
+impl Manner {
+    fn delay(self) -> Duration {
+        match self {
+            Manner::Well(delay) => delay,
+            Manner::Once(_) => Duration::from_millis(20),
+            Manner::Dead | Manner::Flaky(_) | Manner::FailingUsers(_) => Duration::ZERO,
+        }
+    }
 }
 
 /// Of the first arrivals with 200.
@@ -42,6 +53,8 @@ pub struct Seen {
 pub struct Sink {
     manners: Mutex<Vec<Manner>>,
     seen: Mutex<Seen>,
+    /// How many were delivered, for those who wait for it.
+    grown: watch::Sender<u64>,
     clock: Clock,
 }
 
@@ -58,7 +71,8 @@ impl Sink {
             latency: Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("bounds in order"),
         };
         let manners = Mutex::new(vec![Manner::Well(Duration::ZERO); destinations]);
-        let sink = Arc::new(Self { manners, seen: Mutex::new(seen), clock: Clock::system() });
+        let sink =
+            Arc::new(Self { manners, seen: Mutex::new(seen), grown: watch::Sender::new(0), clock: Clock::system() });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
         let routes = Router::new().fallback(take).with_state(Arc::clone(&sink));
@@ -73,6 +87,10 @@ impl Sink {
 
     pub fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().expect("no poison")
+    }
+
+    pub fn grown(&self) -> watch::Receiver<u64> {
+        self.grown.subscribe()
     }
 
     /// Latencies are counted anew from here on.
@@ -99,10 +117,9 @@ async fn take(State(sink): State<Arc<Sink>>, uri: Uri) -> StatusCode {
         return StatusCode::INTERNAL_SERVER_ERROR;
     }
     sink.arrived(destination, user, number, sent);
-    match manner {
-        Manner::Well(delay) => tokio::time::sleep(delay).await,
-        Manner::Once(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-        Manner::Dead | Manner::Flaky(_) | Manner::FailingUsers(_) => {}
+    // How slow the destination is: it waits for nothing.
+    if !manner.delay().is_zero() {
+        tokio::time::sleep(manner.delay()).await;
     }
     StatusCode::OK
 }
@@ -134,6 +151,7 @@ impl Sink {
         *expected = number + 1;
         seen.out_of_order += skipped;
         seen.delivered += 1;
+        self.grown.send_replace(seen.delivered);
         *seen.by_destination.entry(destination).or_default() += 1;
         if destination == 0 {
             let now = u64::try_from(self.clock.now().micros()).unwrap_or(0);

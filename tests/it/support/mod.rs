@@ -2,9 +2,12 @@
 
 pub mod broker;
 pub mod process;
+#[path = "../../waiting.rs"]
+mod waiting;
 
-use std::future::Future;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+pub use waiting::eventually;
 
 /// Where the test Kafka listens; `deploy/services up kafka` starts it.
 pub fn kafka_address() -> String {
@@ -20,17 +23,4 @@ pub fn kafka_address() -> String {
 /// A name that no other test uses.
 pub fn unique(stem: &str) -> String {
     format!("{stem}-{}", &uuid::Uuid::new_v4().simple().to_string()[..8])
-}
-
-/// Waits until the condition holds; fails with `what` after the deadline.
-pub async fn eventually<F, Fut>(what: &str, deadline: Duration, mut condition: F)
-where
-    F: FnMut() -> Fut,
-    Fut: Future<Output = bool>,
-{
-    let until = Instant::now() + deadline;
-    while !condition().await {
-        assert!(Instant::now() < until, "did not happen within {deadline:?}: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }

@@ -1,6 +1,5 @@
 //! Laneway's processes, as users start them: the binary, its arguments, its environment.
 
-use std::io::Read;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -262,11 +261,12 @@ impl Flow {
         let mut all = vec!["load", "--to", &to, "--write-key", "wk-1", "--sink", &sink, "--output", "json"];
         all.extend(args);
         let output = self.folder.path().join(unique("report"));
-        let child = Command::new(env!("CARGO_BIN_EXE_laneway"))
+        let child = tokio::process::Command::new(env!("CARGO_BIN_EXE_laneway"))
             .args(all)
             .stdin(Stdio::null())
             .stdout(std::fs::File::create(&output).expect("a file"))
             .stderr(Stdio::null())
+            .kill_on_drop(true)
             .spawn()
             .expect("load starts");
         Load { child, output }
@@ -278,9 +278,9 @@ pub fn number(report: &Value, name: &str) -> u64 {
     report[name].as_u64().unwrap_or_else(|| panic!("{name} in {report}"))
 }
 
-/// A running load.
+/// A running load; killed when dropped.
 pub struct Load {
-    child: Child,
+    child: tokio::process::Child,
     output: PathBuf,
 }
 
@@ -290,26 +290,16 @@ impl Load {
     }
 
     pub async fn report_within(mut self, deadline: Duration) -> Value {
-        let until = Instant::now() + deadline;
-        let exit = loop {
-            if let Some(exit) = self.child.try_wait().expect("a child") {
-                break exit;
-            }
-            assert!(Instant::now() < until, "the load does not end");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        };
-        let mut text = String::new();
-        std::fs::File::open(&self.output).expect("a report").read_to_string(&mut text).expect("text");
-        let report: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("no report: {exit:?} {text}"));
+        assert!(self.ends_within(deadline).await, "the load does not end");
+        let text = std::fs::read_to_string(&self.output).expect("a report");
+        let report: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("no report: {text}"));
         eprintln!("{report}");
         report
     }
-}
 
-impl Drop for Load {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    /// Waits for its end, at most so long: how long a fault lasts that happens to a flow under load. True: it has ended.
+    pub async fn ends_within(&mut self, at_most: Duration) -> bool {
+        tokio::time::timeout(at_most, self.child.wait()).await.is_ok()
     }
 }
 
