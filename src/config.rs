@@ -244,10 +244,14 @@ mod tests {
         let flag = |key: &str, text: &str| (format!("router.destinations.d.{key}"), text.to_owned());
         let flags = [flag("rate", "5"), flag("concurrency", "7"), flag("ordered", "false"), flag("retry_window", "2m")];
         let flags: Vec<(&str, String)> = flags.iter().map(|(key, text)| (key.as_str(), text.clone())).collect();
-        let environment = [("LANEWAY_ROUTER__DESTINATIONS__e__RATE", "0.5")];
+        let environment = [
+            ("LANEWAY_ROUTER__DESTINATIONS__e__RATE", "0.5"),
+            ("LANEWAY_ROUTER__DESTINATIONS__WEBHOOK__ORDERED", "false"),
+        ];
         let rules = load("", &environment, &flags).expect("valid").router.destinations;
         assert_eq!((rules["d"].rate, rules["d"].concurrency, rules["d"].ordered), (Some(5.0), Some(7), Some(false)));
         assert_eq!((rules["d"].retry_window, rules["e"].rate), (Some(Duration::from_secs(120)), Some(0.5)));
+        assert_eq!(rules["WEBHOOK"].ordered, Some(false), "a type keeps its case");
         let wrong = load("[router.destinations.d1]\nrat = 1", &[], &[]).unwrap_err().to_string();
         assert!(wrong.contains("rat"), "{wrong}");
     }

@@ -1,9 +1,9 @@
 //! From configuration to a log.
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use crate::clock::Clock;
-use crate::config::{BackendKind, Config};
+use crate::config::{BackendKind, Config, ConfigError};
 use crate::log::embedded::memory::Faults;
 use crate::log::embedded::{Access, Embedded};
 #[cfg(feature = "kafka")]
@@ -46,7 +46,7 @@ impl AnyLog {
                 properties: config.log.kafka.properties.clone(),
             }))),
             #[cfg(not(feature = "kafka"))]
-            BackendKind::Kafka => bail!("this laneway was built without the feature kafka"),
+            BackendKind::Kafka => anyhow::bail!("this laneway was built without the feature kafka"),
         }
     }
 
@@ -72,12 +72,13 @@ pub fn topics(config: &Config) -> anyhow::Result<Topics> {
 ///
 /// # Errors
 /// Where the configured id cannot be part of a Kafka id.
-pub fn instance_id(config: &Config) -> anyhow::Result<String> {
+pub fn instance_id(config: &Config) -> Result<String, ConfigError> {
     let id = config.instance.id.trim();
     if !id.is_empty() {
         let is_plain = |character: char| character.is_ascii_alphanumeric() || "._-".contains(character);
         if !id.chars().all(is_plain) {
-            bail!("instance.id {id:?} may hold letters, digits, dots, dashes and underscores only");
+            let error = format!("{id:?} may hold letters, digits, dots, dashes and underscores only");
+            return Err(ConfigError::Invalid { place: "instance.id".into(), error });
         }
         return Ok(id.to_owned());
     }

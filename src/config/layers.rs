@@ -77,7 +77,7 @@ impl Layers {
         }
         for (name, text) in layers.environment.clone() {
             let Some(path) = name.strip_prefix(PREFIX).filter(|path| path.contains("__")) else { continue };
-            let key = path.to_lowercase().replace("__", ".");
+            let key = key_of(path);
             if key == PROPERTIES {
                 for (property, value) in pairs(&name, &text)? {
                     layers.set(&format!("{PROPERTIES}.{property}"), value, &name);
@@ -168,6 +168,19 @@ impl Layers {
             rest = behind;
         }
         Ok((rest.len() < text.len()).then(|| found + rest))
+    }
+}
+
+/// The key that a variable sets. Ids and types of destinations keep their case.
+fn key_of(path: &str) -> String {
+    let parts: Vec<&str> = path.split("__").collect();
+    match parts.as_slice() {
+        [router, destinations, id, own @ ..]
+            if destinations.eq_ignore_ascii_case("destinations") && !own.is_empty() =>
+        {
+            format!("{router}.{destinations}.").to_lowercase() + id + "." + &own.join("__").to_lowercase()
+        }
+        parts => parts.join(".").to_lowercase(),
     }
 }
 

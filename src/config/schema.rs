@@ -6,8 +6,10 @@ use toml::Table;
 
 use super::DEFAULTS;
 
-const DURATION: &str = "^[0-9]+(\\.[0-9]+)?(ms|s|m|h)( ?[0-9]+(ms|s|m|h))*$";
-const SIZE: &str = "^[0-9]+ ?(B|KiB|MiB|GiB)?$";
+// Each may be looked up elsewhere instead (`layers`).
+const DURATION: &str = "^[0-9]+(\\.[0-9]+)?(ms|s|m|h)( ?[0-9]+(ms|s|m|h))*$|\\$\\{|^file:";
+const SIZE: &str = "^[0-9]+ ?(B|KiB|MiB|GiB)?$|\\$\\{|^file:";
+const BACKEND: &str = "^(kafka|embedded|memory)$|\\$\\{|^file:";
 
 /// JSON Schema, draft 2020-12.
 pub fn schema() -> Value {
@@ -15,7 +17,7 @@ pub fn schema() -> Value {
     let mut whole = section(&defaults, "", &comments());
     let texts = json!({"type": ["string", "number", "boolean"]});
     whole["properties"]["log"]["properties"]["kafka"]["properties"]["properties"]["additionalProperties"] = texts;
-    whole["properties"]["log"]["properties"]["backend"]["enum"] = json!(["kafka", "embedded", "memory"]);
+    whole["properties"]["log"]["properties"]["backend"]["pattern"] = json!(BACKEND);
     whole["properties"]["router"]["properties"]["destinations"]["additionalProperties"] = destination();
     whole["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
     whole["title"] = json!("Laneway");
@@ -94,8 +96,8 @@ mod tests {
         assert_eq!(at("router.destinations")["additionalProperties"]["properties"]["rate"]["type"], "number");
         assert_eq!(at("log.kafka.properties")["additionalProperties"]["type"][0], "string");
         assert_eq!(
-            (&at("router")["additionalProperties"], &at("log.backend")["enum"][0]),
-            (&json!(false), &json!("kafka"))
+            (&at("router")["additionalProperties"], &at("log.backend")["pattern"]),
+            (&json!(false), &json!(BACKEND))
         );
     }
 }

@@ -50,7 +50,7 @@ catalogue! {
     processor_events: IntCounterVec "laneway_processor_events_total" ["outcome"] "Events processed: produced, filtered or failed.";
     processor_reasons: IntCounterVec "laneway_processor_reasons_total" ["outcome", "reason"] "Why events were filtered or failed.";
     processor_deliveries: IntCounterVec "laneway_processor_deliveries_total" ["destination"] "Deliveries made ready.";
-    router_outcomes: IntCounterVec "laneway_router_outcomes_total" ["destination", "outcome"] "Final outcomes: delivered, filtered, aborted.";
+    router_outcomes: IntCounterVec "laneway_router_outcomes_total" ["destination", "outcome"] "Final outcomes: delivered, filtered, aborted, drained.";
     router_aborted: IntCounterVec "laneway_router_aborted_total" ["destination", "reason"] "Deliveries given up, by reason.";
     router_attempts: IntCounterVec "laneway_router_attempts_total" ["destination", "code"] "Requests sent, by status code (0: no answer).";
     router_attempt_seconds: HistogramVec "laneway_router_attempt_seconds" [] "Time of one request to a destination, in seconds.";
@@ -72,7 +72,7 @@ catalogue! {
     commit_seconds: HistogramVec "laneway_runtime_commit_seconds" ["stage"] "Time of one commit, in seconds.";
     partitions: IntGaugeVec "laneway_runtime_partitions" ["stage"] "Partitions that this process owns.";
     rebalances: IntCounterVec "laneway_runtime_rebalances_total" ["stage", "kind"] "Partitions assigned, revoked and lost.";
-    waiting: IntGaugeVec "laneway_runtime_waiting_partitions" ["stage", "reason"] "Partitions that take nothing on purpose: memory, holes or window.";
+    waiting: IntGaugeVec "laneway_runtime_waiting_partitions" ["stage", "reason"] "Partitions that take nothing on purpose, since memory is full.";
     restored_bytes: IntCounterVec "laneway_runtime_restored_bytes_total" ["stage"] "Progress read to restore partitions, in bytes.";
     restore_seconds: HistogramVec "laneway_runtime_restore_seconds" ["stage"] "Time to restore a partition, in seconds.";
     sessions: IntCounterVec "laneway_runtime_sessions_total" ["stage", "cause"] "Sessions opened: start, transient or fenced.";
