@@ -40,7 +40,11 @@ pub enum LogError {
     /// Do the same again, later. A commit is repeated with the same content.
     #[error("the log did not take it, to be tried again: {0}")]
     Transient(BoxError),
-    /// Somebody else owns what this session owned: drop it, build a new one and restore.
+    /// The session cannot go on, though nobody else has what it owned: drop it, build a new one and restore.
+    #[error("the session has to be built anew: {0}")]
+    Broken(BoxError),
+    /// Another session of this instance has taken over. The same is to be done, unless it goes on and on: then two processes
+    /// have one instance id.
     #[error("another owner has taken over: {0}")]
     Fenced(BoxError),
     /// Nothing will help but a person: stop the process and say what to mend.
@@ -51,6 +55,10 @@ pub enum LogError {
 impl LogError {
     pub fn transient(error: impl Into<BoxError>) -> Self {
         LogError::Transient(error.into())
+    }
+
+    pub fn broken(error: impl Into<BoxError>) -> Self {
+        LogError::Broken(error.into())
     }
 
     pub fn fenced(error: impl Into<BoxError>) -> Self {
@@ -152,7 +160,7 @@ pub trait Session: Send + 'static {
     fn resume(&mut self, partitions: &[Partition]) -> Result<(), LogError>;
 
     /// Makes outputs and positions visible as one. After [`LogError::Transient`] nothing of it is visible and it may be called
-    /// again, with other content too; a doubt about its fate is settled inside, or ends as [`LogError::Fenced`].
+    /// again, with other content too; a doubt about its fate is settled inside, or ends as [`LogError::Broken`].
     fn commit(&mut self, commit: Arc<Commit>) -> impl Future<Output = Result<(), LogError>> + Send;
 
     /// Leaves the group at once, so that others take over without waiting for a time-out.

@@ -27,8 +27,10 @@ pub use lease::Lease;
 
 /// Batches that wait in front of a worker. More would be memory without more speed.
 const INBOX_BATCHES: usize = 4;
-/// Fenced twice in this time: two processes use one instance id, and a person must choose another.
-const FENCED_AGAIN: Duration = Duration::from_secs(300);
+/// So many sessions in a row fenced, each so soon after it had joined: two processes use one instance id, and a person must
+/// choose another. They take the session from each other within seconds. Once alone says little: a broker that was away can
+/// believe a member's second try to join to be somebody else.
+const FENCED_IN_A_ROW: u32 = 5;
 const FENCED_AT_ONCE: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -99,7 +101,7 @@ pub async fn run<B: Backend, W: Work>(
     shutdown: Shutdown,
     mut ready: Ready,
 ) -> Result<(), LogError> {
-    let (mut fenced_at, mut cause) = (None, "start");
+    let (mut fenced, mut cause) = (0, "start");
     while !shutdown.has_begun() {
         events::session(settings.stage, cause);
         let opened = tokio::select! {
@@ -120,22 +122,22 @@ pub async fn run<B: Backend, W: Work>(
             Ok(()) => return Ok(()),
             Err(LogError::Fatal(error)) => return Err(LogError::Fatal(error)),
             Err(LogError::Fenced(error)) => {
-                // Two processes of one id take the session from each other as soon as each has joined. A session that lived
-                // on was fenced for another reason: its transaction timed out while the broker was away.
-                let at_once = joined_at.elapsed() < FENCED_AT_ONCE;
-                let again = fenced_at.is_some_and(|at: tokio::time::Instant| at.elapsed() < FENCED_AGAIN);
-                if again && at_once {
+                fenced = if joined_at.elapsed() < FENCED_AT_ONCE { fenced + 1 } else { 1 };
+                if fenced >= FENCED_IN_A_ROW {
                     return Err(LogError::fatal(format!(
-                        "fenced twice within five minutes ({error}): is instance.id {:?} in use by two processes?",
+                        "fenced {fenced} times in a row ({error}): is instance.id {:?} in use by two processes?",
                         settings.member.instance.as_str()
                     )));
                 }
-                fenced_at = at_once.then(|| clock.instant());
                 cause = "fenced";
                 events::session_ended(settings.stage, &error);
             }
+            Err(LogError::Broken(error)) => {
+                (fenced, cause) = (0, "broken");
+                events::session_ended(settings.stage, &error);
+            }
             Err(LogError::Transient(error)) => {
-                cause = "transient";
+                (fenced, cause) = (0, "transient");
                 events::session_ended(settings.stage, &error);
             }
         }

@@ -75,7 +75,7 @@ catalogue! {
     waiting: IntGaugeVec "laneway_runtime_waiting_partitions" ["stage", "reason"] "Partitions that take nothing on purpose, since memory is full.";
     restored_bytes: IntCounterVec "laneway_runtime_restored_bytes_total" ["stage"] "Progress read to restore partitions, in bytes.";
     restore_seconds: HistogramVec "laneway_runtime_restore_seconds" ["stage"] "Time to restore a partition, in seconds.";
-    sessions: IntCounterVec "laneway_runtime_sessions_total" ["stage", "cause"] "Sessions opened: start, transient or fenced.";
+    sessions: IntCounterVec "laneway_runtime_sessions_total" ["stage", "cause"] "Sessions opened: start, transient, broken or fenced.";
     stalled: IntCounterVec "laneway_runtime_stalled_total" ["stage"] "Sessions built anew because reading stood still before records that were there.";
     hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Transactions found that the broker left undecided and that no instance here can end: offsets that were passed over, records that readers stand before.";
     unclean_stops: IntCounterVec "laneway_runtime_unclean_stops_total" ["stage"] "Partitions whose last owner ended while records were under way.";

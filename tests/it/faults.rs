@@ -135,9 +135,9 @@ async fn owners_that_stand_still_are_replaced_and_do_no_harm_when_they_wake() {
 
 /// Everything that may happen to a flow on a broker of its own.
 struct Struck {
+    all: Vec<(&'static str, String, Process)>,
     flow: Flow,
     broker: Broker,
-    all: Vec<(&'static str, String, Process)>,
 }
 
 impl Struck {

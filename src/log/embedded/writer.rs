@@ -143,7 +143,7 @@ async fn settle(store: &Store, ends: &Ends, commit: &Option<(String, u64)>, erro
             Ok(())
         }
         Ok(_) => Err(LogError::transient(error)),
-        Err(unknown) => Err(LogError::fenced(format!("{error}; and whether it was stored is unknown: {unknown}"))),
+        Err(unknown) => Err(LogError::broken(format!("{error}; and whether it was stored is unknown: {unknown}"))),
     }
 }
 

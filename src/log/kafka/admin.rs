@@ -11,6 +11,7 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+use rdkafka::groups::GroupMemberInfo;
 use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 
 use crate::clock::Timestamp;
@@ -20,6 +21,7 @@ use crate::model::record::{Offset, Partition, Topic};
 
 use super::config::KafkaConfig;
 use super::convert;
+use super::membership::Described;
 
 const CALL: Duration = Duration::from_secs(10);
 /// A client has so much to tell between two calls, at most: two lines for each try to connect.
@@ -94,6 +96,23 @@ impl KafkaAdmin {
     /// Is told of all records.
     pub(super) fn uncommitted_client(&self) -> &BaseConsumer<Witness> {
         &self.0.uncommitted
+    }
+
+    /// A group, by its full name, as its coordinator knows it.
+    pub(super) async fn describe(&self, group: &str) -> Result<Described, LogError> {
+        let group = group.to_owned();
+        self.ask(&self.0.committed, move |client| {
+            let list = client.fetch_group_list(Some(&group), CALL)?;
+            let found = list.groups().iter().filter(|found| found.name() == group);
+            let mut described = Described { is_settled: false, members: Vec::new() };
+            for group in found {
+                described.is_settled |= matches!(group.state(), "Stable" | "Empty" | "Dead");
+                let member = |it: &GroupMemberInfo| (it.id().to_owned(), it.assignment().unwrap_or_default().to_vec());
+                described.members.extend(group.members().iter().map(member));
+            }
+            Ok(described)
+        })
+        .await
     }
 
     /// librdkafka's look-ups block.
@@ -260,7 +279,7 @@ impl Admin for KafkaAdmin {
         let members = full.clone();
         let members = self.ask(&client, move |client| {
             let list = client.fetch_group_list(Some(&members), CALL)?;
-            let member = |it: &rdkafka::groups::GroupMemberInfo| format!("{} on {}", it.client_id(), it.client_host());
+            let member = |it: &GroupMemberInfo| format!("{} on {}", it.client_id(), it.client_host());
             Ok(list.groups().iter().flat_map(|group| group.members()).map(member).collect::<Vec<_>>())
         });
         let members = members.await?;

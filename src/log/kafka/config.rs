@@ -66,9 +66,14 @@ impl KafkaConfig {
         self.client(&[], &[("group.id", &group), ("isolation.level", isolation), ("enable.auto.commit", "false")])
     }
 
+    /// The `group.instance.id`.
+    pub fn member(member: &Member) -> String {
+        format!("{}.{}", member.group, member.instance)
+    }
+
     pub fn consumer(&self, member: &Member) -> ClientConfig {
         let group = self.group(&member.group);
-        let instance = format!("{}.{}", member.group, member.instance);
+        let instance = Self::member(member);
         let session = member.session_timeout.as_millis().to_string();
         let heartbeat = (member.session_timeout.as_millis() / 10).clamp(100, 3_000).to_string();
         self.client(
@@ -102,6 +107,8 @@ impl KafkaConfig {
                 // A transaction that follows at once finds the last one still writing its markers; the default waits 100 ms.
                 ("retry.backoff.ms", "5"),
                 ("retry.backoff.max.ms", "100"),
+                // A call that sends offsets waits for its request however long it was told to; the default is a minute.
+                ("socket.timeout.ms", &timeout),
             ],
             &[
                 ("transactional.id", &id),

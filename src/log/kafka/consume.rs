@@ -220,7 +220,7 @@ impl ConsumerContext for Rebalances {
             _ => self.revoke(consumer, partitions),
         };
         if let Err(error) = answered {
-            self.tell(Err(LogError::fenced(format!("a rebalance could not be answered: {error}"))));
+            self.tell(Err(LogError::broken(format!("a rebalance could not be answered: {error}"))));
         }
     }
 }
@@ -241,8 +241,8 @@ struct Reading {
     outside: bool,
 }
 
-/// The thread's loop. Ends when the session closes or is dropped.
-pub fn run(consumer: &BaseConsumer<Rebalances>, commands: &Receiver<Command>, limits: &Limits) {
+/// The thread's loop. Ends when the session closes or is dropped. Counts its polls.
+pub fn run(consumer: &BaseConsumer<Rebalances>, commands: &Receiver<Command>, limits: &Limits, polls: &AtomicUsize) {
     let context = Arc::clone(consumer.context());
     let mut reading = Reading::default();
     loop {
@@ -273,6 +273,7 @@ pub fn run(consumer: &BaseConsumer<Rebalances>, commands: &Receiver<Command>, li
         reading.resume_at_earliest(consumer, &context);
         let wait = if reading.seeks.is_empty() { POLL } else { Duration::from_millis(5) };
         reading.outside |= fill_batch(consumer, &context, limits, wait);
+        polls.fetch_add(1, Ordering::Relaxed);
         context.hand_over();
     }
 }

@@ -97,7 +97,7 @@ pub fn error(error: KafkaError) -> LogError {
             LogError::fenced(error)
         }
         // Whatever else is fatal to a client can be mended by a new one.
-        _ if fatal => LogError::fenced(error),
+        _ if fatal => LogError::broken(error),
         _ => LogError::transient(error),
     }
 }

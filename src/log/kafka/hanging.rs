@@ -34,6 +34,7 @@ use crate::log::{Commit, LogError};
 use crate::model::record::{Addressed, Headers, Partition, Topic, header};
 use crate::telemetry::events;
 
+use super::Background;
 use super::admin::{self, KafkaAdmin};
 use super::config::TRANSACTION_TIMEOUT;
 use super::convert;
@@ -64,18 +65,9 @@ pub fn undecided(admin: &KafkaAdmin, topics: &[Topic]) -> Result<Vec<(Topic, Par
     Ok(now.into_keys().collect())
 }
 
-/// Ends when the session does.
-pub struct Mending(tokio::task::AbortHandle);
-
-impl Drop for Mending {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
 /// Looks after these topics beside the session's work.
-pub fn mend(admin: KafkaAdmin, topics: Vec<Topic>, orders: Sender<Order>) -> Mending {
-    let mending = tokio::spawn(async move {
+pub fn mend(admin: KafkaAdmin, topics: Vec<Topic>, orders: Sender<Order>) -> Background {
+    Background::start(async move {
         let clock = Clock::system();
         let (mut before, mut filled) = (Undecided::new(), BTreeSet::new());
         loop {
@@ -101,8 +93,7 @@ pub fn mend(admin: KafkaAdmin, topics: Vec<Topic>, orders: Sender<Order>) -> Men
             }
             before = now;
         }
-    });
-    Mending(mending.abort_handle())
+    })
 }
 
 /// Blocks. Partitions that cannot be asked are left out.

@@ -11,6 +11,7 @@
 //!   rejoined cannot commit for what it lost;
 //! - a partition's first record from a producer goes alone (`known`): librdkafka would acknowledge one that was refused;
 //! - what a restarted broker left undecided is ended (`hanging`): readers would stand before it for ever;
+//! - a client that is out of step with its group is replaced (`membership`): nobody would read its partitions;
 //! - static members do not leave on close: closing unsubscribes first, so that a shutdown hands over at once.
 
 mod admin;
@@ -19,11 +20,13 @@ mod consume;
 mod convert;
 mod hanging;
 mod known;
+mod membership;
 mod publisher;
 mod reader;
 mod session;
 mod transact;
 
+use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::log::{Backend, LogError, Member};
@@ -73,6 +76,21 @@ impl Backend for Kafka {
             Some(admin) => Ok(admin.clone()),
             None => Ok(admin.insert(KafkaAdmin::new(&self.config)?).clone()),
         }
+    }
+}
+
+/// Work beside a session, which ends with it.
+struct Background(tokio::task::AbortHandle);
+
+impl Background {
+    fn start(work: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(tokio::spawn(work).abort_handle())
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

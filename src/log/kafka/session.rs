@@ -15,10 +15,11 @@ use crate::model::record::{Epoch, Offset, Partition};
 use super::admin::KafkaAdmin;
 use super::config::KafkaConfig;
 use super::consume::{self, Command, Limits, Owned, Rebalances};
-use super::hanging::{self, Mending};
+use super::hanging;
 use super::known::Known;
+use super::membership::{self, Watched};
 use super::transact::{Order, Receipts, TransactionalProducer, Transactions};
-use super::{convert, thread};
+use super::{Background, convert, thread};
 
 /// Batches that wait for the runtime: with librdkafka's own queue behind them, more would only be memory.
 const BATCHES: usize = 2;
@@ -31,7 +32,8 @@ const LEAVE: Duration = Duration::from_secs(5);
 
 pub struct KafkaSession {
     ends: consume::Ends,
-    mending: Mending,
+    /// What looks after it.
+    watches: [Background; 2],
     orders: Sender<Order>,
     limits: Arc<Limits>,
     /// Which epoch of a partition this session has been told of: what a command is about.
@@ -54,6 +56,7 @@ impl KafkaSession {
         // Beyond the drain there must be time for the commit that follows it.
         let wait = member.revoke_drain + Duration::from_secs(5);
         let decided = config.observer(&member.group, "read_uncommitted");
+        let tell = polled_in.downgrade();
         let context = Rebalances::new(topic.clone(), polled_in, Arc::clone(&owned), released_in, wait, decided);
         let consumer: BaseConsumer<Rebalances> =
             config.consumer(&member).create_with_context(context).map_err(convert::error)?;
@@ -62,43 +65,38 @@ impl KafkaSession {
         let consumer = Arc::new(consumer);
         let limits = Arc::new(Limits { records: AtomicUsize::new(500), bytes: AtomicUsize::new(1 << 20) });
 
-        let (ready, is_ready) = oneshot::channel();
-        let mut transactions = Transactions {
+        let transactions = Transactions {
             config: config.clone(),
             producer,
-            consumer: Arc::clone(&consumer),
-            group: member.group,
+            consumer: Arc::downgrade(&consumer),
+            group: member.group.clone(),
             topic: topic.clone(),
-            owned,
+            owned: Arc::clone(&owned),
             known: Known::default(),
             admin: admin.clone(),
             outputs: member.outputs.clone(),
         };
-        thread("kafka-transact", move || {
-            let begun = transactions.begin_life();
-            let alive = begun.is_ok();
-            let _ = ready.send(begun);
-            if alive {
-                transactions.run(&orders_in);
-            }
-        })?;
-        is_ready.await.map_err(|_| LogError::transient("the kafka client ended"))??;
+        launch("kafka-transact", transactions, Transactions::begin_life, move |it| it.run(&orders_in)).await?;
 
         let bounds = Arc::clone(&limits);
-        let (joined, has_joined) = oneshot::channel();
-        thread("kafka-consume", move || {
-            let subscribed = consumer.subscribe(&[&topic]).map_err(convert::error);
-            let alive = subscribed.is_ok();
-            let _ = joined.send(subscribed);
-            if alive {
-                consume::run(&consumer, &commands_in, &bounds);
-            }
-        })?;
-        has_joined.await.map_err(|_| LogError::transient("the kafka client ended"))??;
+        let polls = Arc::new(AtomicUsize::new(0));
+        let watched = Watched {
+            admin: admin.clone(),
+            group: config.group(&member.group),
+            topic: topic.clone(),
+            instance: KafkaConfig::member(&member),
+            owned,
+            polls: Arc::clone(&polls),
+            polled: tell,
+        };
+        let subscribe =
+            move |consumer: &mut Arc<BaseConsumer<_>>| consumer.subscribe(&[&topic]).map_err(convert::error);
+        let consume = move |consumer: Arc<_>| consume::run(&consumer, &commands_in, &bounds, &polls);
+        launch("kafka-consume", consumer, subscribe, consume).await?;
         let ends = consume::Ends { commands, released, polled };
         Ok(Self {
             ends,
-            mending: hanging::mend(admin, member.outputs, orders.clone()),
+            watches: [hanging::mend(admin, member.outputs, orders.clone()), membership::watch(watched)],
             orders,
             limits,
             epochs: BTreeMap::new(),
@@ -113,8 +111,27 @@ impl KafkaSession {
     }
 
     fn command(&self, command: Command) -> Result<(), LogError> {
-        self.ends.commands.send(command).map_err(|_| LogError::fenced("the kafka consumer has ended"))
+        self.ends.commands.send(command).map_err(|_| LogError::broken("the kafka consumer has ended"))
     }
+}
+
+/// Starts a thread, and waits until what it runs has started well.
+async fn launch<T: Send + 'static>(
+    name: &str,
+    mut what: T,
+    start: impl FnOnce(&mut T) -> Result<(), LogError> + Send + 'static,
+    run: impl FnOnce(T) + Send + 'static,
+) -> Result<(), LogError> {
+    let (started, has_started) = oneshot::channel();
+    thread(name, move || {
+        let outcome = start(&mut what);
+        let is_well = outcome.is_ok();
+        let _ = started.send(outcome);
+        if is_well {
+            run(what);
+        }
+    })?;
+    has_started.await.map_err(|_| LogError::transient("the kafka client ended"))?
 }
 
 impl Session for KafkaSession {
@@ -128,7 +145,7 @@ impl Session for KafkaSession {
         self.limits.records.store(limit.records, Ordering::Relaxed);
         self.limits.bytes.store(limit.bytes, Ordering::Relaxed);
         let Ok(polled) = tokio::time::timeout(IDLE, self.ends.polled.recv()).await else { return Ok(Polled::Idle) };
-        let polled = polled.unwrap_or_else(|| Err(LogError::fenced("the kafka consumer has ended")))?;
+        let polled = polled.unwrap_or_else(|| Err(LogError::broken("the kafka consumer has ended")))?;
         match &polled {
             Polled::Assigned(given) => {
                 for Assignment { partition, epoch, committed } in given {
@@ -165,7 +182,7 @@ impl Session for KafkaSession {
 
     async fn commit(&mut self, commit: Arc<Commit>) -> Result<(), LogError> {
         let (done, answer) = oneshot::channel();
-        let ended = || LogError::fenced("the kafka producer has ended");
+        let ended = || LogError::broken("the kafka producer has ended");
         self.orders.send((commit, done)).map_err(|_| ended())?;
         answer.await.map_err(|_| ended())?
     }
@@ -173,7 +190,7 @@ impl Session for KafkaSession {
     async fn close(self) {
         let consume::Ends { commands, released, polled } = self.ends;
         // Nobody takes what is still told: a thread that waits to tell it must not wait for ever.
-        drop((self.mending, self.orders, released, polled));
+        drop((self.watches, self.orders, released, polled));
         let (done, closed) = oneshot::channel();
         if commands.send(Command::Close(done)).is_ok() {
             // Dropped, not sent, when the group has been left. Without a broker there is nobody to tell.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use rdkafka::client::ClientContext;
@@ -12,6 +12,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::producer::{BaseRecord, DeliveryResult, NoCustomPartitioner, Producer, ProducerContext, ThreadedProducer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use crate::clock::Clock;
 use crate::log::{Commit, LogError};
@@ -26,8 +27,8 @@ use super::known::{Acquaintance, Known};
 
 /// One call of the transaction API. It can be called again while it answers that it may.
 const CALL: Duration = Duration::from_secs(5);
-/// How often a decision whose fate is unknown is asked for again: longer than the transaction can live.
-const DECISIONS: usize = 6;
+/// For so long a call is made again. Longer than a transaction can live: who has no answer then gets none.
+const PATIENCE: Duration = TRANSACTION_TIMEOUT.saturating_mul(2);
 
 /// So often is tried to end what hangs in a partition when a session begins.
 const FILLERS: usize = 2;
@@ -95,7 +96,8 @@ impl ProducerContext<NoCustomPartitioner> for Receipts {
 pub struct Transactions {
     pub config: KafkaConfig,
     pub producer: TransactionalProducer,
-    pub consumer: Arc<BaseConsumer<Rebalances>>,
+    /// Weak: a consumer lives no longer than the thread that polls it, or it would stay a member beside its successor.
+    pub consumer: Weak<BaseConsumer<Rebalances>>,
     pub group: String,
     pub topic: String,
     pub owned: Owned,
@@ -110,7 +112,8 @@ impl Transactions {
     /// ([`super::hanging`]).
     pub fn begin_life(&mut self) -> Result<(), LogError> {
         self.producer.init_transactions(Duration::from_secs(15)).map_err(convert::error)?;
-        self.let_go_of_offsets()?;
+        let began = Clock::system().instant();
+        self.let_go_of_offsets().map_err(|error| blame(error, began))?;
         for (topic, partition) in hanging::undecided(&self.admin, &self.outputs)? {
             self.end_hanging(&topic, partition)?;
         }
@@ -175,9 +178,14 @@ impl Transactions {
     }
 
     fn transact(&mut self, commit: &Commit) -> Result<(), LogError> {
+        let began = Clock::system().instant();
+        self.run_through(commit).map_err(|error| blame(error, began))
+    }
+
+    fn run_through(&mut self, commit: &Commit) -> Result<(), LogError> {
         self.producer.begin_transaction().map_err(|error| match convert::error(error) {
             // The last transaction hangs in a state that only a new client leaves.
-            LogError::Transient(error) => LogError::Fenced(error),
+            LogError::Transient(error) => LogError::Broken(error),
             other => other,
         })?;
         let filled = self
@@ -187,7 +195,7 @@ impl Transactions {
             .map(|()| empty_queue(&self.producer));
         match filled {
             Ok(()) => decide(&self.producer),
-            Err(error @ LogError::Fenced(_)) => Err(error),
+            Err(error @ (LogError::Fenced(_) | LogError::Broken(_))) => Err(error),
             Err(error) => {
                 abort(&self.producer)?;
                 Err(error)
@@ -285,7 +293,8 @@ impl Transactions {
             if let Some((partition, _)) = gone {
                 return Err(LogError::transient(format!("partition {partition} has been taken away")));
             }
-            self.consumer.group_metadata()
+            let consumer = self.consumer.upgrade().ok_or_else(|| LogError::broken("the kafka consumer has ended"))?;
+            consumer.group_metadata()
         };
         let metadata = metadata.ok_or_else(|| LogError::transient("not a member of the group yet"))?;
         repeat(|| self.producer.send_offsets_to_transaction(&offsets, &metadata, CALL))
@@ -312,7 +321,7 @@ fn decide(producer: &TransactionalProducer) -> Result<(), LogError> {
                 abort(producer)?;
                 Err(LogError::Transient(error))
             }
-            false => Err(LogError::fenced(format!("the fate of a transaction is unknown: {error}"))),
+            false => Err(LogError::broken(format!("the fate of a transaction is unknown: {error}"))),
         },
         Err(error) => Err(error),
     }
@@ -323,18 +332,26 @@ fn abort(producer: &TransactionalProducer) -> Result<(), LogError> {
     // Reports of purged records come after it; they say nothing new.
     let _ = producer.context().settle(CALL);
     aborted.map_err(|error| match error {
-        LogError::Transient(error) => LogError::fenced(format!("a transaction could not be aborted: {error}")),
+        LogError::Transient(error) => LogError::broken(format!("a transaction could not be aborted: {error}")),
         other => other,
     })
 }
 
+/// A broker fences whoever's transaction lives too long: nobody else has its id then.
+fn blame(error: LogError, began: Instant) -> LogError {
+    match error {
+        LogError::Fenced(error) if began.elapsed() >= TRANSACTION_TIMEOUT => LogError::Broken(error),
+        other => other,
+    }
+}
+
 /// Calls again as long as the client says that it may.
 fn repeat(mut call: impl FnMut() -> Result<(), KafkaError>) -> Result<(), LogError> {
-    let mut left = DECISIONS;
+    let began = Clock::system().instant();
     loop {
         match call() {
             Ok(()) => return Ok(()),
-            Err(KafkaError::Transaction(error)) if error.is_retriable() && left > 0 => left -= 1,
+            Err(KafkaError::Transaction(error)) if error.is_retriable() && began.elapsed() < PATIENCE => {}
             Err(error) => return Err(convert::error(error)),
         }
     }

@@ -48,7 +48,7 @@ impl Process {
 
     pub async fn ready(&mut self) {
         let (url, until) =
-            (format!("http://127.0.0.1:{}/readyz", self.admin), Instant::now() + Duration::from_secs(60));
+            (format!("http://127.0.0.1:{}/readyz", self.admin), Instant::now() + Duration::from_secs(120));
         loop {
             if let Ok(answer) = reqwest::get(&url).await
                 && answer.status() == 200
