@@ -45,7 +45,30 @@ pub struct Log {
     pub backend: BackendKind,
     pub topic_prefix: String,
     pub kafka: Kafka,
+    pub schema_registry: SchemaRegistry,
     pub embedded: Embedded,
+}
+
+#[derive(Clone, Deserialize)]
+pub struct SchemaRegistry {
+    /// Several separated by commas; empty where there is none.
+    pub url: String,
+    pub username: String,
+    pub password: String,
+    pub token: String,
+    pub ca_file: PathBuf,
+}
+
+impl std::fmt::Debug for SchemaRegistry {
+    /// Without what lets somebody in.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { url, username, ca_file, .. } = self;
+        f.debug_struct("SchemaRegistry")
+            .field("url", url)
+            .field("username", username)
+            .field("ca_file", ca_file)
+            .finish()
+    }
 }
 
 #[derive(Clone, Deserialize)]

@@ -10,6 +10,7 @@ use crate::control::workspace::Workspace;
 use crate::log::embedded::Access;
 use crate::log::topic::Topics;
 use crate::log::{Admin, Backend, LogError};
+use crate::model::codec::KnownSchema;
 use crate::model::record::Topic;
 use crate::transform::builtin::webhook::{self, WebhookError};
 use crate::with_log;
@@ -148,12 +149,33 @@ async fn log(config: &Config, topics: &Topics, clock: &Clock) -> Vec<Finding> {
         Err(error) => return vec![Finding::problem(subject, format!("{error:#}"), remedy)],
     };
     let looked = async { with_log!(&any, log => look(log, config, topics).await) };
-    let found = match tokio::time::timeout(PATIENCE, looked).await {
+    let mut found = match tokio::time::timeout(PATIENCE, looked).await {
         Ok(Ok(found)) => found,
         Ok(Err(error)) => vec![Finding::problem(subject, error.to_string(), remedy)],
         Err(_) => vec![Finding::problem(subject, format!("no answer within {PATIENCE:?}"), remedy)],
     };
+    found.extend(schemas(&any, topics).await);
     any.close().await;
+    found
+}
+
+/// Whether the registry takes what will be written.
+async fn schemas(any: &open::AnyLog, topics: &Topics) -> Vec<Finding> {
+    let Some(registry) = any.registry() else { return Vec::new() };
+    let subject = "schema registry";
+    if let Err(error) = registry.is_there().await {
+        let remedy = "is it up, reachable from here, and are log.schema_registry.url and the way in right?";
+        return vec![Finding::problem(subject, error, remedy)];
+    }
+    let mut found = vec![Finding::ok(subject, "answers")];
+    for spec in topics.iter() {
+        let Some(schema) = KnownSchema::named(&spec.value) else { continue };
+        if let Err(error) = registry.check(&spec.topic(), schema).await {
+            let remedy =
+                "nothing can be written there until the subject takes it: upgrade its other writers and readers first";
+            found.push(Finding::problem(&format!("schema of topic {}", spec.name), error, remedy));
+        }
+    }
     found
 }
 

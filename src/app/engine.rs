@@ -17,7 +17,7 @@ use crate::control::{Current, commands};
 use crate::delivery::http::{Client, ClientSettings, Guard};
 use crate::log::partitioner::Placement;
 use crate::log::topic::Topics;
-use crate::log::{Admin, Backend, Member};
+use crate::log::{Admin, Backend, LogError, Member};
 use crate::model::id::{DestinationType, InstanceId};
 use crate::model::record::Topic;
 use crate::runtime::deliver::{Bounds, Deliver, DeliverSettings, DeliverWork, Destinations, RetryPolicy, Rules};
@@ -127,13 +127,20 @@ pub async fn run<B: Backend>(
     let readiness = Readiness::default();
     // Nobody is told that the process is ready before all of its parts are counted.
     let mut starting = readiness.part();
-    let placements = placements(&parts).await?;
     let mut supervisor = Supervisor::new(parts.shutdown.clone());
     let admin = server::routes(readiness.clone()).merge(extra);
-    // The admin listener goes last: it tells how the others are doing.
+    // The admin listener comes first and goes last: it tells how the others are doing.
     let admin_down = Shutdown::new(parts.shutdown.budget);
     let admin_part = serve(listeners.admin, admin, admin_down.clone());
     let admin_task = tokio::spawn(admin_part);
+    let Some(placements) = answered(&parts, async || placements(&parts).await).await? else { return Ok(()) };
+    let mut router = None;
+    if stages.contains(&Stage::Router) {
+        router = answered(&parts, async || Standing::read(&parts).await).await?;
+        if router.is_none() {
+            return Ok(());
+        }
+    }
     if let Some(listener) = listeners.gateway {
         let mut ready = readiness.part();
         let gateway = Gateway {
@@ -151,8 +158,8 @@ pub async fn run<B: Backend>(
     if stages.contains(&Stage::Processor) {
         start_processor(&parts, &placements, &readiness, &mut supervisor);
     }
-    if stages.contains(&Stage::Router) {
-        start_router(&parts, &placements, &readiness, &mut supervisor).await?;
+    if let Some(standing) = router {
+        start_router(&parts, &placements, standing, &readiness, &mut supervisor)?;
     }
     starting.set(true);
     let ended = supervisor.join().await;
@@ -160,6 +167,33 @@ pub async fn run<B: Backend>(
     // It has no requests of its own to lose.
     let _ = admin_task.await;
     ended.map_err(|error| anyhow::anyhow!(error))
+}
+
+/// While the log does not answer it is asked again, so often.
+const AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// Asks the log until it answers. None: the process was told to stop meanwhile.
+async fn answered<B, T>(parts: &Parts<B>, ask: impl AsyncFn() -> anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+    loop {
+        let answer = tokio::select! {
+            biased;
+            () = parts.shutdown.begun() => return Ok(None),
+            answer = ask() => answer,
+        };
+        let is_transient = |cause: &(dyn std::error::Error + 'static)| {
+            matches!(cause.downcast_ref::<LogError>(), Some(LogError::Transient(_)))
+        };
+        match answer {
+            Err(error) if error.chain().any(is_transient) => {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "the log does not answer yet; nothing starts before it does"
+                );
+            }
+            answer => return answer.map(Some),
+        }
+        parts.clock.sleep(AGAIN).await;
+    }
 }
 
 /// A topic that has just been created is not known to every broker at once.
@@ -257,14 +291,28 @@ fn start_processor<B: Backend>(
     supervisor.start("processor", running);
 }
 
-async fn start_router<B: Backend>(
+/// What the router reads from the log before it starts.
+struct Standing {
+    retention: Option<std::time::Duration>,
+    commands: commands::Current,
+}
+
+impl Standing {
+    async fn read<B: Backend>(parts: &Parts<B>) -> anyhow::Result<Self> {
+        let retention = retention::check(&parts.log, &parts.topics, &parts.config.router).await?;
+        let commands = commands::follow(parts.log.clone(), parts.clock.clone()).await.context("the topic control")?;
+        Ok(Self { retention, commands })
+    }
+}
+
+fn start_router<B: Backend>(
     parts: &Parts<B>,
     placements: &Placements,
+    Standing { retention, commands }: Standing,
     readiness: &Readiness,
     supervisor: &mut Supervisor,
 ) -> anyhow::Result<()> {
     let (router, runtime) = (&parts.config.router, &parts.config.runtime);
-    let retention = retention::check(&parts.log, &parts.topics, router).await?;
     let client = ClientSettings {
         timeout: router.timeout,
         guard: Guard { block_private: router.block_private_ips },
@@ -291,7 +339,6 @@ async fn start_router<B: Backend>(
     };
     let placement = placements[&Topic::DELIVERIES];
     let destinations = Destinations::new(router.in_flight, router.in_flight_per_destination, placement);
-    let commands = commands::follow(parts.log.clone(), parts.clock.clone()).await.context("the topic control")?;
     let (stage, clock) = (Arc::new(stage), parts.clock.clone());
     pause(destinations.clone(), Arc::clone(&stage), commands.clone());
     let running = driver::run(

@@ -8,13 +8,16 @@ use crate::log::embedded::memory::Faults;
 use crate::log::embedded::{Access, Embedded};
 #[cfg(feature = "kafka")]
 use crate::log::kafka::{Kafka, KafkaConfig};
+use crate::log::registry::Registry;
+#[cfg(feature = "kafka")]
+use crate::log::registry::{Registered, RegistryConfig};
 use crate::log::topic::Topics;
 
 /// One of the logs. What is generic over a backend is called through [`with_log`](crate::with_log).
 pub enum AnyLog {
     Embedded(Embedded),
     #[cfg(feature = "kafka")]
-    Kafka(Kafka),
+    Kafka(Registered<Kafka>),
 }
 
 /// Runs an expression with whichever log there is.
@@ -29,6 +32,28 @@ macro_rules! with_log {
     };
 }
 
+#[cfg(feature = "kafka")]
+fn kafka(config: &Config) -> anyhow::Result<Registered<Kafka>> {
+    let log = Kafka::new(KafkaConfig {
+        bootstrap_servers: config.log.kafka.bootstrap_servers.clone(),
+        prefix: config.log.topic_prefix.clone(),
+        properties: config.log.kafka.properties.clone(),
+    });
+    let registry = &config.log.schema_registry;
+    let urls = registry.url.split(',').map(str::trim).filter(|url| !url.is_empty());
+    Ok(Registered::new(
+        log,
+        &RegistryConfig {
+            urls: urls.map(str::to_owned).collect(),
+            username: registry.username.clone(),
+            password: registry.password.clone(),
+            token: registry.token.clone(),
+            ca_file: registry.ca_file.clone(),
+            topic_prefix: config.log.topic_prefix.clone(),
+        },
+    )?)
+}
+
 impl AnyLog {
     /// # Errors
     /// Where the configured log cannot be opened, or was not built in.
@@ -40,13 +65,18 @@ impl AnyLog {
             }
             BackendKind::Memory => Ok(AnyLog::Embedded(Embedded::in_memory(Faults::none(), clock.clone()).await?)),
             #[cfg(feature = "kafka")]
-            BackendKind::Kafka => Ok(AnyLog::Kafka(Kafka::new(KafkaConfig {
-                bootstrap_servers: config.log.kafka.bootstrap_servers.clone(),
-                prefix: config.log.topic_prefix.clone(),
-                properties: config.log.kafka.properties.clone(),
-            }))),
+            BackendKind::Kafka => Ok(AnyLog::Kafka(kafka(config)?)),
             #[cfg(not(feature = "kafka"))]
             BackendKind::Kafka => anyhow::bail!("this laneway was built without the feature kafka"),
+        }
+    }
+
+    /// The schema registry that values are written with, where there is one.
+    pub fn registry(&self) -> Option<&Registry> {
+        match self {
+            AnyLog::Embedded(_) => None,
+            #[cfg(feature = "kafka")]
+            AnyLog::Kafka(log) => log.registry(),
         }
     }
 

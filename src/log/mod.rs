@@ -20,6 +20,7 @@ pub mod embedded;
 #[cfg(feature = "kafka")]
 pub mod kafka;
 pub mod partitioner;
+pub mod registry;
 pub mod topic;
 
 use std::collections::BTreeMap;

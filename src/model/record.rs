@@ -133,6 +133,13 @@ impl Headers {
         self.iter().find(|(key, _)| *key == name).and_then(|(_, value)| std::str::from_utf8(value).ok())
     }
 
+    /// Gives headers of this name another value, where they have the one named.
+    pub fn replace(&mut self, name: &str, from: &str, to: &'static str) {
+        for (_, value) in self.0.iter_mut().filter(|(key, value)| key == name && value == from.as_bytes()) {
+            *value = Bytes::from_static(to.as_bytes());
+        }
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Bytes)> {
         self.0.iter().map(|(name, value)| (name.as_ref(), value))
     }

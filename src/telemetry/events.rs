@@ -95,6 +95,10 @@ pub fn publisher_replaced(error: &dyn std::fmt::Display) {
 }
 
 /// Offsets of a transaction that nobody decides any more; those before it are used.
+pub fn schema_lookup(what: &str, outcome: &str) {
+    metrics().schema_lookups.with_label_values(&[what, outcome]).inc();
+}
+
 pub fn hanging_transaction(topic: &str) {
     error!(topic, "a former owner's transaction is neither committed nor aborted; its offsets are passed over");
     metrics().hanging.with_label_values(&[topic]).inc();

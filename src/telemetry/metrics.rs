@@ -79,6 +79,7 @@ catalogue! {
     stalled: IntCounterVec "laneway_runtime_stalled_total" ["stage"] "Sessions built anew because reading stood still before records that were there.";
     hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Transactions found that the broker left undecided and that no instance here can end: offsets that were passed over, records that readers stand before.";
     unclean_stops: IntCounterVec "laneway_runtime_unclean_stops_total" ["stage"] "Partitions whose last owner ended while records were under way.";
+    schema_lookups: IntCounterVec "laneway_schema_registry_lookups_total" ["what", "outcome"] "Questions to the schema registry: of an id or a subject; ok, refused or failed.";
     publishers: IntCounterVec "laneway_runtime_publishers_replaced_total" [] "Kafka producers replaced because their records timed out and nothing was acknowledged meanwhile.";
     config_loads: IntCounterVec "laneway_control_workspace_loads_total" ["result"] "Workspace configurations read: applied, unchanged or refused.";
 }

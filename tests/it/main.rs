@@ -14,6 +14,7 @@ mod lag;
 mod lanes;
 mod log_contract;
 mod offsets;
+mod registry;
 mod security;
 mod support;
 mod tidy;

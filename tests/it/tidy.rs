@@ -21,11 +21,12 @@ const LAYERS: [&[&str]; 10] = [
 ];
 
 /// A crate, and the only places that may name it.
-const OWNED: [(&str, &[&str]); 4] = [
+const OWNED: [(&str, &[&str]); 5] = [
     ("rdkafka", &["src/log/kafka/"]),
     ("sqlx", &["src/log/embedded/sqlite.rs", "src/store/"]),
     ("apache_avro", &["src/model/codec/"]),
-    ("reqwest", &["src/delivery/", "src/cli/load/", "src/app/"]),
+    ("schema_registry_converter", &["src/log/registry/"]),
+    ("reqwest", &["src/log/registry/", "src/delivery/", "src/cli/load/", "src/app/"]),
 ];
 
 /// Names that say nothing.

@@ -1,17 +1,24 @@
 //! Values in a topic: Avro single-object encoding (two magic bytes, the schema's fingerprint, the value), written and read
 //! by hand for speed and checked against the `apache-avro` crate in the tests below.
 //!
-//! A value of an older or newer schema is recognised by its fingerprint; only the current ones are known so far, anything
-//! else is an error that says which fingerprint was found.
+//! A value of another schema is recognised by its fingerprint. Where that schema has been learned ([`learn`], from a schema
+//! registry) the value is resolved to the current one by Avro's rules, with the `apache-avro` crate: fields that are not known
+//! are left out, missing ones get their default. Anything else is an error that says which fingerprint was found.
+//!
+//! Confluent's wire format (a zero byte, the id of the schema in a registry, the value) is translated by the log, which knows the
+//! registry.
 
 mod avro;
 mod control;
 mod delivery;
 mod event;
+#[cfg(test)]
+mod evolution;
 mod failure;
 mod progress;
 
-use std::sync::LazyLock;
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 
 use apache_avro::Schema;
 use apache_avro::rabin::Rabin;
@@ -30,17 +37,60 @@ pub struct KnownSchema {
     pub name: &'static str,
     /// The schema document, as in `schemas/`.
     pub text: &'static str,
-    fingerprint: [u8; 8],
+    fingerprint: Fingerprint,
+    parsed: Schema,
 }
+
+/// Which schema a value was written with.
+pub type Fingerprint = [u8; 8];
 
 impl KnownSchema {
     fn new(name: &'static str, text: &'static str) -> Self {
-        let schema = Schema::parse_str(text).expect("a compiled-in schema parses");
-        let canonical = Schema::parse_str(&canonical_form(&schema)).expect("a canonical form parses");
-        let bytes = canonical.fingerprint::<Rabin>().bytes;
-        let fingerprint = bytes.try_into().expect("a Rabin fingerprint has eight bytes");
-        Self { name, text, fingerprint }
+        let parsed = Schema::parse_str(text).expect("a compiled-in schema parses");
+        let fingerprint = fingerprint(&parsed).expect("a canonical form parses");
+        Self { name, text, fingerprint, parsed }
     }
+}
+
+fn fingerprint(schema: &Schema) -> Result<Fingerprint, apache_avro::Error> {
+    let bytes = Schema::parse_str(&canonical_form(schema))?.fingerprint::<Rabin>().bytes;
+    Ok(bytes.try_into().expect("a Rabin fingerprint has eight bytes"))
+}
+
+/// Schemas of others, by what their values begin with. Of the whole process: a fingerprint means the same everywhere.
+static LEARNED: LazyLock<RwLock<HashMap<Fingerprint, Arc<Schema>>>> = LazyLock::new(RwLock::default);
+
+/// What a foreign value may make a reader allocate.
+const FOREIGN_LENGTH: usize = 64 << 20;
+
+/// Makes values of another schema readable, and tells what they begin with.
+///
+/// # Errors
+/// What is wrong with the schema's text.
+pub fn learn(text: &str) -> Result<Fingerprint, String> {
+    let schema = Schema::parse_str(text).map_err(|error| error.to_string())?;
+    let fingerprint = fingerprint(&schema).map_err(|error| error.to_string())?;
+    if KnownSchema::all().iter().all(|known| known.fingerprint != fingerprint) {
+        apache_avro::util::max_allocation_bytes(FOREIGN_LENGTH);
+        LEARNED.write().unwrap_or_else(PoisonError::into_inner).insert(fingerprint, Arc::new(schema));
+    }
+    Ok(fingerprint)
+}
+
+/// The header of single-object encoding: what [`encode`] puts before a value.
+pub const HEADER: usize = 10;
+
+/// Which schema a single-object value was written with; none where it is something else.
+pub fn fingerprint_of(value: &[u8]) -> Option<Fingerprint> {
+    value.strip_prefix(&MAGIC)?.first_chunk().copied()
+}
+
+/// The header of a single-object value.
+pub fn header(fingerprint: Fingerprint) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..2].copy_from_slice(&MAGIC);
+    header[2..].copy_from_slice(&fingerprint);
+    header
 }
 
 /// The parsing canonical form. The crate leaves `{"type":"long"}` where it took a logical type away, which the
@@ -59,6 +109,26 @@ macro_rules! schemas {
     };
 }
 
+impl KnownSchema {
+    /// The current schemas.
+    pub fn all() -> [&'static KnownSchema; 5] {
+        [&EVENT, &DELIVERY, &FAILURE, &PROGRESS, &CONTROL]
+    }
+
+    pub fn named(name: &str) -> Option<&'static KnownSchema> {
+        Self::all().into_iter().find(|known| known.name == name)
+    }
+
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    /// The current schema that has this fingerprint.
+    pub fn of(fingerprint: Fingerprint) -> Option<&'static KnownSchema> {
+        Self::all().into_iter().find(|known| known.fingerprint == fingerprint)
+    }
+}
+
 schemas! {
     EVENT = "event";
     DELIVERY = "delivery";
@@ -72,8 +142,7 @@ const MAGIC: [u8; 2] = [0xC3, 0x01];
 /// The value as it is stored.
 pub fn encode<V: Value>(value: &V) -> Vec<u8> {
     let mut out = avro::Writer::with_capacity(512);
-    out.raw(&MAGIC);
-    out.raw(&V::schema().fingerprint);
+    out.raw(&header(V::schema().fingerprint));
     value.write(&mut out);
     out.into_bytes()
 }
@@ -84,26 +153,49 @@ pub fn encode<V: Value>(value: &V) -> Vec<u8> {
 /// [`Unreadable`] says what is wrong and at which byte: another encoding, another schema, or broken content.
 pub fn decode<V: Value>(bytes: &bytes::Bytes) -> Result<V, Unreadable> {
     let schema = V::schema();
-    match bytes.as_ref() {
-        [0xC3, 0x01, found @ ..] if found.len() >= 8 => {
-            if found[..8] != schema.fingerprint {
-                let found = u64::from_le_bytes(found[..8].try_into().expect("eight bytes"));
-                let known = u64::from_le_bytes(schema.fingerprint);
-                return Err(Unreadable::new(
-                    2,
-                    format!("fingerprint {found:016x} is not that of schema {} ({known:016x})", schema.name),
-                ));
-            }
+    match (fingerprint_of(bytes), bytes.as_ref()) {
+        (Some(found), _) if found == schema.fingerprint => read(bytes),
+        (Some(found), _) => read(&resolved(schema, found, bytes)?),
+        (None, [0, id @ ..]) if id.len() >= 4 => {
+            let id = u32::from_be_bytes(*id.first_chunk().expect("four bytes"));
+            let text = format!("confluent wire format with schema id {id}, of which no schema registry has told");
+            Err(Unreadable::new(0, text))
         }
-        [0, ..] => {
-            return Err(Unreadable::new(0, "confluent wire format, but no schema registry is configured".into()));
-        }
-        _ => return Err(Unreadable::new(0, "neither avro single-object nor confluent encoding".into())),
+        _ => Err(Unreadable::new(0, "neither avro single-object nor confluent encoding".into())),
     }
-    let mut input = avro::Reader::new(bytes, 10);
+}
+
+fn read<V: Value>(bytes: &bytes::Bytes) -> Result<V, Unreadable> {
+    let mut input = avro::Reader::new(bytes, HEADER);
     let value = V::read(&mut input)?;
     input.finish()?;
     Ok(value)
+}
+
+/// A value of another schema, as one of ours.
+fn resolved(schema: &KnownSchema, writer: Fingerprint, bytes: &[u8]) -> Result<bytes::Bytes, Unreadable> {
+    let learned = LEARNED.read().unwrap_or_else(PoisonError::into_inner).get(&writer).cloned();
+    let Some(learned) = learned else {
+        let (found, known) = (u64::from_le_bytes(writer), u64::from_le_bytes(schema.fingerprint));
+        let text = format!("fingerprint {found:016x} is not that of schema {} ({known:016x})", schema.name);
+        return Err(Unreadable::new(2, text));
+    };
+    let wrong = |error: apache_avro::Error| {
+        let text = format!("it does not become a value of schema {}: {error}", schema.name);
+        Unreadable::new(HEADER, text)
+    };
+    let mut rest = &bytes[HEADER..];
+    let value = apache_avro::from_avro_datum(&learned, &mut rest, None).map_err(wrong)?;
+    if !rest.is_empty() {
+        return Err(Unreadable::new(bytes.len() - rest.len(), format!("{} bytes too many", rest.len())));
+    }
+    // The crate takes a value that ends too early for one whose last fields are empty.
+    if apache_avro::to_avro_datum(&learned, value.clone()).map_err(wrong)?.len() > bytes.len() - HEADER {
+        return Err(Unreadable::new(bytes.len(), "it is cut off".into()));
+    }
+    let resolved = value.resolve(&schema.parsed).map_err(wrong)?;
+    let datum = apache_avro::to_avro_datum(&schema.parsed, resolved).map_err(wrong)?;
+    Ok([&header(schema.fingerprint)[..], &datum].concat().into())
 }
 
 #[cfg(test)]
@@ -335,7 +427,7 @@ mod tests {
         let text = |bytes: &'static [u8]| decode::<Event>(&Bytes::from_static(bytes)).unwrap_err().to_string();
         assert!(text(b"").contains("neither avro"));
         assert!(text(b"{\"a\":1}").contains("neither avro"));
-        assert!(text(b"\0\0\0\0\x01x").contains("schema registry"));
+        assert!(text(b"\0\0\0\0\x07x").contains("schema id 7"));
         let other = encode(&delivery(request()));
         assert!(decode::<Event>(&Bytes::from(other)).unwrap_err().to_string().contains("fingerprint"));
     }

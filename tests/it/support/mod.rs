@@ -2,6 +2,7 @@
 
 pub mod broker;
 pub mod process;
+pub mod registry;
 #[path = "../../waiting.rs"]
 mod waiting;
 
