@@ -11,6 +11,10 @@ use laneway::delivery::http::{Client, ClientSettings, Guard};
 use laneway::delivery::verdict::Verdict;
 use laneway::model::delivery::{BodyFormat, HttpRequest};
 use laneway::model::outcome::Reason;
+use serde_json::Value;
+
+use crate::support::eventually;
+use crate::support::process::{Flow, number, workspace};
 
 /// A request has so long, answer and all.
 const TIMEOUT: Duration = Duration::from_millis(500);
@@ -32,7 +36,8 @@ fn server(act: impl Fn(&mut TcpStream) -> std::io::Result<()> + Send + Sync + 's
             std::thread::spawn(move || {
                 let mut request = Vec::new();
                 let mut chunk = [0; 4096];
-                while !request.ends_with(BODY.as_bytes()) {
+                // The end of a JSON object: the only one in its request.
+                while !request.ends_with(b"}") {
                     match stream.read(&mut chunk) {
                         Ok(count) if count > 0 => request.extend_from_slice(&chunk[..count]),
                         _ => break,
@@ -209,4 +214,48 @@ async fn no_way_leads_to_addresses_that_are_refused() {
     let strict = send_with(&named, Guard { block_private: true }).await;
     assert!(matches!(strict, Verdict::Abort { reason: Reason::BlockedAddress, .. }), "{strict:?}");
     assert_eq!(asked.lock().expect("no poison").len(), 1, "nothing was sent there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_that_gets_such_answers_is_alone_with_them() {
+    const EVENTS: u64 = 400;
+    let silent = [
+        ("resets", says("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nten")),
+        ("drips", drips("HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", ".")),
+        ("informs", drips("", "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n")),
+        ("speaks-ssh", says("SSH-2.0-OpenSSH_9.2\r\n")),
+    ];
+    let astray = says("HTTP/1.1 307 There\r\nlocation: http://169.254.169.254/latest\r\ncontent-length: 0\r\n\r\n");
+    let mut flow = Flow::embedded();
+    flow.set("LANEWAY_ROUTER__TIMEOUT", "500ms");
+    let good = format!("http://127.0.0.1:{}/", flow.sink);
+    let mut destinations = vec![("dst-1", good.as_str()), ("astray", &astray)];
+    destinations.extend(silent.iter().map(|(id, url)| (*id, url.as_str())));
+    std::fs::write(flow.folder.path().join("workspace.json"), workspace(&destinations)).expect("written");
+    let _running = flow.start_all().await;
+    let report = flow.load(&["--events", &EVENTS.to_string(), "--users", "50"]).report().await;
+    for name in ["lost", "out_of_order", "duplicated_messages"] {
+        assert_eq!(number(&report, name), 0, "{name}: {report}");
+    }
+
+    let ledger = |id: &str| {
+        let listed = flow.command(&["lanes", "list", "--over", "0", "--output", "json"]);
+        let rows: Vec<Value> = serde_json::from_slice(&listed.stdout).expect("JSON");
+        let row = rows.into_iter().find(|row| row["destination"] == id).unwrap_or_default();
+        ["delivered", "aborted", "pending"]
+            .map(|of| row["ledger"][of].as_u64().or(row[of].as_u64()).unwrap_or(u64::MAX))
+    };
+    eventually("what is led astray is given up", Duration::from_secs(60), async || ledger("astray") == [0, EVENTS, 0])
+        .await;
+    eventually("the ledger knows what was delivered", Duration::from_secs(60), async || {
+        ledger("dst-1") == [EVENTS, 0, 0]
+    })
+    .await;
+    for (id, _) in &silent {
+        eventually("all of it waits", Duration::from_secs(60), async || ledger(id) == [0, 0, EVENTS]).await;
+    }
+    let letters = flow.command(&["dead-letters", "list", "--output", "json"]);
+    let told: Value = serde_json::from_slice(&letters.stdout).expect("JSON");
+    let letters = told["letters"].as_array().expect("a list");
+    assert!(!letters.is_empty() && letters.iter().all(|letter| letter["destination"] == "astray"), "{told}");
 }

@@ -15,7 +15,7 @@ use crate::model::record::{Epoch, Offset, Partition};
 use super::admin::KafkaAdmin;
 use super::config::KafkaConfig;
 use super::consume::{self, Command, Limits, Owned, Rebalances};
-use super::hanging;
+use super::hanging::{self, DECIDED};
 use super::known::Known;
 use super::membership::{self, Watched};
 use super::transact::{Order, Receipts, TransactionalProducer, Transactions};
@@ -26,6 +26,14 @@ const BATCHES: usize = 2;
 
 /// A poll without anything to tell ends after so long.
 const IDLE: Duration = Duration::from_millis(200);
+
+/// By then the broker has ended the transaction, whatever comes: its time-out, and the broker's search for those that are over it.
+/// librdkafka's call that sends offsets waits for ever where the group's coordinator has moved and the old one stays away (2.12:
+/// the time-out of its look for coordinators is set and never looked at). The thread in it is left behind, with its client, until
+/// the call comes back; a new session fences it.
+const ANSWER: Duration = DECIDED.saturating_add(Duration::from_secs(5));
+/// The same for the first transaction of a session's life, and what comes before it.
+const START: Duration = Duration::from_secs(60);
 
 /// Leaving the group takes a moment.
 const LEAVE: Duration = Duration::from_secs(5);
@@ -131,7 +139,8 @@ async fn launch<T: Send + 'static>(
             run(what);
         }
     })?;
-    has_started.await.map_err(|_| LogError::transient("the kafka client ended"))?
+    let hangs = |_| LogError::transient("the kafka client does not start");
+    tokio::time::timeout(START, has_started).await.map_err(hangs)?.map_err(|_| LogError::transient("it ended"))?
 }
 
 impl Session for KafkaSession {
@@ -184,7 +193,8 @@ impl Session for KafkaSession {
         let (done, answer) = oneshot::channel();
         let ended = || LogError::broken("the kafka producer has ended");
         self.orders.send((commit, done)).map_err(|_| ended())?;
-        answer.await.map_err(|_| ended())?
+        let hangs = |_| LogError::broken("the kafka client does not come back from a transaction");
+        tokio::time::timeout(ANSWER, answer).await.map_err(hangs)?.map_err(|_| ended())?
     }
 
     async fn close(self) {
