@@ -3,5 +3,6 @@
 
 pub mod events;
 pub mod metrics;
+pub mod seldom;
 pub mod server;
 pub mod tracing;

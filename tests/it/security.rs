@@ -1,8 +1,11 @@
 //! A cluster as companies run it: TLS, passwords, client certificates. And no secret anywhere.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::support::broker::Broker;
+use crate::support::eventually;
 use crate::support::process::{Flow, number};
 
 const SCRAM: &str = "scram-secret-1";
@@ -55,7 +58,7 @@ async fn the_flow_runs_over_tls_and_scram_and_tells_no_secret() {
         let page = reqwest::get(format!("http://127.0.0.1:{}/metrics", process.admin)).await.expect("an answer");
         said += &page.text().await.expect("a page");
         process.terminate();
-        assert!(process.ended(std::time::Duration::from_secs(30)).await.success());
+        assert!(process.ended(Duration::from_secs(30)).await.success());
         said += &process.said();
     }
     for args in [&["config", "show"][..], &["check"], &["topics", "describe"], &["lanes", "--over", "0"]] {
@@ -107,9 +110,13 @@ async fn each_way_in_works_and_a_wrong_key_is_told() {
 async fn one_of_three_nodes_may_die() {
     let broker = Broker::start_secured(3);
     let flow = scrammed(&broker);
-    let described = flow.command(&["topics", "describe", "deliveries", "--output", "json"]);
-    let described: Value = serde_json::from_slice(&described.stdout).expect("JSON");
-    assert_eq!(described[0]["defaults"]["min.insync.replicas"], "2", "{described}");
+    // A new topic is not known to every node at once.
+    eventually("deliveries has the cluster's defaults", Duration::from_secs(30), async || {
+        let told = flow.command(&["topics", "describe", "deliveries", "--output", "json"]);
+        let described: Value = serde_json::from_slice(&told.stdout).unwrap_or_default();
+        described[0]["defaults"]["min.insync.replicas"] == "2"
+    })
+    .await;
     let running = flow.start_all().await;
     let load = flow.load(&["--events", &events("6000"), "--users", "200", "--rate", "600"]);
     running[0].takes(1_000.0).await;

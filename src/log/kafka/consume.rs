@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use crate::clock::Clock;
 use crate::log::{Assignment, Committed, LogError, Polled};
 use crate::model::record::{Epoch, Offset, Partition, Record};
+use crate::telemetry::seldom;
 
 use super::convert;
 use super::hanging::{self, DECIDED};
@@ -208,7 +209,7 @@ impl ClientContext for Rebalances {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        tracing::warn!(%error, reason, "kafka consumer");
+        convert::told("kafka consumer", &error, reason);
     }
 }
 
@@ -307,7 +308,11 @@ fn report(context: &Rebalances, error: KafkaError) -> bool {
         KafkaError::MessageConsumption(Code::AutoOffsetReset | Code::OffsetOutOfRange) => return true,
         KafkaError::MessageConsumptionFatal(_) => context.tell(Err(convert::error(error))),
         other => match convert::error(other) {
-            LogError::Transient(error) => tracing::warn!(%error, "kafka consumer, going on"),
+            LogError::Transient(error) => {
+                if let Some(left_out) = seldom::due("kafka consumer, going on", &error.to_string()) {
+                    tracing::warn!(%error, left_out, "kafka consumer, going on");
+                }
+            }
             serious => context.tell(Err(serious)),
         },
     }

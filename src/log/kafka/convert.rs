@@ -11,6 +11,7 @@ use rdkafka::topic_partition_list::Offset as RawOffset;
 use crate::clock::Timestamp;
 use crate::log::{LogError, Misconfigured};
 use crate::model::record::{Headers, Offset, Partition, Record, header};
+use crate::telemetry::seldom;
 
 pub fn record(message: &BorrowedMessage<'_>) -> Record {
     let mut headers = Headers::new();
@@ -117,12 +118,24 @@ fn is_refusal(code: Code) -> bool {
     )
 }
 
-/// librdkafka's own log lines and errors, in ours.
+/// What a client says of itself beside its answers.
+pub fn told(client: &'static str, error: &KafkaError, reason: &str) {
+    if let Some(left_out) = seldom::due(client, &error.to_string()) {
+        tracing::warn!(%error, reason, left_out, "{client}");
+    }
+}
+
+/// librdkafka's own log lines, in ours.
 pub fn log(level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
     use rdkafka::config::RDKafkaLogLevel as Level;
+    // A line begins with the thread that says it: a broker's, mostly.
+    let thread = message.split(']').next().unwrap_or_default();
+    let Some(left_out) = seldom::due("librdkafka", &format!("{facility} {thread}")) else { return };
     match level {
-        Level::Emerg | Level::Alert | Level::Critical | Level::Error => tracing::error!(facility, "{message}"),
-        Level::Warning => tracing::warn!(facility, "{message}"),
+        Level::Emerg | Level::Alert | Level::Critical | Level::Error => {
+            tracing::error!(facility, left_out, "{message}")
+        }
+        Level::Warning => tracing::warn!(facility, left_out, "{message}"),
         _ => tracing::debug!(facility, "{message}"),
     }
 }

@@ -169,7 +169,7 @@ impl ClientContext for Acknowledgements {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        tracing::warn!(%error, reason, "kafka publisher");
+        convert::told("kafka publisher", &error, reason);
     }
 }
 

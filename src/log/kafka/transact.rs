@@ -72,7 +72,7 @@ impl ClientContext for Receipts {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        tracing::warn!(%error, reason, "kafka transactional producer");
+        convert::told("kafka transactional producer", &error, reason);
     }
 }
 

@@ -19,6 +19,7 @@ use crate::control::Current;
 use crate::log::{LogError, Publisher};
 use crate::model::event::Channel;
 use crate::telemetry::metrics::metrics;
+use crate::telemetry::seldom;
 
 use super::request::{Call, Facts, MAX_BODY, Refusal, admit};
 use super::{Admission, auth, cors};
@@ -135,9 +136,15 @@ async fn take<P: Publisher>(gateway: &Gateway<P>, call: Call, request: Request) 
             Ok(())
         }
         Err(error) => {
-            match error {
-                LogError::Transient(error) => tracing::warn!(%error, "events not stored, the client is told to retry"),
-                other => tracing::error!(error = %other, "events not stored, the client is told to retry"),
+            if let Some(left_out) = seldom::due("events not stored", &error.to_string()) {
+                match error {
+                    LogError::Transient(error) => {
+                        tracing::warn!(%error, left_out, "events not stored, the client is told to retry");
+                    }
+                    other => {
+                        tracing::error!(error = %other, left_out, "events not stored, the client is told to retry")
+                    }
+                }
             }
             Err(Refusal::Unavailable)
         }
