@@ -133,6 +133,15 @@ pub async fn run<B: Backend>(
     let admin_down = Shutdown::new(parts.shutdown.budget);
     let admin_part = serve(listeners.admin, admin, admin_down.clone());
     let admin_task = tokio::spawn(admin_part);
+    let (gateway, waiting) = match listeners.gateway {
+        Some(listener) => {
+            let (waiting, listener) = twice(listener)?;
+            let until = Shutdown::new(parts.shutdown.budget);
+            let served = tokio::spawn(serve(waiting, gateway::unavailable(), until.clone()));
+            (Some(listener), Some((until, served)))
+        }
+        None => (None, None),
+    };
     let Some(placements) = answered(&parts, async || placements(&parts).await).await? else { return Ok(()) };
     let mut router = None;
     if stages.contains(&Stage::Router) {
@@ -141,7 +150,11 @@ pub async fn run<B: Backend>(
             return Ok(());
         }
     }
-    if let Some(listener) = listeners.gateway {
+    if let Some((until, served)) = waiting {
+        until.begin();
+        let _ = served.await;
+    }
+    if let Some(listener) = gateway {
         let mut ready = readiness.part();
         let gateway = Gateway {
             admission: Admission::new(parts.log.publisher()?, placements[&Topic::EVENTS]),
@@ -393,6 +406,13 @@ fn rules(router: crate::config::Router) -> Configured {
 }
 
 /// Serves until shutdown, then lets open requests end within the budget.
+/// The same listener for two that serve it, one after the other.
+fn twice(listener: TcpListener) -> std::io::Result<(TcpListener, TcpListener)> {
+    let listener = listener.into_std()?;
+    let again = listener.try_clone()?;
+    Ok((TcpListener::from_std(again)?, TcpListener::from_std(listener)?))
+}
+
 async fn serve(listener: TcpListener, routes: HttpRouter, shutdown: Shutdown) -> std::io::Result<()> {
     let listener = listener.tap_io(|stream| {
         // Answers are small; waiting to join packets would only delay them.

@@ -12,6 +12,8 @@ use crate::log::registry::Registry;
 #[cfg(feature = "kafka")]
 use crate::log::registry::{Registered, RegistryConfig};
 use crate::log::topic::Topics;
+#[cfg(feature = "kafka")]
+use crate::model::codec::KnownSchema;
 
 /// One of the logs. What is generic over a backend is called through [`with_log`](crate::with_log).
 pub enum AnyLog {
@@ -50,6 +52,10 @@ fn kafka(config: &Config) -> anyhow::Result<Registered<Kafka>> {
             token: registry.token.clone(),
             ca_file: registry.ca_file.clone(),
             topic_prefix: config.log.topic_prefix.clone(),
+            schemas: topics(config)?
+                .iter()
+                .filter_map(|spec| Some((spec.topic(), KnownSchema::named(&spec.value)?)))
+                .collect(),
         },
     )?)
 }

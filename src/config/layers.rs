@@ -122,7 +122,8 @@ impl Layers {
     pub fn settings(&self) -> Vec<Setting> {
         let setting = |(key, value): (String, Value)| {
             let names_one = value.as_str().is_some_and(|text| text.starts_with("file:") || is_all_variable(text));
-            let value = if is_secret(&key) && !names_one { Value::String(HIDDEN.to_owned()) } else { value };
+            let is_secret = is_secret(&key) || value.as_str().is_some_and(holds_credentials);
+            let value = if is_secret && !names_one { Value::String(HIDDEN.to_owned()) } else { value };
             Setting { place: self.places.get(&key).cloned(), key, value }
         };
         leaves(&self.table, "").into_iter().map(setting).collect()
@@ -192,7 +193,13 @@ fn is_all_variable(text: &str) -> bool {
 /// By its name: librdkafka has many, and new ones.
 fn is_secret(key: &str) -> bool {
     const WORDS: [&str; 7] = ["password", "secret", "token", "jaas", "pem", "assertion", "sasl.oauthbearer.config"];
-    key.starts_with(PROPERTIES) && WORDS.iter().any(|word| key.contains(word))
+    let is_of_somebody = key.starts_with(PROPERTIES) || key.starts_with("log.schema_registry.");
+    is_of_somebody && WORDS.iter().any(|word| key.contains(word))
+}
+
+/// An address with a user and a password in it.
+fn holds_credentials(text: &str) -> bool {
+    text.split("://").skip(1).any(|rest| rest.split('/').next().is_some_and(|authority| authority.contains('@')))
 }
 
 /// Without the line itself, which may hold a secret.
@@ -296,6 +303,9 @@ mod tests {
                 ("log.kafka.properties.ssl.key.password", &from_file),
                 ("log.kafka.properties.sasl.oauthbearer.client.secret", "hunter4"),
                 ("log.kafka.properties.sasl.username", "team-${TEAM}$${x}"),
+                ("log.schema_registry.password", "hunter5"),
+                ("log.schema_registry.token", "hunter6"),
+                ("log.schema_registry.url", "http://a:1,https://me:hunter7@b:1/x"),
             ],
             &[("KAFKA_PASSWORD", "hunter3"), ("TEAM", "blue")],
         );

@@ -42,7 +42,7 @@ pub enum LogError {
     #[error("the log did not take it, to be tried again: {0}")]
     Transient(BoxError),
     /// The session cannot go on, though nobody else has what it owned: drop it, build a new one and restore.
-    #[error("the session has to be built anew: {0}")]
+    #[error("the log's client cannot go on, only a new one: {0}")]
     Broken(BoxError),
     /// Another session of this instance has taken over. The same is to be done, unless it goes on and on: then two processes
     /// have one instance id.

@@ -94,11 +94,11 @@ pub fn publisher_replaced(error: &dyn std::fmt::Display) {
     metrics().publishers.with_label_values::<&str>(&[]).inc();
 }
 
-/// Offsets of a transaction that nobody decides any more; those before it are used.
 pub fn schema_lookup(what: &str, outcome: &str) {
     metrics().schema_lookups.with_label_values(&[what, outcome]).inc();
 }
 
+/// Offsets of a transaction that nobody decides any more; those before it are used.
 pub fn hanging_transaction(topic: &str) {
     error!(topic, "a former owner's transaction is neither committed nor aborted; its offsets are passed over");
     metrics().hanging.with_label_values(&[topic]).inc();

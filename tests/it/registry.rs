@@ -142,6 +142,8 @@ async fn a_registry_that_is_away_costs_time_and_nothing_else() {
         all.iter().all(|process| process.said().contains(&format!("schema registry {}", registry.url())))
     })
     .await;
+    let answer = reqwest::Client::new().post(flow.url() + "/v1/track").body("{}").send().await.expect("an answer");
+    assert_eq!((answer.status().as_u16(), answer.headers().contains_key("retry-after")), (503, true));
     registry.come();
     for process in &mut all {
         process.ready().await;

@@ -115,6 +115,8 @@ fn is_refusal(code: Code) -> bool {
             | Code::Authentication
             | Code::InvalidGroupId
             | Code::MessageSizeTooLarge
+            | Code::InvalidTransactionTimeout
+            | Code::UnsupportedFeature
     )
 }
 

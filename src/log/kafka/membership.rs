@@ -7,7 +7,7 @@
 //! a row, although the client has been polled in between, ends the session: a new one joins with a new client.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +25,10 @@ use super::consume::Owned;
 const LOOK: Duration = Duration::from_secs(10);
 /// Polls between two looks that show that the client had the chance to tell.
 const POLLS: usize = 2;
+
+/// Some member of this process has been found under its name. Not every broker has to name members as Kafka does: where none was
+/// ever found, none is missed.
+static MET: AtomicBool = AtomicBool::new(false);
 
 /// What is looked after.
 pub struct Watched {
@@ -84,7 +88,12 @@ pub fn watch(watched: Watched) -> Background {
             // A coordinator that does not answer says nothing about the client.
             let described = watched.admin.describe(&watched.group).await;
             let owned = || watched.owned.lock().unwrap_or_else(PoisonError::into_inner);
-            let now = described.ok().and_then(|it| judge(&it, &watched.instance, &watched.topic, &owned()));
+            let Ok(described) = described else { continue };
+            if described.members.iter().any(|(id, _)| is_of(id, &watched.instance)) {
+                MET.store(true, Ordering::Relaxed);
+            }
+            let is_met = MET.load(Ordering::Relaxed);
+            let now = judge(&described, &watched.instance, &watched.topic, &owned()).filter(|_| is_met);
             let polled = watched.polls.load(Ordering::Relaxed);
             if now.is_some() && now == before && polled >= polls + POLLS {
                 let Some(rift) = now else { continue };

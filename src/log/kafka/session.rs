@@ -27,8 +27,8 @@ const BATCHES: usize = 2;
 /// A poll without anything to tell ends after so long.
 const IDLE: Duration = Duration::from_millis(200);
 
-/// By then the broker has ended the transaction, whatever comes: its time-out, and the broker's search for those that are over it.
-/// librdkafka's call that sends offsets waits for ever where the group's coordinator has moved and the old one stays away (2.12:
+/// So long a commit may take. The broker has ended its transaction by then, if it has begun: its time-out, and the broker's search
+/// for those that are over it. librdkafka's call that sends offsets waits for ever where the group's coordinator has moved and the old one stays away (2.12:
 /// the time-out of its look for coordinators is set and never looked at). The thread in it is left behind, with its client, until
 /// the call comes back; a new session fences it.
 const ANSWER: Duration = DECIDED.saturating_add(Duration::from_secs(5));
@@ -140,7 +140,10 @@ async fn launch<T: Send + 'static>(
         }
     })?;
     let hangs = |_| LogError::transient("the kafka client does not start");
-    tokio::time::timeout(START, has_started).await.map_err(hangs)?.map_err(|_| LogError::transient("it ended"))?
+    tokio::time::timeout(START, has_started)
+        .await
+        .map_err(hangs)?
+        .map_err(|_| LogError::transient("the kafka client ended"))?
 }
 
 impl Session for KafkaSession {

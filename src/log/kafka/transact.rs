@@ -171,6 +171,10 @@ impl Transactions {
     /// The thread's loop. Ends when the session is dropped.
     pub fn run(mut self, orders: &Receiver<Order>) {
         while let Ok((commit, done)) = orders.recv() {
+            // Who has given up waiting has told that nothing is known of it: it must not begin now.
+            if done.is_closed() {
+                return;
+            }
             let result = self.transact(&commit);
             // A session that has stopped waiting is being dropped.
             let _ = done.send(result);
@@ -285,6 +289,8 @@ impl Transactions {
                 element.set_metadata(committed.metadata.as_str());
             }
         }
+        // Before the lock: were this the last one to let go of it, it would end here, and answer a rebalance under the lock.
+        let consumer = self.consumer.upgrade().ok_or_else(|| LogError::broken("the kafka consumer has ended"))?;
         let metadata = {
             // A member that lost a partition and has joined again would be believed for it: the metadata is taken while what
             // is ours cannot change.
@@ -293,7 +299,6 @@ impl Transactions {
             if let Some((partition, _)) = gone {
                 return Err(LogError::transient(format!("partition {partition} has been taken away")));
             }
-            let consumer = self.consumer.upgrade().ok_or_else(|| LogError::broken("the kafka consumer has ended"))?;
             consumer.group_metadata()
         };
         let metadata = metadata.ok_or_else(|| LogError::transient("not a member of the group yet"))?;

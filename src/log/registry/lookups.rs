@@ -11,8 +11,12 @@ use tokio::time::Instant;
 
 use crate::clock::Clock;
 
-/// After a failure, and after "there is no such thing", nobody asks again for so long.
+/// After a failure nobody asks again for so long.
 const AGAIN: Duration = Duration::from_secs(2);
+/// After "there is no such thing": for so long. It may come.
+const ABSENT: Duration = Duration::from_secs(60);
+/// Answers that are kept. There are few schemas; this bounds what garbage can make one ask.
+const KEPT: usize = 10_000;
 
 /// Why there is no answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,19 +28,31 @@ pub struct Failure {
 
 enum Answer<V> {
     Asked,
-    Known(V),
-    /// There is none, or there was none at that time.
+    /// Since when; for ever, if it is one that lasts.
+    Known(Instant, V),
     Failed(Instant, Failure),
 }
 
 pub struct Lookups<K, V> {
     answers: Mutex<HashMap<K, Answer<V>>>,
     changed: Notify,
+    lasts: fn(&V) -> bool,
 }
 
 impl<K: Clone + Eq + Hash + Send + 'static, V: Clone + Send + 'static> Lookups<K, V> {
-    pub fn new() -> Arc<Self> {
-        Arc::new(Self { answers: Mutex::default(), changed: Notify::new() })
+    /// An answer that does not last is asked for again after a while.
+    pub fn new(lasts: fn(&V) -> bool) -> Arc<Self> {
+        Arc::new(Self { answers: Mutex::default(), changed: Notify::new(), lasts })
+    }
+
+    fn put(&self, key: K, answer: Answer<V>) {
+        self.answers().insert(key, answer);
+        self.changed.notify_waiters();
+    }
+
+    #[cfg(test)]
+    pub fn tell(&self, key: K, value: V) {
+        self.put(key, Answer::Known(Clock::system().instant(), value));
     }
 
     fn answers(&self) -> MutexGuard<'_, HashMap<K, Answer<V>>> {
@@ -51,27 +67,30 @@ impl<K: Clone + Eq + Hash + Send + 'static, V: Clone + Send + 'static> Lookups<K
     {
         let mut answers = self.answers();
         match answers.get(key) {
-            Some(Answer::Known(value)) => return Ok(Some(value.clone())),
+            Some(Answer::Known(at, value)) if (self.lasts)(value) || at.elapsed() < ABSENT => {
+                return Ok(Some(value.clone()));
+            }
             Some(Answer::Asked) => return Ok(None),
             Some(Answer::Failed(at, failure)) if at.elapsed() < AGAIN => return Err(failure.clone()),
-            Some(Answer::Failed(..)) | None => {}
+            Some(Answer::Known(..) | Answer::Failed(..)) | None => {}
+        }
+        if answers.len() >= KEPT {
+            answers.retain(|_, answer| matches!(answer, Answer::Asked));
         }
         answers.insert(key.clone(), Answer::Asked);
         let (lookups, asked, key) = (Arc::clone(self), ask(key.clone()), key.clone());
         tokio::spawn(async move {
-            let answer = match asked.await {
-                Ok(value) => Answer::Known(value),
-                Err(failure) => Answer::Failed(Clock::system().instant(), failure),
+            // In a task of its own: whoever waits must not wait for one that has crashed.
+            let asked = tokio::spawn(asked).await;
+            let crashed = |error: tokio::task::JoinError| Failure { is_permanent: false, text: error.to_string() };
+            let now = Clock::system().instant();
+            let answer = match asked.map_err(crashed).flatten() {
+                Ok(value) => Answer::Known(now, value),
+                Err(failure) => Answer::Failed(now, failure),
             };
-            lookups.answers().insert(key, answer);
-            lookups.changed.notify_waiters();
+            lookups.put(key, answer);
         });
         Ok(None)
-    }
-
-    /// Waits until there is some new answer, at most so long.
-    pub async fn changed(&self, at_most: Duration) {
-        let _ = tokio::time::timeout(at_most, self.changed.notified()).await;
     }
 
     /// The same, when the answer is there.
@@ -104,7 +123,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn many_ask_at_once_and_one_question_goes_out() {
-        let (lookups, asked) = (Lookups::<u32, u32>::new(), Arc::new(AtomicUsize::new(0)));
+        let (lookups, asked) = (Lookups::<u32, u32>::new(|_| true), Arc::new(AtomicUsize::new(0)));
         let ask = |key: u32| {
             let asked = Arc::clone(&asked);
             async move {
@@ -120,7 +139,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_failure_is_told_for_a_while_and_then_asked_about_again() {
-        let lookups = Lookups::<u32, u32>::new();
+        let lookups = Lookups::<u32, u32>::new(|_| true);
         assert_eq!(lookups.get(&1, |_| async { Err(failure("away")) }).await, Err(failure("away")));
         assert_eq!(lookups.get(&1, |_| async { Ok(5) }).await, Err(failure("away")), "not asked yet");
         Clock::system().sleep(AGAIN).await;
@@ -129,12 +148,25 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_stops_waiting_does_not_stop_the_question() {
-        let lookups = Lookups::<u32, u32>::new();
+        let lookups = Lookups::<u32, u32>::new(|_| true);
         let slow = |_| async {
             Clock::system().sleep(Duration::from_secs(1)).await;
             Ok(5)
         };
         assert!(tokio::time::timeout(Duration::from_millis(1), lookups.get(&1, slow)).await.is_err());
         assert_eq!(lookups.get(&1, |_| async { Err(failure("asked twice")) }).await, Ok(5));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_not_there_is_asked_for_again_and_a_crash_is_a_failure() {
+        let lookups = Lookups::<u32, Option<u32>>::new(Option::is_some);
+        assert_eq!(lookups.get(&1, |_| async { Ok(None) }).await, Ok(None));
+        assert_eq!(lookups.get(&1, |_| async { Ok(Some(5)) }).await, Ok(None));
+        Clock::system().sleep(ABSENT).await;
+        assert_eq!(lookups.get(&1, |_| async { Ok(Some(5)) }).await, Ok(Some(5)));
+        Clock::system().sleep(ABSENT).await;
+        assert_eq!(lookups.get(&1, |_| async { Ok(None) }).await, Ok(Some(5)));
+        let crash = |_| async { Ok(Some([1_u32].into_iter().find(|it| *it == 2).expect("planted"))) };
+        assert!(lookups.get(&2, crash).await.is_err());
     }
 }

@@ -13,6 +13,7 @@ mod lookups;
 mod registered;
 mod wire;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use schema_registry_converter::async_impl::schema_registry::{
     self as api, SrSettings, get_schema_by_id, is_compatible_schema, post_schema,
 };
 use schema_registry_converter::error::SRCError;
-use schema_registry_converter::schema_registry_common::{RegisteredSchema, SchemaType, SuppliedSchema};
+use schema_registry_converter::schema_registry_common::{RawError, RegisteredSchema, SchemaType, SuppliedSchema};
 
 use crate::clock::Clock;
 use crate::log::{LogError, Misconfigured};
@@ -37,6 +38,8 @@ pub use registered::Registered;
 const CALL: Duration = Duration::from_secs(5);
 /// "No such id" is believed when it was said so often, so far apart: nodes of a registry learn of a new schema one after the other.
 const ABSENT: usize = 3;
+/// The registry's code for it.
+const NO_SCHEMA: u32 = 40403;
 const ABSENT_WAIT: Duration = Duration::from_secs(1);
 
 /// Where a schema registry is and how to get in.
@@ -53,6 +56,8 @@ pub struct RegistryConfig {
     pub ca_file: PathBuf,
     /// Stands before every topic in the log, so in subjects too.
     pub topic_prefix: String,
+    /// What values of each topic are.
+    pub schemas: BTreeMap<Topic, &'static KnownSchema>,
 }
 
 /// A schema registry with what it has answered. Clones share it.
@@ -63,6 +68,7 @@ struct Inner {
     settings: SrSettings,
     urls: String,
     prefix: String,
+    schemas: BTreeMap<Topic, &'static KnownSchema>,
     /// What a value with this id begins with in single-object encoding; none where there is no such Avro schema.
     readable: Arc<Lookups<u32, Option<Fingerprint>>>,
     /// The id of a schema of ours under a topic's subject.
@@ -106,9 +112,19 @@ impl Registry {
             settings,
             urls: config.urls.join(", "),
             prefix: config.topic_prefix.clone(),
-            readable: Lookups::new(),
-            registered: Lookups::new(),
+            readable: Lookups::new(Option::is_some),
+            registered: Lookups::new(|_| true),
+            schemas: config.schemas.clone(),
         })))
+    }
+
+    fn schema(&self, topic: &Topic) -> Option<&'static KnownSchema> {
+        self.0.schemas.get(topic).copied()
+    }
+
+    #[cfg(test)]
+    fn tell(&self, id: u32, found: Option<Fingerprint>) {
+        self.0.readable.tell(id, found);
     }
 
     fn subject(&self, topic: &Topic) -> String {
@@ -116,8 +132,8 @@ impl Registry {
     }
 
     fn failure(&self, error: &SRCError) -> Failure {
-        let is_permanent =
-            matches!(status(error), Some(code) if (400..500).contains(&code) && code != 408 && code != 429);
+        // 404 is a wrong path, or a proxy that looks for the registry itself.
+        let is_permanent = matches!(status(error), Some(400 | 401 | 403 | 409 | 422));
         Failure { is_permanent, text: format!("schema registry {}: {}", self.0.urls, explain(error)) }
     }
 
@@ -151,7 +167,7 @@ impl Registry {
                     tracing::warn!(id, kind = ?other.schema_type, "a schema of the registry is not Avro");
                     return Ok(None);
                 }
-                Err(error) if status(&error) == Some(404) => {
+                Err(error) if is_absent(&error) => {
                     absent += 1;
                     if absent == ABSENT {
                         tracing::warn!(id, "the schema registry has no such schema");
@@ -248,6 +264,13 @@ fn outcome<T>(answer: &Result<T, Failure>) -> &'static str {
 /// The status of an answer that was no success; the library has it in its text only.
 fn status(error: &SRCError) -> Option<u16> {
     error.error.rsplit_once("status ")?.1.split(' ').next()?.parse().ok()
+}
+
+/// The registry itself says that it has no such schema; another 404 is a proxy's, or a wrong path's. Or it says that the id is
+/// none.
+fn is_absent(error: &SRCError) -> bool {
+    let raw = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<RawError>());
+    raw.is_some_and(|raw| raw.error_code == NO_SCHEMA) || status(error) == Some(422)
 }
 
 /// What went wrong, down to its first cause.

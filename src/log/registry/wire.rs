@@ -12,7 +12,8 @@ const CONFLUENT: &str = "application/vnd.confluent.avro";
 /// The schema id of a value in the wire format; none where it is something else.
 pub fn id_of(value: &[u8]) -> Option<u32> {
     let id = value.strip_prefix(&[0])?.first_chunk()?;
-    Some(u32::from_be_bytes(*id))
+    // Ids are Java's positive integers.
+    u32::try_from(i32::from_be_bytes(*id)).ok()
 }
 
 /// The same value in single-object encoding.
@@ -57,7 +58,9 @@ mod tests {
 
     #[test]
     fn what_is_no_wire_format_has_no_id() {
-        for value in [&b""[..], b"\0", b"\0\0\0\0", b"\x01\0\0\0\x01x", &codec::header(*b"12345678")] {
+        for value in
+            [&b""[..], b"\0", b"\0\xff\xff\xff\xffx", b"\0\0\0\0", b"\x01\0\0\0\x01x", &codec::header(*b"12345678")]
+        {
             assert_eq!(id_of(value), None, "{value:?}");
         }
     }

@@ -112,6 +112,11 @@ fn foreign_values_that_are_cut_off_are_refused() {
 
 #[test]
 fn a_text_that_is_no_schema_is_not_learned() {
+    let itself = r#"{"type":"record","name":"a","fields":[{"name":"b","type":["null","a"]}]}"#;
+    let long =
+        r#"{"type":"record","name":"a","fields":[{"name":"b","type":{"type":"fixed","name":"f","size":99999999}}]}"#;
+    assert_eq!(learn(itself), Err("a contains itself".into()));
+    assert_eq!(learn(long), Err("f has 99999999 bytes".into()));
     for text in ["", "{", "\"nothing\"", "{\"type\": \"record\", \"name\": \"x\"}"] {
         assert!(learn(text).is_err(), "{text}");
     }

@@ -60,8 +60,8 @@ fn fingerprint(schema: &Schema) -> Result<Fingerprint, apache_avro::Error> {
 /// Schemas of others, by what their values begin with. Of the whole process: a fingerprint means the same everywhere.
 static LEARNED: LazyLock<RwLock<HashMap<Fingerprint, Arc<Schema>>>> = LazyLock::new(RwLock::default);
 
-/// What a foreign value may make a reader allocate.
-const FOREIGN_LENGTH: usize = 64 << 20;
+/// What a foreign value may hold: bytes of a text, items of a list. Above the largest record.
+const FOREIGN_LENGTH: usize = 8 << 20;
 
 /// Makes values of another schema readable, and tells what they begin with.
 ///
@@ -69,12 +69,42 @@ const FOREIGN_LENGTH: usize = 64 << 20;
 /// What is wrong with the schema's text.
 pub fn learn(text: &str) -> Result<Fingerprint, String> {
     let schema = Schema::parse_str(text).map_err(|error| error.to_string())?;
+    bounded(&schema, &mut Vec::new())?;
     let fingerprint = fingerprint(&schema).map_err(|error| error.to_string())?;
     if KnownSchema::all().iter().all(|known| known.fingerprint != fingerprint) {
         apache_avro::util::max_allocation_bytes(FOREIGN_LENGTH);
         LEARNED.write().unwrap_or_else(PoisonError::into_inner).insert(fingerprint, Arc::new(schema));
     }
     Ok(fingerprint)
+}
+
+/// The same value in our own schema, where its writer's has been learned and resolves to it; otherwise as it is, so that
+/// [`decode`] says why it does not.
+pub fn current(value: bytes::Bytes, schema: &KnownSchema) -> bytes::Bytes {
+    match fingerprint_of(&value) {
+        Some(found) if found != schema.fingerprint => resolved(schema, found, &value).unwrap_or(value),
+        _ => value,
+    }
+}
+
+/// Refuses schemas whose values cannot be read in bounded space: those that contain themselves, and long fixed bytes.
+fn bounded<'a>(schema: &'a Schema, inside: &mut Vec<&'a apache_avro::schema::Name>) -> Result<(), String> {
+    match schema {
+        Schema::Record(record) => {
+            inside.push(&record.name);
+            for field in &record.fields {
+                bounded(&field.schema, inside)?;
+            }
+            inside.pop();
+            Ok(())
+        }
+        Schema::Ref { name } if inside.contains(&name) => Err(format!("{name} contains itself")),
+        Schema::Fixed(fixed) if fixed.size > FOREIGN_LENGTH => Err(format!("{} has {} bytes", fixed.name, fixed.size)),
+        Schema::Array(of) => bounded(&of.items, inside),
+        Schema::Map(of) => bounded(&of.types, inside),
+        Schema::Union(of) => of.variants().iter().try_for_each(|it| bounded(it, inside)),
+        _ => Ok(()),
+    }
 }
 
 /// The header of single-object encoding: what [`encode`] puts before a value.

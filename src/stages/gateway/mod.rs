@@ -12,4 +12,4 @@ pub mod request;
 mod routes;
 
 pub use publish::Admission;
-pub use routes::{Gateway, GatewaySettings, routes};
+pub use routes::{Gateway, GatewaySettings, routes, unavailable};

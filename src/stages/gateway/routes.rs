@@ -44,6 +44,11 @@ pub struct Gateway<P> {
     pub settings: GatewaySettings,
 }
 
+/// What is answered while the log cannot be had yet: whoever connects is told to come back, instead of waiting.
+pub fn unavailable() -> Router {
+    Router::new().fallback(|| async { refuse(Refusal::Unavailable) }).layer(middleware::from_fn(cors::layer))
+}
+
 pub fn routes<P: Publisher>(gateway: Gateway<P>) -> Router {
     let typed = |kind: &'static str| {
         post(move |State(gateway): State<Arc<Gateway<P>>>, request: Request| async move {
