@@ -132,7 +132,8 @@ impl<S: Session> RegisteredSession<S> {
     /// What was held and can be named by now; a partition of which nothing is held any more goes on.
     fn released(&mut self) -> Result<Vec<Record>, LogError> {
         let mut out = Vec::new();
-        for held in self.held.values_mut() {
+        // A paused partition is silent.
+        for (_, held) in self.held.iter_mut().filter(|(partition, _)| !self.paused.contains(partition)) {
             // A failure has been told by whoever asked the registry.
             let _ = self.names.release(held, &mut out);
         }
@@ -361,9 +362,10 @@ mod tests {
         assert_eq!(offsets(&mut session).await, []);
         session.pause(&P[..1]).expect("paused");
         registry.tell(7, None);
-        assert_eq!(offsets(&mut session).await, [(0, 1)], "an id that nobody knows is handed on as it is");
-        assert_eq!(session.inner.switched.last(), Some(&(false, vec![P[0]])));
+        assert_eq!(offsets(&mut session).await, []);
         session.resume(&P[..1]).expect("resumed");
+        assert_eq!(session.inner.switched.last(), Some(&(false, vec![P[0]])), "something is held yet");
+        assert_eq!(offsets(&mut session).await, [(0, 1)], "an id that nobody knows is handed on as it is");
         assert_eq!(session.inner.switched.last(), Some(&(true, vec![P[0]])));
     }
 
