@@ -19,7 +19,7 @@ mod plan;
 mod run;
 mod world;
 
-use std::io;
+use std::io::{self, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -169,19 +169,26 @@ impl What {
             command.args(["--planted", &format!("{mistake:?}")]);
         }
         let (mut child, since) = (command.spawn()?, Instant::now());
-        // What it prints fits into the pipe.
-        while child.try_wait()?.is_none() {
-            if since.elapsed() > SPINNING {
-                child.kill()?;
-            }
-            thread::sleep(Duration::from_millis(1));
+        let mut stdout = child.stdout.take().expect("a pipe");
+        let (whole, is_whole) = std::sync::mpsc::channel();
+        // Its output ends when it does.
+        let reading = thread::spawn(move || {
+            let mut printed = Vec::new();
+            let read = stdout.read_to_end(&mut printed).map(|_| printed);
+            // Whoever waits may have given up and waits for this thread now.
+            let _ = whole.send(());
+            read
+        });
+        if is_whole.recv_timeout(SPINNING).is_err() {
+            child.kill()?;
         }
-        let output = child.wait_with_output()?;
-        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        let printed = reading.join().expect("it does not panic")?;
+        let status = child.wait()?;
+        let printed = String::from_utf8_lossy(&printed).into_owned();
         let mut violations: Vec<String> = printed.lines().map(str::to_owned).collect();
         let digest = violations.pop_if(|line| line.starts_with("digest ")).unwrap_or_default();
-        if !output.status.success() && violations.is_empty() {
-            violations.push(format!("it ended with {} after {:?}", output.status, since.elapsed()));
+        if !status.success() && violations.is_empty() {
+            violations.push(format!("it ended with {status} after {:?}", since.elapsed()));
         }
         Ok(Came { violations, digest })
     }

@@ -130,14 +130,15 @@ pub fn told(client: &'static str, error: &KafkaError, reason: &str) {
 /// librdkafka's own log lines, in ours.
 pub fn log(level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
     use rdkafka::config::RDKafkaLogLevel as Level;
+    let is_error = matches!(level, Level::Emerg | Level::Alert | Level::Critical | Level::Error);
+    if !is_error && !matches!(level, Level::Warning) {
+        return tracing::debug!(facility, "{message}");
+    }
     // A line begins with the thread that says it: a broker's, mostly.
     let thread = message.split(']').next().unwrap_or_default();
-    let Some(left_out) = seldom::due("librdkafka", &format!("{facility} {thread}")) else { return };
-    match level {
-        Level::Emerg | Level::Alert | Level::Critical | Level::Error => {
-            tracing::error!(facility, left_out, "{message}")
-        }
-        Level::Warning => tracing::warn!(facility, left_out, "{message}"),
-        _ => tracing::debug!(facility, "{message}"),
+    match seldom::due("librdkafka", &format!("{facility} {thread}")) {
+        Some(left_out) if is_error => tracing::error!(facility, left_out, "{message}"),
+        Some(left_out) => tracing::warn!(facility, left_out, "{message}"),
+        None => {}
     }
 }

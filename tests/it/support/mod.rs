@@ -8,7 +8,7 @@ mod waiting;
 
 use std::time::Duration;
 
-pub use waiting::eventually;
+pub use waiting::{eventually, holds_within};
 
 /// Where the test Kafka listens; `deploy/services up kafka` starts it.
 pub fn kafka_address() -> String {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{kafka_address, unique};
+use super::{holds_within, kafka_address, unique};
 
 /// A loopback port that is free now, with the next one. Below the range that outgoing connections take theirs from, so that it
 /// is still free when a process that was killed starts again.
@@ -47,30 +47,29 @@ impl Process {
     }
 
     pub async fn ready(&mut self) {
-        let (url, until) =
-            (format!("http://127.0.0.1:{}/readyz", self.admin), Instant::now() + Duration::from_secs(120));
-        loop {
-            if let Ok(answer) = reqwest::get(&url).await
-                && answer.status() == 200
-            {
+        let url = format!("http://127.0.0.1:{}/readyz", self.admin);
+        let until = Instant::now() + Duration::from_secs(120);
+        let mut ended = None;
+        while Instant::now() < until && ended.is_none() {
+            let ready = async || reqwest::get(&url).await.is_ok_and(|answer| answer.status() == 200);
+            // Looked at in between: a process that has ended never becomes ready.
+            if holds_within(Duration::from_millis(200), ready).await {
                 return;
             }
-            if let Some(ended) = self.child.try_wait().expect("a child") {
-                panic!("ended with {ended} before it was ready:\n{}", self.said());
-            }
-            assert!(Instant::now() < until, "not ready:\n{}", self.said());
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            ended = self.child.try_wait().expect("a child");
+        }
+        match ended {
+            Some(ended) => panic!("ended with {ended} before it was ready:\n{}", self.said()),
+            None => panic!("not ready:\n{}", self.said()),
         }
     }
 
     /// Waits until this gateway has taken so many more events: the load is under way.
     pub async fn takes(&self, events: f64) {
         let taken = async || self.metric("laneway_gateway_events_total").await.unwrap_or(0.0);
-        let (goal, until) = (taken().await + events, Instant::now() + Duration::from_secs(60));
-        while taken().await < goal {
-            assert!(Instant::now() < until, "the gateway takes nothing:\n{}", self.said());
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        let goal = taken().await + events;
+        let is_taken = holds_within(Duration::from_secs(60), async || taken().await >= goal).await;
+        assert!(is_taken, "the gateway takes nothing:\n{}", self.said());
     }
 
     pub fn has_ended(&mut self) -> bool {
@@ -116,14 +115,13 @@ impl Process {
     }
 
     pub async fn ended(&mut self, deadline: Duration) -> ExitStatus {
-        let until = Instant::now() + deadline;
-        loop {
-            if let Some(status) = self.child.try_wait().expect("a child") {
-                return status;
-            }
-            assert!(Instant::now() < until, "still running after {deadline:?}:\n{}", self.said());
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        let mut status = None;
+        let mut look = || {
+            status = self.child.try_wait().expect("a child");
+            std::future::ready(status.is_some())
+        };
+        holds_within(deadline, &mut look).await;
+        status.unwrap_or_else(|| panic!("still running after {deadline:?}:\n{}", self.said()))
     }
 }
 
