@@ -88,7 +88,10 @@ pub fn watch(watched: Watched) -> Background {
             // A coordinator that does not answer says nothing about the client.
             let described = watched.admin.describe(&watched.group).await;
             let owned = || watched.owned.lock().unwrap_or_else(PoisonError::into_inner);
-            let Ok(described) = described else { continue };
+            let Ok(described) = described else {
+                before = None;
+                continue;
+            };
             if described.members.iter().any(|(id, _)| is_of(id, &watched.instance)) {
                 MET.store(true, Ordering::Relaxed);
             }
