@@ -1,10 +1,11 @@
 //! The configuration: defaults from the commented file `deploy/laneway.toml`, which is compiled in; then a file, then the
 //! environment, then flags. Unknown keys are errors that name the nearest one.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
 
 mod layers;
@@ -24,6 +25,7 @@ pub struct Config {
     pub gateway: Gateway,
     pub admin: Admin,
     pub runtime: Runtime,
+    pub processor: Processor,
     pub router: Router,
 }
 
@@ -62,12 +64,9 @@ pub struct SchemaRegistry {
 impl std::fmt::Debug for SchemaRegistry {
     /// Without what lets somebody in.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { url, username, ca_file, .. } = self;
-        f.debug_struct("SchemaRegistry")
-            .field("url", url)
-            .field("username", username)
-            .field("ca_file", ca_file)
-            .finish()
+        // The URL too may hold it.
+        let Self { username, ca_file, .. } = self;
+        f.debug_struct("SchemaRegistry").field("username", username).field("ca_file", ca_file).finish_non_exhaustive()
     }
 }
 
@@ -106,7 +105,66 @@ pub struct Control {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Gateway {
     pub listen: SocketAddr,
-    pub trust_forwarded_for: bool,
+    #[serde(deserialize_with = "networks")]
+    pub trusted_proxies: Vec<IpNet>,
+    pub cors_origins: String,
+    pub max_requests: usize,
+    #[serde(deserialize_with = "size")]
+    pub body_memory: usize,
+    #[serde(deserialize_with = "duration")]
+    pub body_timeout: Duration,
+    #[serde(deserialize_with = "duration")]
+    pub idle_timeout: Duration,
+    pub internal: Internal,
+    pub limits: EventLimits,
+}
+
+#[derive(Clone, Deserialize)]
+#[serde(try_from = "RawInternal")]
+pub struct Internal {
+    pub listen: Option<SocketAddr>,
+    pub token: String,
+}
+
+#[derive(Deserialize)]
+struct RawInternal {
+    listen: String,
+    token: String,
+}
+
+impl TryFrom<RawInternal> for Internal {
+    type Error = String;
+
+    fn try_from(raw: RawInternal) -> Result<Self, String> {
+        let listen =
+            match raw.listen.as_str() {
+                "" => None,
+                _ if raw.token.is_empty() => {
+                    return Err("gateway.internal.listen needs a gateway.internal.token".to_owned());
+                }
+                text => Some(text.parse().map_err(|_| {
+                    format!("gateway.internal.listen: {text:?} is not an address such as 127.0.0.1:8082")
+                })?),
+            };
+        Ok(Self { listen, token: raw.token })
+    }
+}
+
+impl std::fmt::Debug for Internal {
+    /// Without the token.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Internal").field("listen", &self.listen).finish_non_exhaustive()
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct EventLimits {
+    #[serde(deserialize_with = "duration")]
+    pub window: Duration,
+    pub source: u32,
+    pub workspace: u32,
+    /// By source or workspace id.
+    pub own: std::collections::BTreeMap<String, u32>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -130,6 +188,14 @@ pub struct Runtime {
     pub process_memory: usize,
     #[serde(deserialize_with = "size")]
     pub partition_memory: usize,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Processor {
+    #[serde(deserialize_with = "duration")]
+    pub dedup_window: Duration,
+    #[serde(deserialize_with = "size")]
+    pub dedup_memory: usize,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -166,6 +232,16 @@ pub struct DestinationRules {
     #[serde(default, deserialize_with = "some_duration")]
     pub retry_window: Option<Duration>,
     pub retry_min_attempts: Option<u32>,
+}
+
+/// Networks or addresses, separated by commas.
+fn networks<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<IpNet>, D::Error> {
+    let parse = |text: &str| {
+        let address = text.parse::<IpAddr>().map(IpNet::from);
+        let wrong = |_| serde::de::Error::custom(format!("{text:?} is not a network such as 10.0.0.0/8"));
+        text.parse::<IpNet>().or(address).map_err(wrong)
+    };
+    String::deserialize(input)?.split(',').map(str::trim).filter(|text| !text.is_empty()).map(parse).collect()
 }
 
 fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
@@ -238,6 +314,20 @@ mod tests {
             config.log.kafka.properties.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         assert_eq!(properties, [("a.b", "1"), ("c.d", "x=y"), ("e", "f")]);
         assert!(!format!("{config:?}").contains("x=y"), "values may be secrets");
+    }
+
+    #[test]
+    fn the_edge_is_configured() {
+        let file = "[gateway]\ntrusted_proxies = \"10.0.0.0/8, ::1\"\n[gateway.limits.own]\n\"src-1\" = 5";
+        let own = [("gateway.limits.own.src-2", "7".to_owned())];
+        let config = load(file, &[("LANEWAY_GATEWAY__LIMITS__SOURCE", "3")], &own).expect("valid").gateway;
+        assert_eq!((config.trusted_proxies.len(), config.limits.source), (2, 3));
+        assert_eq!(config.limits.own, [("src-1".to_owned(), 5), ("src-2".to_owned(), 7)].into());
+        let wrong = |file: &str| load(file, &[], &[]).unwrap_err().to_string();
+        assert!(wrong("[gateway]\ntrusted_proxies = \"10.0.0.0/99\"").contains("not a network"));
+        assert!(wrong("[gateway.internal]\nlisten = \"127.0.0.1:1\"").contains("needs a gateway.internal.token"));
+        let open = load("[gateway.internal]\nlisten = \"127.0.0.1:1\"\ntoken = \"hunter2\"", &[], &[]).expect("valid");
+        assert!(open.gateway.internal.listen.is_some() && !format!("{open:?}").contains("hunter2"));
     }
 
     #[test]

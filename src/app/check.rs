@@ -8,7 +8,8 @@ use crate::config::{BackendKind, Config};
 use crate::control::file::FileWatch;
 use crate::control::workspace::Workspace;
 use crate::log::embedded::Access;
-use crate::log::topic::Topics;
+use crate::log::partitioner::IsolateBy;
+use crate::log::topic::{TopicSpec, Topics};
 use crate::log::{Admin, Backend, LogError};
 use crate::model::codec::KnownSchema;
 use crate::model::record::Topic;
@@ -69,7 +70,10 @@ pub async fn run(config: &Config, clock: &Clock) -> Vec<Finding> {
     }
     found.extend(workspace(config).await);
     match open::topics(config) {
-        Ok(topics) => found.extend(log(config, &topics, clock).await),
+        Ok(topics) => {
+            found.extend(limits(config, &topics));
+            found.extend(log(config, &topics, clock).await);
+        }
         Err(error) => {
             let remedy = "mend the declaration in topics.dir";
             found.push(Finding::problem("topic declarations", format!("{error:#}"), remedy));
@@ -126,6 +130,25 @@ fn of_workspace(workspace: &Workspace) -> Vec<Finding> {
         }
     }
     found
+}
+
+/// Each process may send one request at a time whatever its share is, so a small limit holds for few processes only.
+fn limits(config: &Config, topics: &Topics) -> Vec<Finding> {
+    let Some(placement) = topics.get(&Topic::DELIVERIES).map(TopicSpec::placement) else { return Vec::new() };
+    let spread = match placement.isolate_by {
+        IsolateBy::None => placement.partitions,
+        _ => placement.spread.map_or(placement.partitions, |spread| spread.min(placement.partitions)),
+    };
+    let small = config.router.destinations.iter().filter_map(|(name, rules)| Some((name, rules.concurrency?)));
+    let small = small.filter(|(_, limit)| *limit < spread as usize);
+    let warn = |(name, limit): (&String, usize)| {
+        let says = format!(
+            "concurrency {limit} holds for up to {limit} router processes, and its deliveries lie in {spread} partitions"
+        );
+        let remedy = "run no more router processes than that, or give `deliveries` a smaller spread (topics.dir; 1 makes it exact)";
+        Finding::warning(&format!("router.destinations.{name}"), says, remedy)
+    };
+    small.map(warn).collect()
 }
 
 async fn log(config: &Config, topics: &Topics, clock: &Clock) -> Vec<Finding> {
@@ -222,6 +245,21 @@ async fn look<B: Backend>(log: &B, config: &Config, topics: &Topics) -> Result<V
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Layers;
+
+    #[test]
+    fn a_concurrency_that_many_processes_exceed_is_told() {
+        let set = [
+            ("router.destinations.d1.concurrency", "3".to_owned()),
+            ("router.destinations.d2.concurrency", "12".to_owned()),
+        ];
+        let layers = Layers::read(None, std::iter::empty(), &set, &[]).expect("valid");
+        let topics = Topics::load(None).expect("declared");
+        let found = limits(&layers.config().expect("valid"), &topics);
+        let said: Vec<(&str, bool)> =
+            found.iter().map(|it| (it.subject.as_str(), it.says.contains("up to 3 router"))).collect();
+        assert_eq!(said, [("router.destinations.d1", true)]);
+    }
 
     #[test]
     fn a_workspace_is_looked_through() {

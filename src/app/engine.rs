@@ -1,15 +1,15 @@
 //! The stages of one process, running.
 
 use std::collections::BTreeMap;
-use std::future::IntoFuture;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use anyhow::{Context, bail};
 use axum::Router as HttpRouter;
-use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 
+use super::serve::serve;
 use super::{placement, retention};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config};
@@ -25,8 +25,8 @@ use crate::runtime::driver;
 use crate::runtime::failure::FailureTopic;
 use crate::runtime::shutdown::Shutdown;
 use crate::runtime::supervisor::Supervisor;
-use crate::runtime::transform::TransformWork;
-use crate::stages::gateway::{self, Admission, Gateway, GatewaySettings};
+use crate::runtime::transform::{Memory, TransformWork};
+use crate::stages::gateway::{self, Admission, Gateway, Intake, Limits, Origins, RateLimits, TrustedProxies};
 use crate::stages::processor::Processor;
 use crate::stages::router::{Configured, Router};
 use crate::telemetry::server::{self, Readiness};
@@ -85,10 +85,14 @@ pub struct Listening {
     pub gateway: Option<SocketAddr>,
 }
 
+/// The admin listener's connections may be idle so long.
+const IDLE: std::time::Duration = std::time::Duration::from_secs(75);
+
 /// Listeners, bound before anything else starts: a taken port is told at once.
 pub struct Listeners {
     admin: TcpListener,
     gateway: Option<TcpListener>,
+    internal: Option<TcpListener>,
 }
 
 impl Listeners {
@@ -103,7 +107,11 @@ impl Listeners {
             true => Some(bind("gateway", config.gateway.listen).await?),
             false => None,
         };
-        Ok(Self { admin, gateway })
+        let internal = match config.gateway.internal.listen.filter(|_| gateway.is_some()) {
+            Some(address) => Some(bind("gateway.internal", address).await?),
+            None => None,
+        };
+        Ok(Self { admin, gateway, internal })
     }
 
     /// # Errors
@@ -131,13 +139,15 @@ pub async fn run<B: Backend>(
     let admin = server::routes(readiness.clone()).merge(extra);
     // The admin listener comes first and goes last: it tells how the others are doing.
     let admin_down = Shutdown::new(parts.shutdown.budget);
-    let admin_part = serve(listeners.admin, admin, admin_down.clone());
+    let admin_part = serve(listeners.admin, admin, IDLE, admin_down.clone());
     let admin_task = tokio::spawn(admin_part);
     let (gateway, waiting) = match listeners.gateway {
         Some(listener) => {
             let (waiting, listener) = twice(listener)?;
             let until = Shutdown::new(parts.shutdown.budget);
-            let served = tokio::spawn(serve(waiting, gateway::unavailable(), until.clone()));
+            let settings = &parts.config.gateway;
+            let routes = gateway::unavailable(Origins::parse(&settings.cors_origins));
+            let served = tokio::spawn(serve(waiting, routes, settings.idle_timeout, until.clone()));
             (Some(listener), Some((until, served)))
         }
         None => (None, None),
@@ -155,18 +165,7 @@ pub async fn run<B: Backend>(
         let _ = served.await;
     }
     if let Some(listener) = gateway {
-        let mut ready = readiness.part();
-        let gateway = Gateway {
-            admission: Admission::new(parts.log.publisher()?, placements[&Topic::EVENTS]),
-            workspace: parts.workspace.clone(),
-            clock: parts.clock.clone(),
-            settings: GatewaySettings { trust_forwarded_for: parts.config.gateway.trust_forwarded_for },
-        };
-        let served = serve(listener, gateway::routes(gateway), parts.shutdown.clone());
-        supervisor.start("gateway", async move {
-            ready.set(true);
-            served.await
-        });
+        start_gateway(&parts, &placements, (listener, listeners.internal), &readiness, &mut supervisor)?;
     }
     if stages.contains(&Stage::Processor) {
         start_processor(&parts, &placements, &readiness, &mut supervisor);
@@ -253,7 +252,7 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
             topic,
             outputs: match stage {
                 Stage::Gateway => Vec::new(),
-                Stage::Processor => vec![Topic::DELIVERIES, Topic::PROC_ERRORS],
+                Stage::Processor => vec![Topic::DELIVERIES, Topic::PROC_ERRORS, Topic::EVENTS_SEEN],
                 Stage::Router => vec![Topic::PROGRESS_ROUTER, Topic::DEAD_LETTERS],
             },
             session_timeout: runtime.session_timeout,
@@ -281,6 +280,42 @@ fn failures(log: &crate::config::Log, placements: &Placements, stage: Stage, top
     }
 }
 
+fn start_gateway<B: Backend>(
+    parts: &Parts<B>,
+    placements: &Placements,
+    (listener, internal): (TcpListener, Option<TcpListener>),
+    readiness: &Readiness,
+    supervisor: &mut Supervisor,
+) -> anyhow::Result<()> {
+    let settings = &parts.config.gateway;
+    let limits = &settings.limits;
+    let limits =
+        Limits { window: limits.window, source: limits.source, workspace: limits.workspace, own: limits.own.clone() };
+    let gateway = Arc::new(Gateway {
+        admission: Admission::new(parts.log.publisher()?, placements[&Topic::EVENTS]),
+        workspace: parts.workspace.clone(),
+        clock: parts.clock.clone(),
+        proxies: TrustedProxies::new(settings.trusted_proxies.clone()),
+        origins: Origins::parse(&settings.cors_origins),
+        intake: Intake::new(settings.body_memory, settings.body_timeout),
+        limits: RateLimits::new(limits),
+        most: settings.max_requests,
+        token: settings.internal.token.clone(),
+        open: AtomicUsize::new(0),
+    });
+    let public = gateway::public(Arc::clone(&gateway));
+    let routes = internal.map(|listener| (listener, "internal gateway", gateway::internal(gateway)));
+    for (listener, name, routes) in [(listener, "gateway", public)].into_iter().chain(routes) {
+        let mut ready = readiness.part();
+        let served = serve(listener, routes, settings.idle_timeout, parts.shutdown.clone());
+        supervisor.start(name, async move {
+            ready.set(true);
+            served.await
+        });
+    }
+    Ok(())
+}
+
 fn start_processor<B: Backend>(
     parts: &Parts<B>,
     placements: &Placements,
@@ -292,10 +327,13 @@ fn start_processor<B: Backend>(
         deliveries: placements[&Topic::DELIVERIES],
         failures: failures(&parts.config.log, placements, Stage::Processor, Topic::PROC_ERRORS),
     };
+    let own = &parts.config.processor;
+    let remembers = own.dedup_window > std::time::Duration::ZERO;
+    let memory = remembers.then(|| Memory::new(Topic::EVENTS_SEEN, own.dedup_window, own.dedup_memory));
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let running = driver::run(
         parts.log.clone(),
-        Arc::new(TransformWork::new(parts.log.clone(), parts.clock.clone(), processor, cores)),
+        Arc::new(TransformWork::new(parts.log.clone(), parts.clock.clone(), processor, cores, memory)),
         settings(parts, Stage::Processor, Topic::EVENTS),
         parts.clock.clone(),
         parts.shutdown.clone(),
@@ -405,28 +443,9 @@ fn rules(router: crate::config::Router) -> Configured {
     })
 }
 
-/// Serves until shutdown, then lets open requests end within the budget.
 /// The same listener for two that serve it, one after the other.
 fn twice(listener: TcpListener) -> std::io::Result<(TcpListener, TcpListener)> {
     let listener = listener.into_std()?;
     let again = listener.try_clone()?;
     Ok((TcpListener::from_std(again)?, TcpListener::from_std(listener)?))
-}
-
-async fn serve(listener: TcpListener, routes: HttpRouter, shutdown: Shutdown) -> std::io::Result<()> {
-    let listener = listener.tap_io(|stream| {
-        // Answers are small; waiting to join packets would only delay them.
-        let _ = stream.set_nodelay(true);
-    });
-    let service = routes.into_make_service_with_connect_info::<SocketAddr>();
-    let (stop, over) = (shutdown.clone(), shutdown.clone());
-    let serving = axum::serve(listener, service).with_graceful_shutdown(async move { stop.begun().await });
-    let budget = async move {
-        over.begun().await;
-        Clock::system().sleep(over.budget).await;
-    };
-    tokio::select! {
-        ended = serving.into_future() => ended,
-        () = budget => Ok(()),
-    }
 }

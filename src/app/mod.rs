@@ -10,4 +10,5 @@ pub mod offsets;
 pub mod open;
 mod placement;
 mod retention;
+mod serve;
 pub mod standing;

@@ -204,3 +204,42 @@ async fn signalled() {
         std::process::exit(1);
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The lines of a document's shell examples.
+    fn examples(document: &str) -> impl Iterator<Item = &str> {
+        let mut is_shell = false;
+        document.lines().filter_map(move |line| {
+            if let Some(fence) = line.strip_prefix("```") {
+                is_shell = fence == "sh";
+                return None;
+            }
+            is_shell.then(|| line.split(" #").next().unwrap_or_default().trim())
+        })
+    }
+
+    #[test]
+    fn every_command_in_the_documentation_is_one() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let chapters = std::fs::read_dir(root.join("docs")).expect("docs").map(|entry| entry.expect("an entry").path());
+        let (mut seen, summary) = (0, std::fs::read_to_string(root.join("docs/SUMMARY.md")).expect("a summary"));
+        for path in
+            chapters.chain([root.join("README.md")]).filter(|path| path.extension().is_some_and(|it| it == "md"))
+        {
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let is_listed = summary.contains(&format!("]({name})"));
+            assert!(is_listed || ["SUMMARY.md", "README.md"].contains(&name.as_str()), "{name} is not in the summary");
+            let text = std::fs::read_to_string(&path).expect("text");
+            for line in examples(&text).filter(|line| line.starts_with("laneway ")) {
+                if let Err(error) = Cli::try_parse_from(line.split_whitespace()) {
+                    panic!("{name}: {line}: {error}");
+                }
+                seen += 1;
+            }
+        }
+        assert!(seen > 30, "{seen}");
+    }
+}

@@ -16,8 +16,8 @@ use crate::log::Backend;
 use crate::log::embedded::Access;
 use crate::model::event::{Channel, Event};
 use crate::model::record::Topic;
-use crate::stages::gateway::Admission;
 use crate::stages::gateway::request::{Call, Facts, admit};
+use crate::stages::gateway::{Admission, Along};
 use crate::with_log;
 
 /// Events given to the log at a time.
@@ -93,6 +93,7 @@ async fn publish<P: crate::log::Publisher>(
     let mut lines = input.lines();
     let (mut number, mut published) = (0_usize, 0_usize);
     let mut waiting: Vec<Event> = Vec::new();
+    let along = Along::default();
     while let Some(line) = lines.next_line().await? {
         number += 1;
         if line.trim().is_empty() {
@@ -101,18 +102,18 @@ async fn publish<P: crate::log::Publisher>(
         match admit_line(&line) {
             Ok(events) => waiting.extend(events),
             Err(refusal) => {
-                admission.publish(&waiting, None).await?;
+                admission.publish(waiting.iter().map(|event| (event, &along))).await?;
                 published += waiting.len();
                 bail!("line {number}: {refusal}; the {published} events before it are published, nothing from it on");
             }
         }
         let bytes: usize = waiting.iter().map(|event| event.payload.len()).sum();
         if waiting.len() >= CHUNK || bytes >= CHUNK_BYTES {
-            admission.publish(&waiting, None).await?;
+            admission.publish(waiting.iter().map(|event| (event, &along))).await?;
             published += waiting.len();
             waiting.clear();
         }
     }
-    admission.publish(&waiting, None).await?;
+    admission.publish(waiting.iter().map(|event| (event, &along))).await?;
     Ok(published + waiting.len())
 }

@@ -13,7 +13,7 @@ use super::{Config, DEFAULTS};
 
 const PREFIX: &str = "LANEWAY_";
 /// Sections whose keys are the user's own.
-const FREE: [&str; 2] = [PROPERTIES, "router.destinations"];
+const FREE: [&str; 3] = [PROPERTIES, "router.destinations", "gateway.limits.own"];
 const PROPERTIES: &str = "log.kafka.properties";
 /// In place of what nobody is to see.
 const HIDDEN: &str = "(hidden)";
@@ -137,7 +137,9 @@ impl Layers {
     /// A text from outside as the type that the default has, or that a destination's own key has.
     fn like(&self, key: &str, text: &str) -> Value {
         let own = key.strip_prefix("router.destinations.").and_then(|rest| rest.rsplit_once('.')).map(|(_, own)| own);
+        let is_limit = key.starts_with("gateway.limits.own.");
         let as_default = match (get(&self.table, key), own) {
+            _ if is_limit => text.parse().ok().map(Value::Integer),
             (Some(Value::Integer(_)), _) | (_, Some("concurrency")) => text.parse().ok().map(Value::Integer),
             (Some(Value::Boolean(_)), _) | (_, Some("ordered")) => text.parse().ok().map(Value::Boolean),
             (_, Some("rate")) => text.parse().ok().map(Value::Float),
@@ -193,7 +195,8 @@ fn is_all_variable(text: &str) -> bool {
 /// By its name: librdkafka has many, and new ones.
 fn is_secret(key: &str) -> bool {
     const WORDS: [&str; 7] = ["password", "secret", "token", "jaas", "pem", "assertion", "sasl.oauthbearer.config"];
-    let is_of_somebody = key.starts_with(PROPERTIES) || key.starts_with("log.schema_registry.");
+    let is_of_somebody =
+        [PROPERTIES, "log.schema_registry.", "gateway.internal."].iter().any(|section| key.starts_with(section));
     is_of_somebody && WORDS.iter().any(|word| key.contains(word))
 }
 

@@ -19,6 +19,8 @@ pub fn schema() -> Value {
     whole["properties"]["log"]["properties"]["kafka"]["properties"]["properties"]["additionalProperties"] = texts;
     whole["properties"]["log"]["properties"]["backend"]["pattern"] = json!(BACKEND);
     whole["properties"]["router"]["properties"]["destinations"]["additionalProperties"] = destination();
+    whole["properties"]["gateway"]["properties"]["limits"]["properties"]["own"]["additionalProperties"] =
+        json!({"type": "integer", "minimum": 0});
     whole["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
     whole["title"] = json!("Laneway");
     whole

@@ -30,8 +30,21 @@ pub struct Source {
     pub enabled: bool,
     pub workspace: WorkspaceId,
     pub order_by: OrderBy,
+    /// What it is, to the control plane: empty for a stream of events, else `webhook`, `cloud`, `warehouse`, ….
+    pub category: String,
+    /// The source whose events it replays.
+    pub replays: Option<SourceId>,
     /// Those that are enabled and connected.
     pub destinations: Vec<Arc<Destination>>,
+    /// Destinations that are connected and switched off.
+    pub disabled: Vec<DestinationId>,
+}
+
+impl Source {
+    /// Brings rows of a warehouse or of another tool (reverse ETL), not what users do now.
+    pub fn is_backfill(&self) -> bool {
+        !matches!(self.category.as_str(), "" | "webhook")
+    }
 }
 
 #[derive(Debug)]
@@ -103,13 +116,15 @@ impl Workspace {
                 connection.source_id == source.id && connection.destination_id == destination.id && !connection.enabled
             })
         };
-        let mut destinations = Vec::new();
+        let (mut destinations, mut disabled) = (Vec::new(), Vec::new());
         for destination in &source.destinations {
             if destination.id.is_empty() {
                 return refused(format!("a destination of source {:?} has no id", source.id));
             }
-            if destination.enabled && destination.is_processor_enabled && !disconnected(destination) {
-                destinations.push(self.destination_of(destination)?);
+            match (destination.is_processor_enabled, destination.enabled && !disconnected(destination)) {
+                (true, true) => destinations.push(self.destination_of(destination)?),
+                (true, false) => disabled.push(destination.id.as_str().into()),
+                (false, _) => {}
             }
         }
         let workspace = if source.workspace_id.is_empty() { &raw.workspace_id } else { &source.workspace_id };
@@ -126,7 +141,10 @@ impl Workspace {
             enabled: source.enabled,
             workspace: workspace.as_str().into(),
             order_by,
+            category: source.source_definition.category.clone(),
+            replays: (!source.original_id.is_empty()).then(|| source.original_id.as_str().into()),
             destinations,
+            disabled,
         });
         if let Some(other) = self.by_write_key.insert(built.write_key.clone(), Arc::clone(&built)) {
             return refused(format!("sources {:?} and {:?} have the same writeKey", other.id, built.id));
@@ -204,10 +222,25 @@ struct RawSource {
     enabled: bool,
     #[serde(default, alias = "WorkspaceID", alias = "workspaceID")]
     workspace_id: String,
+    #[serde(default, alias = "OriginalID", alias = "originalID")]
+    original_id: String,
+    #[serde(default, alias = "SourceDefinition")]
+    source_definition: RawSourceDefinition,
     #[serde(default, alias = "Config")]
     config: Value,
     #[serde(default, alias = "Destinations")]
     destinations: Vec<RawDestination>,
+}
+
+#[derive(Default, Deserialize)]
+struct RawSourceDefinition {
+    #[serde(default, alias = "Category", deserialize_with = "or_empty")]
+    category: String,
+}
+
+/// Null is nothing.
+fn or_empty<'de, D: serde::Deserializer<'de>>(input: D) -> Result<String, D::Error> {
+    Ok(Option::deserialize(input)?.unwrap_or_default())
 }
 
 #[derive(Deserialize)]
@@ -285,6 +318,20 @@ mod tests {
         );
         let workspace = Workspace::parse(&disconnected).expect("valid");
         assert!(workspace.by_write_key("wk-1").expect("there").destinations.is_empty());
+    }
+
+    #[test]
+    fn sources_say_what_they_are() {
+        let of = |more: &str, destination: &str| {
+            let workspace = Workspace::parse(&text(more, destination)).expect("valid");
+            Arc::clone(workspace.by_write_key("wk-1").expect("there"))
+        };
+        assert!(!of(r#","sourceDefinition":{"category":null}"#, "").is_backfill());
+        assert!(!of(r#","sourceDefinition":{"category":"webhook"}"#, "").is_backfill());
+        let source = of(r#","originalId":"src-0","sourceDefinition":{"category":"warehouse"}"#, r#","enabled":false"#);
+        assert!(source.is_backfill());
+        assert_eq!(source.replays.as_ref().map(SourceId::as_str), Some("src-0"));
+        assert_eq!(source.disabled, [DestinationId::from("dst-1")]);
     }
 
     #[test]

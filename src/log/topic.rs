@@ -68,8 +68,9 @@ pub enum TopicError {
 #[derive(Clone, Debug)]
 pub struct Topics(BTreeMap<String, TopicSpec>);
 
-const COMPILED_IN: [(&str, &str); 6] = [
+const COMPILED_IN: [(&str, &str); 7] = [
     ("events.yaml", include_str!("../../topics/events.yaml")),
+    ("seen.yaml", include_str!("../../topics/seen.yaml")),
     ("deliveries.yaml", include_str!("../../topics/deliveries.yaml")),
     ("progress.yaml", include_str!("../../topics/progress.yaml")),
     ("control.yaml", include_str!("../../topics/control.yaml")),
@@ -106,7 +107,7 @@ impl Topics {
     /// The same topics with this many partitions for the keyed ones and what is co-partitioned with them.
     #[must_use]
     pub fn with_partitions(mut self, partitions: u32) -> Self {
-        for name in ["events", "deliveries", "progress.router"] {
+        for name in ["events", "events.seen", "deliveries", "progress.router"] {
             if let Some(spec) = self.0.get_mut(name) {
                 spec.partitions = partitions;
             }
@@ -125,11 +126,13 @@ impl Topics {
     /// Progress lies in the partition of the same number as its input.
     fn check_co_partitioned(&self) -> Result<(), TopicError> {
         let partitions = |name: &str| self.0.get(name).map(|spec| spec.partitions);
-        if partitions("deliveries") != partitions("progress.router") {
-            return Err(TopicError::Refused {
-                file: "progress.yaml".into(),
-                problem: "progress.router needs as many partitions as deliveries".into(),
-            });
+        for (own, input, file) in
+            [("progress.router", "deliveries", "progress.yaml"), ("events.seen", "events", "seen.yaml")]
+        {
+            if partitions(own) != partitions(input) {
+                let problem = format!("{own} needs as many partitions as {input}");
+                return Err(TopicError::Refused { file: file.into(), problem });
+            }
         }
         Ok(())
     }

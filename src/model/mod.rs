@@ -12,3 +12,4 @@ pub mod outcome;
 pub mod progress;
 pub mod record;
 pub mod redrive;
+pub mod seen;

@@ -15,6 +15,8 @@ pub enum Reason {
     DestinationGone,
     /// No enabled destination wants it (`integrations`, connections).
     NoDestination,
+    /// It was processed before: an event of the same source with the same message id.
+    Duplicate,
     /// The destination does not take this type of event.
     MessageType,
     /// The destination's transform refused it.
@@ -32,12 +34,13 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 12] = [
+    pub const ALL: [Reason; 13] = [
         Reason::Unreadable,
         Reason::Panicked,
         Reason::UnknownSource,
         Reason::DestinationGone,
         Reason::NoDestination,
+        Reason::Duplicate,
         Reason::MessageType,
         Reason::Transform,
         Reason::BadRequest,
@@ -54,6 +57,7 @@ impl Reason {
             Reason::UnknownSource => "unknown_source",
             Reason::DestinationGone => "destination_gone",
             Reason::NoDestination => "no_destination",
+            Reason::Duplicate => "duplicate",
             Reason::MessageType => "message_type",
             Reason::Transform => "transform",
             Reason::BadRequest => "bad_request",

@@ -14,6 +14,7 @@ pub struct Topic(Cow<'static, str>);
 
 impl Topic {
     pub const EVENTS: Topic = Topic(Cow::Borrowed("events"));
+    pub const EVENTS_SEEN: Topic = Topic(Cow::Borrowed("events.seen"));
     pub const DELIVERIES: Topic = Topic(Cow::Borrowed("deliveries"));
     pub const PROGRESS_ROUTER: Topic = Topic(Cow::Borrowed("progress.router"));
     pub const CONTROL: Topic = Topic(Cow::Borrowed("control"));

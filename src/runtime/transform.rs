@@ -2,6 +2,7 @@
 //! together. A partition works ahead on its own, chunks of it on all cores; results are put together in input order. After the
 //! process has ended over the same records twice they run one by one ([`stops`]).
 
+mod memory;
 mod stops;
 
 use std::collections::VecDeque;
@@ -18,10 +19,13 @@ use crate::clock::Clock;
 use crate::log::{Admin, Assignment, Backend, Committed, LogError};
 use crate::model::outcome::{Outcome, Reason};
 use crate::model::record::{Addressed, Offset, Partition, Record};
+use crate::model::seen::Identity;
 use crate::runtime::driver::{Ask, Changes, Inbox, Work};
 use crate::runtime::failure::{Cause, FailureTopic};
 use crate::telemetry::events;
 
+pub use memory::Memory;
+use memory::Remembered;
 use stops::{Alone, Stops};
 
 /// Records that one core works on at a time: small enough that both cores get some, large enough to be worth the hand-over.
@@ -38,6 +42,14 @@ pub trait Transform: Send + Sync + 'static {
 
     /// Where failures go.
     fn failures(&self) -> &FailureTopic;
+
+    /// What tells a record from all others, where the stage knows. Within the memory's window it is processed once.
+    fn identity(&self, _record: &Record) -> Option<Identity> {
+        None
+    }
+
+    /// A record has come again and is not processed.
+    fn duplicate(&self, _record: &Record) {}
 }
 
 /// Runs a [`Transform`].
@@ -50,14 +62,33 @@ pub struct TransformWork<B, T> {
     process: String,
     /// Whose records may run one by one: one partition at a time.
     alone: Arc<Semaphore>,
+    memory: Option<Memory>,
 }
 
 impl<B: Backend, T: Transform> TransformWork<B, T> {
-    /// `parallel` chunks of a partition run at a time.
-    pub fn new(backend: B, clock: Clock, stage: T, parallel: usize) -> Self {
+    /// `parallel` chunks of a partition run at a time. With a memory, records that come again are known.
+    pub fn new(backend: B, clock: Clock, stage: T, parallel: usize, memory: Option<Memory>) -> Self {
         let process = uuid::Uuid::new_v4().simple().to_string();
         let (stage, alone) = (Arc::new(stage), Arc::new(Semaphore::new(1)));
-        Self { backend, clock, stage, parallel: parallel.max(1), process, alone }
+        Self { backend, clock, stage, parallel: parallel.max(1), process, alone, memory }
+    }
+
+    /// What earlier owners of the partition have processed, where the stage wants to know.
+    async fn remember(&self, partition: Partition, start: Offset) -> Result<Option<Remembered>, LogError> {
+        let Some(memory) = &self.memory else { return Ok(None) };
+        let failures = self.stage.failures();
+        loop {
+            let restored =
+                memory.restore(&self.backend, &self.clock, failures.stage, &failures.input, partition, start);
+            match restored.await {
+                Err(LogError::Transient(error)) => {
+                    // The other partitions of this session go on meanwhile.
+                    tracing::warn!(partition = partition.0, %error, "what was seen cannot be read, trying again");
+                    self.clock.sleep(AGAIN).await;
+                }
+                restored => return restored.map(Some),
+            }
+        }
     }
 
     /// What the partition's last owner left.
@@ -89,11 +120,14 @@ impl<B: Backend, T: Transform> Work for TransformWork<B, T> {
     async fn run(self: Arc<Self>, assignment: Assignment, mut inbox: Inbox) -> Result<(), LogError> {
         let committed = assignment.committed.unwrap_or(Committed { offset: Offset::START, metadata: String::new() });
         let start = committed.offset;
+        let remembered = self.remember(assignment.partition, start).await?;
         let mut lane = Running {
             stage: Arc::clone(&self.stage),
             chunks: FuturesOrdered::new(),
             finished: Finished::default(),
             position: start,
+            partition: assignment.partition,
+            remembered,
             stops: self.stops(assignment.partition, &committed).await?,
             turn: None,
             waiting: VecDeque::new(),
@@ -155,6 +189,9 @@ struct Running<T> {
     finished: Finished,
     /// Everything below is finished.
     position: Offset,
+    partition: Partition,
+    /// What has come before, where the stage wants to know.
+    remembered: Option<Remembered>,
     stops: Stops,
     /// To run records one by one: held until no note of one stands any more.
     turn: Option<OwnedSemaphorePermit>,
@@ -196,9 +233,14 @@ impl<T: Transform> Running<T> {
             if !self.stops.together(last) {
                 return;
             }
-            for chunk in split(self.waiting.drain(..).collect()) {
-                self.spawn(chunk);
+            let come = self.waiting.drain(..).collect();
+            let mut chunks = split(self.unless_known(come));
+            // What was left out is passed when what lies before it is done.
+            let end = chunks.pop().unwrap_or_default();
+            for chunk in chunks {
+                self.spawn(chunk, None);
             }
+            self.spawn(end, Some(last.just_after()));
         }
     }
 
@@ -220,8 +262,10 @@ impl<T: Transform> Running<T> {
         match self.stops.one(at) {
             Alone::Note => return false,
             Alone::Run => {
-                let record = self.waiting.pop_front();
-                self.spawn(record.into_iter().collect());
+                let Some(record) = self.waiting.pop_front() else { return false };
+                let upto = record.offset.just_after();
+                let record = self.unless_known(vec![record]);
+                self.spawn(record, Some(upto));
             }
             Alone::Poison => {
                 let Some(record) = self.waiting.pop_front() else { return false };
@@ -236,9 +280,25 @@ impl<T: Transform> Running<T> {
         true
     }
 
-    fn spawn(&mut self, chunk: Vec<Record>) {
+    /// Leaves out what has come before.
+    fn unless_known(&mut self, mut records: Vec<Record>) -> Vec<Record> {
+        let Some(remembered) = &mut self.remembered else { return records };
+        let stage = &self.stage;
+        records.retain(|record| {
+            let identity = stage.identity(record);
+            let is_new = identity.is_none_or(|it| remembered.is_new(it, record.offset, record.timestamp));
+            if !is_new {
+                stage.duplicate(record);
+            }
+            is_new
+        });
+        records
+    }
+
+    /// Runs a chunk; all below `upto` is done then.
+    fn spawn(&mut self, chunk: Vec<Record>, upto: Option<Offset>) {
         let stage = Arc::clone(&self.stage);
-        self.chunks.push_back(tokio::task::spawn_blocking(move || work(&*stage, &chunk)));
+        self.chunks.push_back(tokio::task::spawn_blocking(move || work(&*stage, &chunk, upto)));
     }
 
     fn add(&mut self, chunk: Result<Worked, tokio::task::JoinError>) -> Result<(), LogError> {
@@ -259,7 +319,9 @@ impl<T: Transform> Running<T> {
             return None;
         }
         let position = Committed { offset: self.position, metadata: self.stops.hand_over() };
-        Some(Changes { outputs: finished.outputs, last: None, position })
+        let mut outputs = finished.outputs;
+        outputs.extend(self.remembered.as_mut().and_then(|it| it.hand_over(self.partition, self.position)));
+        Some(Changes { outputs, last: None, position })
     }
 }
 
@@ -276,7 +338,7 @@ fn split(batch: Vec<Record>) -> Vec<Vec<Record>> {
 
 type Worked = (Vec<Addressed>, Option<Offset>);
 
-fn work<T: Transform>(stage: &T, records: &[Record]) -> Worked {
+fn work<T: Transform>(stage: &T, records: &[Record], upto: Option<Offset>) -> Worked {
     let mut outputs = Vec::with_capacity(records.len());
     for outcome in process(stage, records) {
         match outcome {
@@ -285,7 +347,7 @@ fn work<T: Transform>(stage: &T, records: &[Record]) -> Worked {
             Outcome::Failed { failure, .. } => outputs.push(failure),
         }
     }
-    (outputs, records.last().map(|record| record.offset.just_after()))
+    (outputs, upto.or_else(|| records.last().map(|record| record.offset.just_after())))
 }
 
 /// Runs the stage on a chunk. Where it panics the chunk is halved until the record that makes it panic stands alone: one
@@ -433,7 +495,7 @@ mod tests {
                 commit_interval: std::time::Duration::from_millis(1),
                 stage: "test",
             };
-            let work = Arc::new(TransformWork::new(log.clone(), clock.clone(), stage, 2));
+            let work = Arc::new(TransformWork::new(log.clone(), clock.clone(), stage, 2, None));
             let (shutdown, ready) = (Shutdown::new(std::time::Duration::from_secs(1)), Readiness::default().part());
             let process = tokio::spawn(driver::run(log.clone(), work, settings, clock.clone(), shutdown, ready));
             let all_through = async {
@@ -478,7 +540,7 @@ mod tests {
                 headers: Headers::new(),
             })
             .collect();
-        let (outputs, position) = work(&stage, &records);
+        let (outputs, position) = work(&stage, &records, None);
         assert_eq!(position, Some(Offset::new(64)));
         assert_eq!(outputs.len(), 64);
         let failed: Vec<usize> = (0..64).filter(|n| outputs[*n].topic == Topic::PROC_ERRORS).collect();

@@ -50,6 +50,7 @@ catalogue! {
     processor_events: IntCounterVec "laneway_processor_events_total" ["outcome"] "Events processed: produced, filtered or failed.";
     processor_reasons: IntCounterVec "laneway_processor_reasons_total" ["outcome", "reason"] "Why events were filtered or failed.";
     processor_deliveries: IntCounterVec "laneway_processor_deliveries_total" ["destination"] "Deliveries made ready.";
+    forgotten: IntCounterVec "laneway_processor_forgotten_events_total" [] "Events that would not be known if they came again within processor.dedup_window: processor.dedup_memory is too small.";
     router_outcomes: IntCounterVec "laneway_router_outcomes_total" ["destination", "outcome"] "Final outcomes: delivered, filtered, aborted, drained.";
     router_aborted: IntCounterVec "laneway_router_aborted_total" ["destination", "reason"] "Deliveries given up, by reason.";
     router_attempts: IntCounterVec "laneway_router_attempts_total" ["destination", "code"] "Requests sent, by status code (0: no answer).";

@@ -5,6 +5,8 @@
 
 mod config;
 mod dead_letters;
+mod dedup;
+mod edge;
 mod faults;
 mod flow;
 mod gateway;
@@ -14,7 +16,10 @@ mod lag;
 mod lanes;
 mod log_contract;
 mod offsets;
+#[cfg(feature = "oidc")]
+mod oidc;
 mod registry;
+mod sdks;
 mod security;
 mod support;
 mod tidy;

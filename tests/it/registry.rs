@@ -6,7 +6,7 @@ use laneway::log::kafka::{Kafka, KafkaConfig};
 use laneway::log::{Backend, Limit, Publisher, Read, Reader};
 use laneway::model::codec;
 use laneway::model::event::Event;
-use laneway::model::record::{Addressed, Offset, Partition, Record, Topic, header};
+use laneway::model::record::{Addressed, Headers, Offset, Partition, Record, Topic, header};
 use serde_json::{Value, json};
 
 use crate::support::process::{Flow, Process, number};
@@ -111,13 +111,14 @@ async fn foreign(registry: &Registry, log: &Kafka, subject: &str, like: &Record)
     value.extend(id.to_be_bytes());
     value.extend(&codec::encode(&event)[codec::HEADER..]);
     value.extend([4, b'h', b'i']);
-    let record = Addressed {
-        topic: Topic::EVENTS,
-        partition: like.partition,
-        key: like.key.clone(),
-        value: Some(value.into()),
-        headers: like.headers.clone(),
-    };
+    let mut headers = Headers::new();
+    for name in [header::SOURCE, header::WORKSPACE] {
+        headers.push_text(name, like.headers.text(name).expect("each event has it"));
+    }
+    headers.push_text(header::MESSAGE_ID, "foreign");
+    headers.push_text(header::CONTENT_TYPE, "application/vnd.confluent.avro");
+    let (partition, key) = (like.partition, like.key.clone());
+    let record = Addressed { topic: Topic::EVENTS, partition, key, value: Some(value.into()), headers };
     log.publisher().expect("a publisher").publish(vec![record]).await.expect("stored");
 }
 

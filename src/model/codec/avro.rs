@@ -144,6 +144,13 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// So many bytes as they are.
+    pub fn array_of<const N: usize>(&mut self) -> Result<[u8; N], Unreadable> {
+        let Some(found) = self.input[self.at..].first_chunk::<N>() else { return self.fail("ends too early") };
+        self.at += N;
+        Ok(*found)
+    }
+
     pub fn bytes(&mut self) -> Result<Bytes, Unreadable> {
         let length: usize = self.count()?;
         if length > self.input.len() - self.at {

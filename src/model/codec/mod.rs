@@ -16,6 +16,7 @@ mod event;
 mod evolution;
 mod failure;
 mod progress;
+mod seen;
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
@@ -141,8 +142,8 @@ macro_rules! schemas {
 
 impl KnownSchema {
     /// The current schemas.
-    pub fn all() -> [&'static KnownSchema; 5] {
-        [&EVENT, &DELIVERY, &FAILURE, &PROGRESS, &CONTROL]
+    pub fn all() -> [&'static KnownSchema; 6] {
+        [&EVENT, &DELIVERY, &FAILURE, &PROGRESS, &CONTROL, &SEEN]
     }
 
     pub fn named(name: &str) -> Option<&'static KnownSchema> {
@@ -165,6 +166,7 @@ schemas! {
     FAILURE = "failure";
     PROGRESS = "progress";
     CONTROL = "control";
+    SEEN = "seen";
 }
 
 const MAGIC: [u8; 2] = [0xC3, 0x01];
@@ -245,6 +247,7 @@ mod tests {
         Drain, Head, KeyProgress, Lane, LaneProgress, Ledger, PartitionProgress, Progress, Run, Target,
     };
     use crate::model::record::{Offset, Partition, Topic};
+    use crate::model::seen::Seen;
 
     fn event() -> Event {
         Event {
@@ -430,6 +433,16 @@ mod tests {
         oracle(&CONTROL, &round_trip(&control()));
     }
 
+    fn seen() -> Seen {
+        let events = vec![(1 << 127, Offset::new(300)), (7, Offset::new(70_000))];
+        Seen { at: Timestamp::from_micros(5), events }
+    }
+
+    #[test]
+    fn what_was_seen_is_what_the_avro_crate_reads() {
+        oracle(&SEEN, &round_trip(&seen()));
+    }
+
     /// Golden bytes: stored records must stay readable, so a change here needs a new schema version.
     #[test]
     fn the_bytes_are_the_golden_ones() {
@@ -439,6 +452,7 @@ mod tests {
             ("delivery of an event", encode(&delivery(Payload::Event(Bytes::from_static(b"{}"))))),
             ("failure", encode(&failure())),
             ("control", encode(&control())),
+            ("seen", encode(&seen())),
         ];
         let names = ["progress of a partition", "progress of a lane", "progress of a key", "ledger"];
         found.extend(names.into_iter().zip(progress().iter().map(encode)));

@@ -208,7 +208,7 @@ fn read_runs(input: &mut Reader<'_>) -> Result<Vec<Run>, Unreadable> {
     Ok(runs)
 }
 
-fn step(list: &mut Reader<'_>, from: u128) -> Result<u128, Unreadable> {
+pub(super) fn step(list: &mut Reader<'_>, from: u128) -> Result<u128, Unreadable> {
     let by = list.unsigned()?;
     from.checked_add(by).map_or_else(|| list.fail("an offset list runs over"), Ok)
 }

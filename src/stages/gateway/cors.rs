@@ -1,6 +1,8 @@
-//! Cross-origin requests, as browser SDKs make them: any origin, with credentials, any headers.
+//! Cross-origin requests, as browser SDKs make them: with credentials and any headers, from any origin or from those that are allowed.
 
-use axum::extract::Request;
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -9,8 +11,26 @@ use axum::response::{IntoResponse, Response};
 const MAX_AGE: &str = "900";
 const METHODS: [&str; 3] = ["GET", "POST", "HEAD"];
 
-pub async fn layer(request: Request, next: Next) -> Response {
-    let origin = request.headers().get(header::ORIGIN).cloned();
+/// Origins that browsers may send from.
+#[derive(Clone, Debug, Default)]
+pub struct Origins(Option<Arc<[String]>>);
+
+impl Origins {
+    /// `*`, or origins (`https://shop.example`) separated by commas.
+    pub fn parse(list: &str) -> Self {
+        let origins: Vec<String> =
+            list.split(',').map(|text| text.trim().to_owned()).filter(|text| !text.is_empty()).collect();
+        Self(if origins.iter().any(|origin| origin == "*") { None } else { Some(origins.into()) })
+    }
+
+    fn allow(&self, origin: &HeaderValue) -> bool {
+        let of = |origins: &Arc<[String]>| origins.iter().any(|allowed| allowed.as_bytes() == origin.as_bytes());
+        self.0.as_ref().is_none_or(of)
+    }
+}
+
+pub async fn layer(State(origins): State<Origins>, request: Request, next: Next) -> Response {
+    let origin = request.headers().get(header::ORIGIN).filter(|origin| origins.allow(origin)).cloned();
     let asked = request.headers().get(header::ACCESS_CONTROL_REQUEST_METHOD).cloned();
     if let (&Method::OPTIONS, Some(method)) = (request.method(), asked) {
         return preflight(origin, &method, request.headers()).into_response();

@@ -1,10 +1,22 @@
 //! Giving events to the log: which partition, which headers.
 
+use crate::control::commands;
 use crate::log::partitioner::{IsolateBy, Placement};
 use crate::log::{LogError, Publisher};
 use crate::model::codec;
+use crate::model::command::Command;
 use crate::model::event::Event;
+use crate::model::id::DestinationId;
 use crate::model::record::{Addressed, Headers, Topic, header};
+
+/// What goes along with an event, in its record's headers.
+#[derive(Clone, Debug, Default)]
+pub struct Along {
+    /// W3C trace context.
+    pub traceparent: Option<String>,
+    /// The only destination that it is for.
+    pub only: Option<DestinationId>,
+}
 
 /// Puts admitted events onto the `events` topic.
 #[derive(Clone)]
@@ -23,12 +35,20 @@ impl<P: Publisher> Admission<P> {
     /// # Errors
     /// [`LogError`]; some of them may be stored all the same, and come again with the client's next try under the same
     /// message ids.
-    pub async fn publish(&self, events: &[Event], traceparent: Option<&str>) -> Result<(), LogError> {
-        let records = events.iter().map(|event| self.address(event, traceparent)).collect();
+    pub async fn publish<'e>(&self, events: impl Iterator<Item = (&'e Event, &'e Along)>) -> Result<(), LogError> {
+        let records = events.map(|(event, along)| self.address(event, along)).collect();
         self.publisher.publish(records).await
     }
 
-    fn address(&self, event: &Event, traceparent: Option<&str>) -> Addressed {
+    /// Gives an operator's command.
+    ///
+    /// # Errors
+    /// As [`Admission::publish`].
+    pub async fn command(&self, command: &Command) -> Result<(), LogError> {
+        self.publisher.publish(vec![commands::record(&command.to_control())]).await
+    }
+
+    fn address(&self, event: &Event, along: &Along) -> Addressed {
         let isolation_key = match self.placement.isolate_by {
             IsolateBy::None | IsolateBy::Destination => "",
             IsolateBy::Workspace => event.workspace.as_str(),
@@ -39,6 +59,9 @@ impl<P: Publisher> Admission<P> {
         let mut headers = Headers::new();
         headers.push_text(header::SOURCE, event.source.as_str());
         headers.push_text(header::WORKSPACE, event.workspace.as_str());
+        if let Some(only) = &along.only {
+            headers.push_text(header::DESTINATION, only.as_str());
+        }
         if let Some(user) = &event.user {
             headers.push_text(header::USER, user.as_str());
         }
@@ -46,7 +69,7 @@ impl<P: Publisher> Admission<P> {
         if let Some(run) = &event.job_run {
             headers.push_text(header::JOB_RUN, run.as_str());
         }
-        if let Some(trace) = traceparent {
+        if let Some(trace) = &along.traceparent {
             headers.push_text(header::TRACEPARENT, trace);
         }
         headers.push_text(header::CONTENT_TYPE, header::AVRO);

@@ -34,6 +34,13 @@ pub enum Call {
     Batch,
 }
 
+impl Call {
+    /// A list of members is one event and cannot be divided.
+    fn largest(self) -> usize {
+        if self == Call::Typed("audiencelist") { MAX_BODY } else { MAX_EVENT }
+    }
+}
+
 /// What the request says about its events beside the body.
 #[derive(Clone, Debug)]
 pub struct Facts {
@@ -50,12 +57,32 @@ pub struct Facts {
 pub enum Refusal {
     #[error("failed to read writekey from header")]
     NoWriteKey,
+    #[error("failed to read writekey from query params")]
+    NoWriteKeyInQuery,
+    #[error("failed to read source id from header")]
+    NoSourceId,
+    #[error("invalid source id")]
+    InvalidSourceId,
+    #[error("invalid replay source")]
+    NotAReplaySource,
+    #[error("invalid destination id")]
+    InvalidDestination,
+    #[error("destination is disabled")]
+    DestinationDisabled,
     #[error("invalid write key")]
     InvalidWriteKey,
     #[error("source is disabled")]
     SourceDisabled,
     #[error("failed to read body from request")]
     UnreadableBody,
+    /// A body that did not come in time.
+    #[error("request timeout")]
+    Slow,
+    #[error("unsupported content encoding")]
+    UnknownEncoding,
+    /// So many seconds until the next is taken.
+    #[error("max requests limit reached")]
+    RateLimited { wait: u32 },
     #[error("request size exceeds max limit")]
     TooLarge,
     #[error("invalid json")]
@@ -73,11 +100,23 @@ pub enum Refusal {
 impl Refusal {
     pub fn status(self) -> u16 {
         match self {
-            Refusal::NoWriteKey | Refusal::InvalidWriteKey => 401,
-            Refusal::SourceDisabled => 404,
-            Refusal::UnreadableBody => 500,
+            Refusal::NoWriteKey
+            | Refusal::NoWriteKeyInQuery
+            | Refusal::InvalidWriteKey
+            | Refusal::NoSourceId
+            | Refusal::InvalidSourceId
+            | Refusal::NotAReplaySource => 401,
+            Refusal::SourceDisabled | Refusal::DestinationDisabled => 404,
+            Refusal::Slow => 408,
             Refusal::TooLarge => 413,
-            Refusal::InvalidJson | Refusal::NotAnEvent | Refusal::NoIdentity | Refusal::EmptyBatch => 400,
+            Refusal::UnknownEncoding => 415,
+            Refusal::RateLimited { .. } => 429,
+            Refusal::InvalidJson
+            | Refusal::NotAnEvent
+            | Refusal::NoIdentity
+            | Refusal::EmptyBatch
+            | Refusal::UnreadableBody
+            | Refusal::InvalidDestination => 400,
             Refusal::Unavailable => 503,
         }
     }
@@ -92,73 +131,113 @@ impl From<JsonError> for Refusal {
     }
 }
 
-/// The events of a body.
+/// The events of a body. One bad event refuses all of them.
 ///
 /// # Errors
 /// [`Refusal`], for the request as a whole.
 pub fn admit(source: &Arc<Source>, call: Call, body: &[u8], facts: &Facts) -> Result<Vec<Event>, Refusal> {
+    with_objects(call, body, |objects, envelope| {
+        // What is no event is told before what is wrong with one.
+        let objects: Vec<&Object<'_>> =
+            objects.iter().map(Result::as_ref).collect::<Result<_, _>>().map_err(|it| *it)?;
+        let first = objects.first().ok_or(Refusal::EmptyBatch)?;
+        let mut request = Request::new(source, call, facts, first, envelope);
+        objects.iter().map(|object| request.take(object)).collect()
+    })
+}
+
+/// The events of a body, each by itself: its event, or why there is none.
+///
+/// # Errors
+/// [`Refusal`], where the body cannot be read as a whole.
+pub fn admit_each(
+    source: &Arc<Source>,
+    call: Call,
+    body: &[u8],
+    facts: &Facts,
+) -> Result<Vec<Result<Event, Refusal>>, Refusal> {
+    with_objects(call, body, |objects, envelope| {
+        let Some(first) = objects.iter().find_map(|object| object.as_ref().ok()) else {
+            return match objects.is_empty() {
+                true => Err(Refusal::EmptyBatch),
+                false => Ok(objects.iter().map(|_| Err(Refusal::NotAnEvent)).collect()),
+            };
+        };
+        let mut request = Request::new(source, call, facts, first, envelope);
+        Ok(objects.iter().map(|object| request.take(object.as_ref().map_err(|refusal| *refusal)?)).collect())
+    })
+}
+
+/// Looks at a body: what should be its events, and the batch around them.
+fn with_objects<T>(
+    call: Call,
+    body: &[u8],
+    look: impl FnOnce(&[Result<Object<'_>, Refusal>], Option<&Object<'_>>) -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
     if body.len() > MAX_BODY {
         return Err(Refusal::TooLarge);
     }
     let text = std::str::from_utf8(body).map_err(|_| Refusal::InvalidJson)?;
     check_depth(text)?;
     let object = Object::parse(text)?;
-    let mut request = Request { source, facts, envelope: None, job_run: None, task_run: None };
     match call {
-        Call::Typed(kind) => {
-            request.take_runs_from(&object);
-            Ok(vec![request.event(&object, Some(kind))?])
-        }
+        Call::Typed(_) => look(&[Ok(object)], None),
         Call::Batch => {
             let parts = match object.get("batch") {
-                None | Some("null") => return Err(Refusal::EmptyBatch),
+                None | Some("null") => Vec::new(),
                 Some(list) if list.starts_with('[') => elements(list)?,
                 // A single event in place of the list counts as one.
                 Some(single) => vec![single],
             };
-            let objects = parts.into_iter().map(Object::parse).collect::<Result<Vec<_>, _>>();
-            let objects = objects.map_err(|_| Refusal::NotAnEvent)?;
-            let first = objects.first().ok_or(Refusal::EmptyBatch)?;
-            request.take_runs_from(first);
-            request.envelope = Some(&object);
-            let mut stored = 0;
-            let mut events = Vec::with_capacity(objects.len());
-            for object in &objects {
-                let event = request.event(object, None)?;
-                stored += event.payload.len() + OVERHEAD;
-                if stored > MAX_STORED {
-                    return Err(Refusal::TooLarge);
-                }
-                events.push(event);
-            }
-            Ok(events)
+            let parse = |part| Object::parse(part).map_err(|_| Refusal::NotAnEvent);
+            look(&parts.into_iter().map(parse).collect::<Vec<_>>(), Some(&object))
         }
     }
 }
 
 struct Request<'r, 'b> {
     source: &'r Arc<Source>,
+    call: Call,
     facts: &'r Facts,
     /// The batch around the events: some of its fields stand in where an event has none.
     envelope: Option<&'r Object<'b>>,
     job_run: Option<JobRunId>,
     task_run: Option<JobRunId>,
+    /// Bytes of the events so far.
+    stored: usize,
 }
 
-impl Request<'_, '_> {
+impl<'r, 'b> Request<'r, 'b> {
     /// Reverse ETL names its run in the first event, which speaks for the whole request; else the headers do.
-    fn take_runs_from(&mut self, first: &Object<'_>) {
+    fn new(
+        source: &'r Arc<Source>,
+        call: Call,
+        facts: &'r Facts,
+        first: &Object<'_>,
+        envelope: Option<&'r Object<'b>>,
+    ) -> Self {
         let context = first.get("context").and_then(|raw| Object::parse(raw).ok());
         let sources = context.and_then(|context| Object::parse(context.get("sources")?).ok());
         let run = |key: &str| {
             let text = sources.as_ref()?.get(key).and_then(string_of)?;
             (!text.is_empty()).then(|| JobRunId::from(text.as_ref()))
         };
-        self.job_run = run("job_run_id").or_else(|| self.facts.job_run.clone());
-        self.task_run = run("task_run_id").or_else(|| self.facts.task_run.clone());
+        let job_run = run("job_run_id").or_else(|| facts.job_run.clone());
+        let task_run = run("task_run_id").or_else(|| facts.task_run.clone());
+        Self { source, call, facts, envelope, job_run, task_run, stored: 0 }
     }
 
-    fn event(&self, object: &Object<'_>, kind: Option<&'static str>) -> Result<Event, Refusal> {
+    fn take(&mut self, object: &Object<'_>) -> Result<Event, Refusal> {
+        let event = self.event(object)?;
+        self.stored += event.payload.len() + OVERHEAD;
+        if self.stored > MAX_STORED { Err(Refusal::TooLarge) } else { Ok(event) }
+    }
+
+    fn event(&self, object: &Object<'_>) -> Result<Event, Refusal> {
+        let kind = match self.call {
+            Call::Typed(kind) => Some(kind),
+            Call::Batch => None,
+        };
         let anonymous = object.text_of("anonymousId");
         let user = object.text_of("userId");
         let (anonymous, user) = (identity::clean(&anonymous), identity::clean(&user));
@@ -191,7 +270,7 @@ impl Request<'_, '_> {
             }
         }
         let payload = splice.finish();
-        if payload.len() > MAX_EVENT {
+        if payload.len() > self.call.largest() {
             return Err(Refusal::TooLarge);
         }
         Ok(Event {
@@ -201,13 +280,20 @@ impl Request<'_, '_> {
             user: identity::user(self.source.order_by, &anonymous, &user),
             message_id,
             event_type,
-            received_at: self.facts.received_at,
+            received_at: self.received_at(object),
             request_ip,
             job_run: self.job_run.clone(),
             task_run: self.task_run.clone(),
             channel: self.facts.channel,
             payload: payload.into(),
         })
+    }
+
+    /// What is replayed was received before.
+    fn received_at(&self, object: &Object<'_>) -> Timestamp {
+        let own = || object.get("receivedAt").and_then(string_of).and_then(|text| Timestamp::parse(&text));
+        let before = if self.facts.channel == Channel::Replay { own() } else { None };
+        before.unwrap_or(self.facts.received_at)
     }
 
     /// The event's own id, or a new one where it has none that is a text.
@@ -300,6 +386,41 @@ mod tests {
             admitted(Call::Batch, r#"{"batch":{"type":"track","userId":"u"}}"#).map(|events| events.len()),
             Ok(1)
         );
+    }
+
+    #[test]
+    fn each_event_may_be_judged_by_itself() {
+        let body = r#"{"sentAt":"T","batch":[{"userId":"u","messageId":"m"},7,{"type":"track"},{"anonymousId":"a"}]}"#;
+        let judged = admit_each(&source(), Call::Batch, body.as_bytes(), &facts()).expect("readable");
+        let said: Vec<Result<&str, Refusal>> =
+            judged.iter().map(|it| it.as_ref().map(payload).map_err(|refusal| *refusal)).collect();
+        assert!(matches!(said[0], Ok(text) if text.contains(r#""sentAt":"T""#)), "{said:?}");
+        assert_eq!((said[1], said[2]), (Err(Refusal::NotAnEvent), Err(Refusal::NoIdentity)));
+        assert!(said[3].is_ok());
+        for (body, judged) in [
+            ("{\"batch\":[]}", Err(Refusal::EmptyBatch)),
+            ("{\"batch\":[1,2]}", Ok(2)),
+            ("{", Err(Refusal::InvalidJson)),
+        ] {
+            let count = admit_each(&source(), Call::Batch, body.as_bytes(), &facts()).map(|all| all.len());
+            assert_eq!(count, judged, "{body}");
+        }
+    }
+
+    #[test]
+    fn what_is_replayed_keeps_its_time() {
+        let facts = Facts { channel: Channel::Replay, ..facts() };
+        let body =
+            br#"{"batch":[{"userId":"u","receivedAt":"2025-01-01T00:00:00.000Z"},{"userId":"u","receivedAt":"x"}]}"#;
+        let events = admit(&source(), Call::Batch, body, &facts).expect("admitted");
+        let at: Vec<String> = events.iter().map(|event| event.received_at.rfc3339_millis()).collect();
+        assert_eq!(at, ["2025-01-01T00:00:00.000Z", "2026-01-01T00:00:02.000Z"]);
+    }
+
+    #[test]
+    fn a_list_of_members_may_fill_a_request() {
+        let body = format!(r#"{{"userId":"u","a":"{}"}}"#, "x".repeat(MAX_EVENT));
+        assert_eq!(admitted(Call::Typed("audiencelist"), &body).map(|events| events.len()), Ok(1));
     }
 
     #[test]

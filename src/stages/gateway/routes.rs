@@ -1,224 +1,312 @@
-//! The HTTP surface.
+//! The HTTP surface: from the table of endpoints to answers.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use axum::Router;
-use axum::body::{Body, BodyDataStream};
-use axum::extract::{ConnectInfo, Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::extract::{ConnectInfo, Path, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use bytes::{Bytes, BytesMut};
-use flate2::read::MultiGzDecoder;
-use futures_util::StreamExt;
+use axum::routing::{MethodRouter, get, post, put};
+use bytes::Bytes;
 
 use crate::clock::Clock;
 use crate::control::Current;
+use crate::control::workspace::Source;
 use crate::log::{LogError, Publisher};
-use crate::model::event::Channel;
+use crate::model::command::{Action as Wanted, Command};
+use crate::model::event::{Channel, Event};
+use crate::model::progress::Target;
 use crate::telemetry::metrics::metrics;
 use crate::telemetry::seldom;
 
-use super::request::{Call, Facts, MAX_BODY, Refusal, admit};
-use super::{Admission, auth, cors};
+use super::auth::{Auth, Speaker};
+use super::client::TrustedProxies;
+use super::cors::{self, Origins};
+use super::endpoints::{Action, Endpoint, INTERNAL, Ingest, Kind, PUBLIC};
+use super::intake::{Intake, discard};
+use super::limit::RateLimits;
+use super::publish::Along;
+use super::reply::{self, Verdict};
+use super::request::{Call, Facts, Refusal, admit, admit_each};
+use super::{Admission, messages, openapi, pixel, source_config};
 
-/// What a client is told to wait, in seconds, when the log does not take events.
-const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
-/// Of a refused body so much is still taken; a client that sends more has to bear a broken connection.
-const DISCARD: usize = 16 << 20;
 /// Bodies above it are parsed off the async threads: it would take longer than half a millisecond.
 const LARGE: usize = 128 * 1024;
-
-#[derive(Clone, Copy, Debug)]
-pub struct GatewaySettings {
-    /// Believe `X-Forwarded-For`: right behind a proxy that sets it, wrong in front of clients.
-    pub trust_forwarded_for: bool,
-}
 
 pub struct Gateway<P> {
     pub admission: Admission<P>,
     pub workspace: Current,
     pub clock: Clock,
-    pub settings: GatewaySettings,
+    pub proxies: TrustedProxies,
+    pub origins: Origins,
+    pub intake: Arc<Intake>,
+    pub limits: RateLimits,
+    /// Requests at a time.
+    pub most: usize,
+    /// What opens the internal routes.
+    pub token: String,
+    pub open: AtomicUsize,
 }
 
 /// What is answered while the log cannot be had yet: whoever connects is told to come back, instead of waiting.
-pub fn unavailable() -> Router {
-    Router::new().fallback(|| async { refuse(Refusal::Unavailable) }).layer(middleware::from_fn(cors::layer))
+pub fn unavailable(origins: Origins) -> Router {
+    Router::new()
+        .fallback(|| async { reply::refuse(Refusal::Unavailable) })
+        .layer(middleware::from_fn_with_state(origins, cors::layer))
 }
 
-pub fn routes<P: Publisher>(gateway: Gateway<P>) -> Router {
-    let typed = |kind: &'static str| {
-        post(move |State(gateway): State<Arc<Gateway<P>>>, request: Request| async move {
-            answer(&gateway, Call::Typed(kind), request).await
-        })
-    };
-    let batch = post(|State(gateway): State<Arc<Gateway<P>>>, request: Request| async move {
-        answer(&gateway, Call::Batch, request).await
-    });
-    let mut routes = Router::new().route("/v1/batch", batch);
-    for (path, kind) in [
-        ("/v1/identify", "identify"),
-        ("/v1/track", "track"),
-        ("/v1/page", "page"),
-        ("/v1/screen", "screen"),
-        ("/v1/group", "group"),
-        ("/v1/alias", "alias"),
-    ] {
-        routes = routes.route(path, typed(kind));
+/// What everybody may ask.
+pub fn public<P: Publisher>(gateway: Arc<Gateway<P>>) -> Router {
+    let origins = gateway.origins.clone();
+    routes(gateway, &PUBLIC).layer(middleware::from_fn_with_state(origins, cors::layer))
+}
+
+/// What only who has the token may ask.
+pub fn internal<P: Publisher>(gateway: Arc<Gateway<P>>) -> Router {
+    let token: Arc<str> = gateway.token.as_str().into();
+    routes(gateway, &INTERNAL).layer(middleware::from_fn(move |request: Request, next: middleware::Next| {
+        let token = Arc::clone(&token);
+        async move {
+            if reply::knows(request.headers(), &token) {
+                return next.run(request).await;
+            }
+            reply::text(StatusCode::UNAUTHORIZED, "invalid token")
+        }
+    }))
+}
+
+fn routes<P: Publisher>(gateway: Arc<Gateway<P>>, endpoints: &[Endpoint]) -> Router {
+    let mut routes = Router::new();
+    for endpoint in endpoints {
+        routes = routes.route(endpoint.path, route(endpoint));
     }
-    routes
-        .route("/health", get(health::<P>))
-        .route("/", get(health::<P>))
-        .fallback(|| async { text(StatusCode::NOT_FOUND, "404 page not found") })
-        .layer(middleware::from_fn(cors::layer))
-        .with_state(Arc::new(gateway))
+    // Browsers' SDKs ask for it with a slash behind it.
+    if endpoints.iter().any(|endpoint| endpoint.action == Action::SourceConfig) {
+        routes = routes.route("/sourceConfig/", get(config::<P>));
+    }
+    routes.fallback(|| async { reply::text(StatusCode::NOT_FOUND, "404 page not found") }).with_state(gateway)
+}
+
+fn route<P: Publisher>(endpoint: &Endpoint) -> MethodRouter<Arc<Gateway<P>>> {
+    type At<P> = State<Arc<Gateway<P>>>;
+    match endpoint.action {
+        Action::Ingest(ingest) => post(move |State(gateway): At<P>, request: Request| async move {
+            counted(&gateway, take(&gateway, ingest, request)).await
+        }),
+        Action::Pixel(kind) => get(move |State(gateway): At<P>, request: Request| async move {
+            counted(&gateway, look(&gateway, kind, request)).await;
+            reply::gif(&pixel::GIF)
+        }),
+        Action::Messages => post(|State(gateway): At<P>, request: Request| async move {
+            counted(&gateway, take_messages(&gateway, request)).await
+        }),
+        Action::DrainJob => put(drain_job::<P>),
+        Action::SourceConfig => get(config::<P>),
+        Action::Health => get(health::<P>),
+        Action::Version => get(|| async { reply::json(StatusCode::OK, &version()) }),
+        Action::Robots => get(|| async { "User-agent: * \nDisallow: / \n" }),
+        Action::Docs => get(|| async { reply::html(openapi::page()) }),
+        Action::OpenApi => get(|| async { reply::json(StatusCode::OK, &openapi::document()) }),
+    }
+}
+
+/// Counts a request as open until it is answered, or its client has gone. One too many is turned away before it costs anything.
+struct Open<'g>(&'g AtomicUsize);
+
+impl<'g> Open<'g> {
+    fn new(open: &'g AtomicUsize) -> Self {
+        open.fetch_add(1, Ordering::Relaxed);
+        metrics().gateway_open.with_label_values::<&str>(&[]).inc();
+        Self(open)
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+        metrics().gateway_open.with_label_values::<&str>(&[]).dec();
+    }
 }
 
 /// Answers an ingest request and counts it.
-async fn answer<P: Publisher>(gateway: &Gateway<P>, call: Call, request: Request) -> Response {
+async fn counted<P>(gateway: &Gateway<P>, taking: impl Future<Output = Result<Response, Refusal>>) -> Response {
     let began = gateway.clock.instant();
-    let open = Open::new();
-    let result = take(gateway, call, request).await;
+    let open = Open::new(&gateway.open);
+    let result =
+        if gateway.open.load(Ordering::Relaxed) > gateway.most { Err(Refusal::Unavailable) } else { taking.await };
     drop(open);
-    let response = match result {
-        Ok(()) => (StatusCode::OK, [(header::CONTENT_TYPE, "text/plain; charset=utf-8")], "ok").into_response(),
-        Err(refusal) => refuse(refusal),
-    };
+    let response = result.unwrap_or_else(reply::refuse);
     metrics().gateway_requests.with_label_values(&[response.status().as_str()]).inc();
     metrics().gateway_seconds.with_label_values::<&str>(&[]).observe(began.elapsed().as_secs_f64());
     response
 }
 
-/// Counts a request as open until it is answered, or its client has gone.
-struct Open;
-
-impl Open {
-    fn new() -> Self {
-        metrics().gateway_open.with_label_values::<&str>(&[]).inc();
-        Self
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        metrics().gateway_open.with_label_values::<&str>(&[]).dec();
-    }
-}
-
-async fn take<P: Publisher>(gateway: &Gateway<P>, call: Call, request: Request) -> Result<(), Refusal> {
+async fn take<P: Publisher>(gateway: &Gateway<P>, ingest: Ingest, request: Request) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
-    let source = match auth::source(&parts.headers, &gateway.workspace.get()) {
-        Ok(source) => source,
+    let speaker = match ingest.auth.speaker(&parts, &gateway.workspace.get()) {
+        Ok(speaker) => speaker,
         Err(refusal) => {
-            discard(body.into_data_stream()).await;
+            discard(body).await;
             return Err(refusal);
         }
     };
-    let body = read_body(body, &parts.headers).await?;
-    let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| *peer);
-    let run = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok()).filter(|id| !id.is_empty());
-    let facts = Facts {
-        received_at: gateway.clock.now(),
-        client_ip: client_ip(&parts.headers, peer, gateway.settings.trust_forwarded_for),
-        channel: Channel::Http,
-        job_run: run("x-rudder-job-run-id").map(Into::into),
-        task_run: run("x-rudder-task-run-id").map(Into::into),
-    };
+    let is_backfill = ingest.kind != Kind::Live || speaker.source.is_backfill();
+    let (body, _held) = gateway.intake.take(body, &parts.headers, is_backfill).await?;
+    let channel = if ingest.kind == Kind::Replay { Channel::Replay } else { Channel::Http };
+    let facts = facts(gateway, &parts, channel);
+    let along = along(&parts.headers, &speaker);
+    let source = speaker.source;
+    // Runs of reverse ETL are as fast as they are; whoever only says so is not believed.
+    let is_exempt =
+        is_backfill && (ingest.auth == Auth::SourceId || ingest.kind == Kind::Replay || source.is_backfill());
+    if wants_verdicts(&parts) {
+        let judged = judge(Arc::clone(&source), ingest.call, body, facts).await?;
+        let good: Vec<&Event> = judged.iter().filter_map(|it| it.as_ref().ok()).collect();
+        store(gateway, &source, &good, &along, is_exempt).await?;
+        let verdict = |it: &Result<Event, Refusal>| match it {
+            Ok(event) => Verdict::Accepted(event.message_id.clone()),
+            Err(refusal) => Verdict::Refused(*refusal),
+        };
+        return Ok(reply::verdicts(&judged.iter().map(verdict).collect::<Vec<_>>()));
+    }
     let events = if body.len() <= LARGE {
-        admit(&source, call, &body, &facts)?
+        admit(&source, ingest.call, &body, &facts)?
     } else {
         let source = Arc::clone(&source);
-        let admitted = tokio::task::spawn_blocking(move || admit(&source, call, &body, &facts)).await;
+        let admitted = tokio::task::spawn_blocking(move || admit(&source, ingest.call, &body, &facts)).await;
         admitted.map_err(|_| Refusal::Unavailable)??
     };
-    let trace = parts.headers.get("traceparent").and_then(|value| value.to_str().ok());
-    match gateway.admission.publish(&events, trace).await {
-        Ok(()) => {
-            metrics().gateway_events.with_label_values(&[source.id.as_str()]).inc_by(events.len() as u64);
-            Ok(())
-        }
-        Err(error) => {
-            if let Some(left_out) = seldom::due("events not stored", &error.to_string()) {
-                match error {
-                    LogError::Transient(error) => {
-                        tracing::warn!(%error, left_out, "events not stored, the client is told to retry");
-                    }
-                    other => {
-                        tracing::error!(error = %other, left_out, "events not stored, the client is told to retry")
-                    }
-                }
+    store(gateway, &source, &events.iter().collect::<Vec<_>>(), &along, is_exempt).await?;
+    Ok(reply::ok())
+}
+
+async fn judge(
+    source: Arc<Source>,
+    call: Call,
+    body: Bytes,
+    facts: Facts,
+) -> Result<Vec<Result<Event, Refusal>>, Refusal> {
+    if body.len() <= LARGE {
+        return admit_each(&source, call, &body, &facts);
+    }
+    let judged = tokio::task::spawn_blocking(move || admit_each(&source, call, &body, &facts)).await;
+    judged.map_err(|_| Refusal::Unavailable)?
+}
+
+async fn store<P: Publisher>(
+    gateway: &Gateway<P>,
+    source: &Source,
+    events: &[&Event],
+    along: &Along,
+    is_exempt: bool,
+) -> Result<(), Refusal> {
+    if events.is_empty() {
+        return Ok(());
+    }
+    if !is_exempt {
+        gateway.limits.admit(source, events.len())?;
+    }
+    stored(gateway.admission.publish(events.iter().map(|event| (*event, along))).await)?;
+    metrics().gateway_events.with_label_values(&[source.id.as_str()]).inc_by(events.len() as u64);
+    Ok(())
+}
+
+/// What the client is told of trouble with the log.
+fn stored(result: Result<(), LogError>) -> Result<(), Refusal> {
+    let Err(error) = result else { return Ok(()) };
+    if let Some(left_out) = seldom::due("events not stored", &error.to_string()) {
+        match error {
+            LogError::Transient(error) => {
+                tracing::warn!(%error, left_out, "events not stored, the client is told to retry");
             }
-            Err(Refusal::Unavailable)
+            other => tracing::error!(error = %other, left_out, "events not stored, the client is told to retry"),
         }
     }
+    Err(Refusal::Unavailable)
 }
 
-/// The body, inflated where it is compressed; never more of it in memory than is allowed.
-async fn read_body(body: Body, headers: &HeaderMap) -> Result<Bytes, Refusal> {
-    let mut raw = BytesMut::new();
-    let mut chunks = body.into_data_stream();
-    while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|_| Refusal::UnreadableBody)?;
-        if raw.len() + chunk.len() > MAX_BODY {
-            discard(chunks).await;
-            return Err(Refusal::TooLarge);
-        }
-        raw.extend_from_slice(&chunk);
+/// An event from the address of an image.
+async fn look<P: Publisher>(gateway: &Gateway<P>, kind: &'static str, request: Request) -> Result<Response, Refusal> {
+    let (parts, _) = request.into_parts();
+    let speaker = Auth::QueryKey.speaker(&parts, &gateway.workspace.get())?;
+    let agent = parts.headers.get(header::USER_AGENT).and_then(|value| value.to_str().ok());
+    let query = parts.uri.query().unwrap_or_default();
+    let Some(body) = pixel::event(kind, query, agent, gateway.clock.now()) else { return Ok(reply::ok()) };
+    let facts = facts(gateway, &parts, Channel::Pixel);
+    let events = admit(&speaker.source, Call::Typed(kind), body.as_bytes(), &facts)?;
+    let along = along(&parts.headers, &speaker);
+    store(gateway, &speaker.source, &events.iter().collect::<Vec<_>>(), &along, false).await?;
+    Ok(reply::ok())
+}
+
+async fn take_messages<P: Publisher>(gateway: &Gateway<P>, request: Request) -> Result<Response, Refusal> {
+    let (parts, body) = request.into_parts();
+    let (body, _held) = gateway.intake.take(body, &parts.headers, false).await?;
+    let workspace = gateway.workspace.get();
+    let admitted = tokio::task::spawn_blocking(move || messages::admit(&workspace, &body)).await;
+    let events = admitted.map_err(|_| Refusal::Unavailable)??;
+    stored(gateway.admission.publish(events.iter().map(|(event, along)| (event, along))).await)?;
+    for (event, _) in &events {
+        metrics().gateway_events.with_label_values(&[event.source.as_str()]).inc();
     }
-    let raw = raw.freeze();
-    match headers.get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes) {
-        Some(encoding) if encoding.eq_ignore_ascii_case(b"gzip") => {
-            if raw.len() <= LARGE / 8 {
-                return inflate(&raw);
-            }
-            tokio::task::spawn_blocking(move || inflate(&raw)).await.map_err(|_| Refusal::UnreadableBody)?
-        }
-        _ => Ok(raw),
+    Ok(reply::ok())
+}
+
+async fn drain_job<P: Publisher>(State(gateway): State<Arc<Gateway<P>>>, Path(run): Path<String>) -> Response {
+    if run.trim().is_empty() {
+        return reply::text(StatusCode::BAD_REQUEST, "job_run_id not found");
+    }
+    let command = Command {
+        id: uuid::Uuid::new_v4().to_string(),
+        action: Wanted::Drain,
+        target: Target::JobRun(run.as_str().into()),
+        at: gateway.clock.now(),
+        by: "gateway".into(),
+    };
+    match stored(gateway.admission.command(&command).await) {
+        Ok(()) => StatusCode::CREATED.into_response(),
+        Err(refusal) => reply::refuse(refusal),
     }
 }
 
-/// Takes the rest of a body that nobody wants. A client that is still sending when the connection closes sees a broken
-/// connection in place of the answer, and sends everything again.
-async fn discard(mut rest: BodyDataStream) {
-    let mut left = DISCARD;
-    while let Some(Ok(chunk)) = rest.next().await
-        && left > chunk.len()
-    {
-        left -= chunk.len();
+async fn config<P: Publisher>(State(gateway): State<Arc<Gateway<P>>>, request: Request) -> Response {
+    let (parts, _) = request.into_parts();
+    match Auth::AnyKey.speaker(&parts, &gateway.workspace.get()) {
+        Ok(speaker) => reply::json(StatusCode::OK, &source_config::of(&speaker.source, gateway.clock.now())),
+        Err(refusal) => reply::refuse(refusal),
     }
 }
 
-fn inflate(raw: &[u8]) -> Result<Bytes, Refusal> {
-    use std::io::Read;
-    let mut inflated = Vec::with_capacity((raw.len() * 4).min(MAX_BODY));
-    let mut limited = MultiGzDecoder::new(raw).take(MAX_BODY as u64 + 1);
-    limited.read_to_end(&mut inflated).map_err(|_| Refusal::UnreadableBody)?;
-    if inflated.len() > MAX_BODY { Err(Refusal::TooLarge) } else { Ok(inflated.into()) }
-}
-
-fn client_ip(headers: &HeaderMap, peer: Option<SocketAddr>, trust: bool) -> String {
-    let forwarded = headers.get("x-forwarded-for").filter(|_| trust).and_then(|value| value.to_str().ok());
-    let first = forwarded.and_then(|list| list.split(',').next()).map(|first| first.replace(' ', ""));
-    first
-        .filter(|first| !first.is_empty())
-        .unwrap_or_else(|| peer.map(|peer| peer.ip().to_canonical().to_string()).unwrap_or_default())
-}
-
-fn refuse(refusal: Refusal) -> Response {
-    let status = StatusCode::from_u16(refusal.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let mut response = text(status, &refusal.to_string());
-    if refusal == Refusal::Unavailable {
-        response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
+fn facts<P>(gateway: &Gateway<P>, parts: &Parts, channel: Channel) -> Facts {
+    let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| *peer);
+    let run = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok()).filter(|id| !id.is_empty());
+    Facts {
+        received_at: gateway.clock.now(),
+        client_ip: gateway.proxies.client(&parts.headers, peer),
+        channel,
+        job_run: run("x-rudder-job-run-id").map(Into::into),
+        task_run: run("x-rudder-task-run-id").map(Into::into),
     }
-    response
 }
 
-fn text(status: StatusCode, message: &str) -> Response {
-    let headers = [(header::CONTENT_TYPE, "text/plain; charset=utf-8"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
-    (status, headers, format!("{message}\n")).into_response()
+fn along(headers: &HeaderMap, speaker: &Speaker) -> Along {
+    let trace = headers.get("traceparent").and_then(|value| value.to_str().ok());
+    Along { traceparent: trace.map(str::to_owned), only: speaker.only.clone() }
+}
+
+/// `?verdicts=1`: the good events of a request are kept, and the answer says what became of each.
+fn wants_verdicts(parts: &Parts) -> bool {
+    let query = parts.uri.query().unwrap_or_default();
+    !query.is_empty()
+        && url::form_urlencoded::parse(query.as_bytes()).any(|(name, value)| name == "verdicts" && value == "1")
+}
+
+fn version() -> serde_json::Value {
+    serde_json::json!({"Version": env!("CARGO_PKG_VERSION"), "Commit": "", "BuildDate": "", "BuiltBy": "", "Features": ""})
 }
 
 async fn health<P: Publisher>(State(gateway): State<Arc<Gateway<P>>>) -> Response {
@@ -227,5 +315,5 @@ async fn health<P: Publisher>(State(gateway): State<Arc<Gateway<P>>>) -> Respons
         "appType": "GATEWAY", "server": "UP", "acceptingEvents": "TRUE", "mode": "NORMAL",
         "backendConfigMode": "JSON", "sources": sources,
     });
-    ([(header::CONTENT_TYPE, "application/json; charset=utf-8")], body.to_string()).into_response()
+    reply::json(StatusCode::OK, &body)
 }

@@ -3,7 +3,7 @@
 //! | event | outcome |
 //! |---|---|
 //! | unreadable, or of a source that is not configured | failed: whole to `proc-errors` |
-//! | no destination wants it | filtered |
+//! | no destination wants it, or it was processed before | filtered |
 //! | a destination's transform refuses it | that destination's failure to `proc-errors`; the others get theirs |
 //! | else | one delivery for each destination |
 
@@ -11,6 +11,8 @@ mod complete;
 mod fan_out;
 
 use std::sync::Arc;
+
+use xxhash_rust::xxh3::xxh3_128;
 
 use crate::control::Current;
 use crate::control::workspace::{Destination, Source, Workspace};
@@ -22,6 +24,7 @@ use crate::model::id::DeliveryId;
 use crate::model::json::{Object, string_of};
 use crate::model::outcome::{Outcome, Reason};
 use crate::model::record::{Addressed, Headers, Record, Topic, header};
+use crate::model::seen::Identity;
 use crate::runtime::failure::{Cause, FailureTopic};
 use crate::runtime::transform::Transform;
 use crate::telemetry::metrics::metrics;
@@ -45,6 +48,24 @@ impl Transform for Processor {
 
     fn failures(&self) -> &FailureTopic {
         &self.failures
+    }
+
+    /// An event is its source's, with its message id; reverse ETL sends the same row in each run, and to one destination after the
+    /// other.
+    fn identity(&self, record: &Record) -> Option<Identity> {
+        let said = |name: &str| record.headers.text(name);
+        let id = said(header::MESSAGE_ID).filter(|id| !id.is_empty())?;
+        let mut input = Vec::with_capacity(160);
+        for part in [said(header::SOURCE), Some(id), said(header::JOB_RUN), said(header::DESTINATION)] {
+            let part = part.unwrap_or_default();
+            input.extend_from_slice(&(part.len() as u32).to_le_bytes());
+            input.extend_from_slice(part.as_bytes());
+        }
+        Some(xxh3_128(&input))
+    }
+
+    fn duplicate(&self, _: &Record) {
+        let _ = self.count(Outcome::Filtered(Reason::Duplicate));
     }
 }
 
@@ -72,8 +93,12 @@ impl Processor {
             std::str::from_utf8(&event.payload).map_err(|error| format!("the payload is not UTF-8: {error}"))?;
         let original = Object::parse(payload).map_err(|error| format!("the payload is {error}"))?;
         let integrations = fan_out::Integrations::of(&original);
+        // Reverse ETL may name the one destination that its rows are for.
+        let only = record.headers.text(header::DESTINATION);
+        let is_meant = |destination: &&Arc<Destination>| only.is_none_or(|only| destination.id.as_str() == only);
+        let connected = source.destinations.iter().filter(is_meant);
         let chosen: Vec<&Arc<Destination>> =
-            source.destinations.iter().filter(|destination| integrations.chooses(destination)).collect();
+            connected.filter(|destination| integrations.chooses(destination)).collect();
         if chosen.is_empty() {
             return Ok(Outcome::Filtered(Reason::NoDestination));
         }

@@ -27,8 +27,8 @@ use laneway::log::kafka::{Kafka, KafkaConfig};
 use laneway::log::topic::Topics;
 use laneway::log::{Admin, Backend, Publisher};
 use laneway::model::record::{Addressed, Headers, Partition, Topic};
-use laneway::stages::gateway::Admission;
 use laneway::stages::gateway::request::{Call, Facts, admit};
+use laneway::stages::gateway::{Admission, Along};
 use serde_json::{Value, json};
 
 use process::{Running, Setting, bootstrap};
@@ -157,6 +157,7 @@ async fn fill(log: &Kafka, count: u64) {
     let topics = Topics::load(None).expect("topics");
     let placement = topics.get(&Topic::EVENTS).expect("declared").placement();
     let admission = Admission::new(log.publisher().expect("a publisher"), placement);
+    let along = Along::default();
     let clock = Clock::system();
     for first in (0..count).step_by(500) {
         let facts = Facts {
@@ -169,7 +170,7 @@ async fn fill(log: &Kafka, count: u64) {
         let body =
             format!("{{\"batch\":[{}]}}", (first..(first + 500).min(count)).map(event).collect::<Vec<_>>().join(","));
         let events = admit(source, Call::Batch, body.as_bytes(), &facts).expect("admitted");
-        admission.publish(&events, None).await.expect("published");
+        admission.publish(events.iter().map(|event| (event, &along))).await.expect("published");
     }
 }
 

@@ -1,0 +1,142 @@
+//! Every route, once: the router is built from this table, and so is what `/docs` and `/openapi.json` say.
+
+use super::auth::Auth;
+use super::request::Call;
+
+/// What a route does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Takes events.
+    Ingest(Ingest),
+    /// Takes one event from its own address, and answers with a picture whatever becomes of it.
+    Pixel(&'static str),
+    /// Takes messages that another edge has admitted.
+    Messages,
+    /// Ends what is pending of a run of reverse ETL.
+    DrainJob,
+    SourceConfig,
+    Health,
+    Version,
+    Robots,
+    Docs,
+    OpenApi,
+}
+
+/// How events are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ingest {
+    pub call: Call,
+    pub auth: Auth,
+    pub kind: Kind,
+}
+
+/// What makes the difference when not everything can be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Users do it now.
+    Live,
+    /// It can come later: imports, reverse ETL.
+    Backfill,
+    /// It has been here before; it can come later too.
+    Replay,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Endpoint {
+    /// In lower case, as OpenAPI writes it.
+    pub method: &'static str,
+    pub path: &'static str,
+    pub summary: &'static str,
+    pub action: Action,
+}
+
+const fn at(method: &'static str, path: &'static str, action: Action, summary: &'static str) -> Endpoint {
+    Endpoint { method, path, summary, action }
+}
+
+const fn ingest(path: &'static str, call: Call, auth: Auth, kind: Kind, summary: &'static str) -> Endpoint {
+    at("post", path, Action::Ingest(Ingest { call, auth, kind }), summary)
+}
+
+const fn typed(path: &'static str, word: &'static str, summary: &'static str) -> Endpoint {
+    ingest(path, Call::Typed(word), Auth::WriteKey, Kind::Live, summary)
+}
+
+/// For everybody.
+pub const PUBLIC: [Endpoint; 20] = [
+    typed("/v1/identify", "identify", "Who a user is."),
+    typed("/v1/track", "track", "What a user did."),
+    typed("/v1/page", "page", "A page that a user saw."),
+    typed("/v1/screen", "screen", "A screen of an app that a user saw."),
+    typed("/v1/group", "group", "The group that a user belongs to."),
+    typed("/v1/alias", "alias", "A user's new id."),
+    typed("/v1/merge", "merge", "Ids that are the same user."),
+    typed("/v1/audiencelist", "audiencelist", "Members of an audience; as large as a request may be."),
+    ingest("/v1/batch", Call::Batch, Auth::WriteKey, Kind::Live, "Several events, each with its type."),
+    ingest(
+        "/v1/import",
+        Call::Batch,
+        Auth::WriteKey,
+        Kind::Backfill,
+        "Several events of the past; turned away before live ones.",
+    ),
+    ingest("/beacon/v1/batch", Call::Batch, Auth::QueryKey, Kind::Live, "Several events, from `navigator.sendBeacon`."),
+    at(
+        "get",
+        "/pixel/v1/track",
+        Action::Pixel("track"),
+        "An event as the address of an image: each parameter is a field.",
+    ),
+    at("get", "/pixel/v1/page", Action::Pixel("page"), "A page as the address of an image: each parameter is a field."),
+    at("get", "/sourceConfig", Action::SourceConfig, "What browser SDKs ask before they start."),
+    at("get", "/health", Action::Health, "Whether events are taken."),
+    at("get", "/", Action::Health, "Whether events are taken."),
+    at("get", "/version", Action::Version, "Which version this is."),
+    at("get", "/robots.txt", Action::Robots, "Nothing here is for search engines."),
+    at("get", "/docs", Action::Docs, "This list, to read."),
+    at("get", "/openapi.json", Action::OpenApi, "This list, as OpenAPI 3.1."),
+];
+
+/// On the internal listener, for who has its token.
+pub const INTERNAL: [Endpoint; 6] = [
+    ingest(
+        "/internal/v1/extract",
+        Call::Typed("extract"),
+        Auth::WriteKey,
+        Kind::Backfill,
+        "A row that was extracted; it needs no identity.",
+    ),
+    ingest(
+        "/internal/v1/retl",
+        Call::Batch,
+        Auth::SourceId,
+        Kind::Backfill,
+        "Rows of reverse ETL, to all destinations of a source or one.",
+    ),
+    ingest(
+        "/internal/v1/replay",
+        Call::Batch,
+        Auth::Replay,
+        Kind::Replay,
+        "Events of the past, with the time at which they were received.",
+    ),
+    ingest(
+        "/internal/v1/audiencelist",
+        Call::Typed("audiencelist"),
+        Auth::WriteKey,
+        Kind::Live,
+        "Members of an audience.",
+    ),
+    at(
+        "post",
+        "/internal/v1/batch",
+        Action::Messages,
+        "Messages that another edge has admitted: properties and payload.",
+    ),
+    at(
+        "put",
+        "/internal/drain/job/{job_run_id}",
+        Action::DrainJob,
+        "Ends what is pending of a run of reverse ETL, without sending it.",
+    ),
+];

@@ -1,0 +1,155 @@
+//! `/internal/v1/batch`: a list of messages, each an event that another edge has admitted, with what that edge knows of it.
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::clock::Timestamp;
+use crate::control::workspace::{OrderBy, Workspace};
+use crate::model::event::{Channel, Event};
+use crate::model::json::{Object, check_depth, string_of};
+
+use super::identity;
+use super::publish::Along;
+use super::request::{MAX_BODY, MAX_EVENT, Refusal};
+
+#[derive(Deserialize)]
+struct Message<'a> {
+    properties: Properties,
+    #[serde(borrow)]
+    payload: &'a RawValue,
+}
+
+/// By the names that the field's edges use, also in a topic's properties.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Properties {
+    request_type: String,
+    routing_key: String,
+    #[serde(rename = "workspaceID")]
+    workspace_id: String,
+    #[serde(rename = "sourceID")]
+    source_id: String,
+    received_at: String,
+    #[serde(rename = "requestIP")]
+    request_ip: String,
+    #[serde(default, rename = "destinationID")]
+    destination_id: String,
+    #[serde(default, rename = "sourceJobRunID")]
+    source_job_run_id: String,
+    #[serde(default, rename = "sourceTaskRunID")]
+    source_task_run_id: String,
+    #[serde(default, rename = "traceID")]
+    trace_id: String,
+}
+
+/// The events of a body. One bad message refuses all of them.
+///
+/// # Errors
+/// [`Refusal::InvalidJson`] where it is no list of messages, [`Refusal::NotAnEvent`] where one lacks what every message has.
+pub fn admit(workspace: &Workspace, body: &[u8]) -> Result<Vec<(Event, Along)>, Refusal> {
+    if body.len() > MAX_BODY {
+        return Err(Refusal::TooLarge);
+    }
+    let text = std::str::from_utf8(body).map_err(|_| Refusal::InvalidJson)?;
+    check_depth(text)?;
+    let messages: Vec<Message<'_>> = serde_json::from_str(text).map_err(|_| Refusal::InvalidJson)?;
+    if messages.is_empty() {
+        return Err(Refusal::NotAnEvent);
+    }
+    messages.iter().map(|message| event(workspace, message).ok_or(Refusal::NotAnEvent)).collect()
+}
+
+fn event(workspace: &Workspace, message: &Message<'_>) -> Option<(Event, Along)> {
+    let (said, payload) = (&message.properties, message.payload.get());
+    let object = Object::parse(payload).ok()?;
+    let needed = [&said.routing_key, &said.workspace_id, &said.source_id, &said.request_ip];
+    let has_type = matches!(said.request_type.as_str(), "" | "batch" | "replay" | "retl" | "import")
+        || object.get("type").is_some();
+    let has_fields = ["receivedAt", "request_ip", "rudderId"].iter().all(|field| object.get(field).is_some());
+    let message_id = object.get("messageId").and_then(string_of)?;
+    let message_id = identity::clean(&message_id);
+    if !has_type
+        || !has_fields
+        || message_id.is_empty()
+        || payload.len() > MAX_EVENT
+        || needed.iter().any(|it| it.is_empty())
+    {
+        return None;
+    }
+    let source = workspace.source(&said.source_id.as_str().into());
+    let (anonymous, user) = (object.text_of("anonymousId"), object.text_of("userId"));
+    let order_by = source.map_or(OrderBy::default(), |source| source.order_by);
+    let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    let event = Event {
+        workspace: said.workspace_id.as_str().into(),
+        source: said.source_id.as_str().into(),
+        write_key: source.map(|source| source.write_key.clone()).unwrap_or_default(),
+        user: identity::user(order_by, &identity::clean(&anonymous), &identity::clean(&user)),
+        message_id: message_id.as_ref().into(),
+        event_type: object.get("type").and_then(string_of).unwrap_or_default().into_owned(),
+        received_at: Timestamp::parse(&said.received_at)?,
+        request_ip: said.request_ip.clone(),
+        job_run: some(&said.source_job_run_id).map(Into::into),
+        task_run: some(&said.source_task_run_id).map(Into::into),
+        channel: if said.request_type == "replay" { Channel::Replay } else { Channel::Http },
+        payload: object.text().to_owned().into(),
+    };
+    Some((event, Along { traceparent: some(&said.trace_id), only: some(&said.destination_id).map(Into::into) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAYLOAD: &str = r#"{"type":"track","userId":"u","messageId":"m","rudderId":"r","receivedAt":"2024-01-01T01:01:01.000Z","request_ip":"1.1.1.1"}"#;
+
+    fn message(change: impl FnOnce(&mut serde_json::Value)) -> String {
+        let mut message = serde_json::json!({"properties": {
+            "requestType": "track", "routingKey": "<<>>a<<>>u", "workspaceID": "w", "sourceID": "s",
+            "receivedAt": "2024-01-01T01:01:01.000000001Z", "requestIP": "1.1.1.1", "destinationID": "d", "traceID": "t",
+            "isBot": false}});
+        message["payload"] = serde_json::from_str(PAYLOAD).expect("JSON");
+        change(&mut message);
+        format!("[{message}]")
+    }
+
+    fn admitted(body: &str) -> Result<Vec<(Event, Along)>, Refusal> {
+        let workspace =
+            Workspace::parse(r#"{"workspaceId":"w","sources":[{"id":"s","writeKey":"k"}]}"#).expect("valid");
+        admit(&workspace, body.as_bytes())
+    }
+
+    #[test]
+    fn a_message_is_an_event_with_what_another_edge_knows() {
+        let (event, along) = admitted(&message(|_| {})).expect("admitted").remove(0);
+        assert_eq!(
+            (event.write_key.as_str(), event.message_id.as_str(), event.event_type.as_str()),
+            ("k", "m", "track")
+        );
+        assert_eq!(event.received_at.rfc3339_millis(), "2024-01-01T01:01:01.000Z");
+        assert_eq!(along.only, Some("d".into()));
+        assert_eq!(along.traceparent.as_deref(), Some("t"));
+        let unknown = admitted(&message(|it| it["properties"]["sourceID"] = "other".into())).expect("admitted");
+        assert_eq!(unknown[0].0.write_key.as_str(), "", "the processor tells of an unknown source");
+    }
+
+    #[test]
+    fn what_lacks_something_is_refused() {
+        for field in ["routingKey", "workspaceID", "sourceID", "requestIP"] {
+            let empty = message(|it| it["properties"][field] = "".into());
+            assert_eq!(admitted(&empty).err(), Some(Refusal::NotAnEvent), "{field}");
+        }
+        for field in ["messageId", "type", "receivedAt", "request_ip", "rudderId"] {
+            let gone = message(|it| drop(it["payload"].as_object_mut().and_then(|payload| payload.remove(field))));
+            assert_eq!(admitted(&gone).err(), Some(Refusal::NotAnEvent), "{field}");
+        }
+        for (body, refusal) in [
+            ("[]", Refusal::NotAnEvent),
+            ("{}", Refusal::InvalidJson),
+            (r#"[{"payload":{}}]"#, Refusal::InvalidJson),
+            ("[1", Refusal::InvalidJson),
+        ] {
+            assert_eq!(admitted(body).err(), Some(refusal), "{body}");
+        }
+    }
+}
