@@ -97,9 +97,23 @@ pub struct Topics {
     pub dir: PathBuf,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct Control {
     pub workspace_file: PathBuf,
+    /// Empty: the file.
+    pub url: String,
+    pub token: String,
+    pub namespace: String,
+    pub region: String,
+    #[serde(deserialize_with = "duration")]
+    pub poll_interval: Duration,
+}
+
+impl std::fmt::Debug for Control {
+    /// Without what lets somebody in.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").field("workspace_file", &self.workspace_file).finish_non_exhaustive()
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -159,7 +173,7 @@ impl std::fmt::Debug for Internal {
 
 #[derive(Clone, Debug, Deserialize)]
 pub struct EventLimits {
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "some_time")]
     pub window: Duration,
     pub source: u32,
     pub workspace: u32,
@@ -250,6 +264,12 @@ fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
     parsed.ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration such as 500ms, 10s or 3h")))
 }
 
+/// Not none.
+fn some_time<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
+    let time = duration(input)?;
+    if time.is_zero() { Err(serde::de::Error::custom("a window of 0s holds nothing")) } else { Ok(time) }
+}
+
 fn some_duration<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Duration>, D::Error> {
     duration(input).map(Some)
 }
@@ -320,9 +340,13 @@ mod tests {
     fn the_edge_is_configured() {
         let file = "[gateway]\ntrusted_proxies = \"10.0.0.0/8, ::1\"\n[gateway.limits.own]\n\"src-1\" = 5";
         let own = [("gateway.limits.own.src-2", "7".to_owned())];
-        let config = load(file, &[("LANEWAY_GATEWAY__LIMITS__SOURCE", "3")], &own).expect("valid").gateway;
+        let config =
+            load(file, &[("LANEWAY_GATEWAY__LIMITS__SOURCE", "3"), ("LANEWAY_GATEWAY__LIMITS__OWN__2fXk", "9")], &own)
+                .expect("valid")
+                .gateway;
         assert_eq!((config.trusted_proxies.len(), config.limits.source), (2, 3));
-        assert_eq!(config.limits.own, [("src-1".to_owned(), 5), ("src-2".to_owned(), 7)].into());
+        let own = [("2fXk".to_owned(), 9), ("src-1".to_owned(), 5), ("src-2".to_owned(), 7)];
+        assert_eq!(config.limits.own, own.into());
         let wrong = |file: &str| load(file, &[], &[]).unwrap_err().to_string();
         assert!(wrong("[gateway]\ntrusted_proxies = \"10.0.0.0/99\"").contains("not a network"));
         assert!(wrong("[gateway.internal]\nlisten = \"127.0.0.1:1\"").contains("needs a gateway.internal.token"));

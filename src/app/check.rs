@@ -5,7 +5,6 @@ use std::time::Duration;
 use super::{drift, open, placement, retention};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config};
-use crate::control::file::FileWatch;
 use crate::control::workspace::Workspace;
 use crate::log::embedded::Access;
 use crate::log::partitioner::IsolateBy;
@@ -91,13 +90,15 @@ fn backend(config: &Config) -> &'static str {
 }
 
 async fn workspace(config: &Config) -> Vec<Finding> {
-    let subject = "workspace";
-    let path = &config.control.workspace_file;
-    match FileWatch::open(path).await {
-        Ok(watch) => of_workspace(&watch.current().get()),
-        Err(error) => {
+    match open::workspace(config).await {
+        Ok(workspace) => of_workspace(&workspace),
+        Err(error) if config.control.url.is_empty() => {
             let remedy = "name the file that the control plane exports (control.workspace_file)";
-            vec![Finding::problem(subject, error.to_string(), remedy)]
+            vec![Finding::problem("workspace", format!("{error:#}"), remedy)]
+        }
+        Err(error) => {
+            let remedy = "are control.url, .token and .namespace right? The stages start with what is kept in the log, if there is something";
+            vec![Finding::problem("workspace", format!("{error:#}"), remedy)]
         }
     }
 }

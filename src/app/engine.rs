@@ -9,10 +9,12 @@ use anyhow::{Context, bail};
 use axum::Router as HttpRouter;
 use tokio::net::TcpListener;
 
-use super::serve::serve;
+use super::serve::{Admittance, serve};
 use super::{placement, retention};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config};
+use crate::control::follow::{self, FollowError};
+use crate::control::remote::RemoteSettings;
 use crate::control::{Current, commands};
 use crate::delivery::http::{Client, ClientSettings, Guard};
 use crate::log::partitioner::Placement;
@@ -71,6 +73,8 @@ pub struct Parts<B> {
     pub config: Config,
     pub topics: Topics,
     pub workspace: Current,
+    /// Where the workspace comes from instead.
+    pub control_plane: Option<RemoteSettings>,
     pub instance: String,
     pub clock: Clock,
     pub shutdown: Shutdown,
@@ -85,8 +89,16 @@ pub struct Listening {
     pub gateway: Option<SocketAddr>,
 }
 
-/// The admin listener's connections may be idle so long.
-const IDLE: std::time::Duration = std::time::Duration::from_secs(75);
+/// Of the admin listener.
+const ADMIN: Admittance = Admittance { idle: std::time::Duration::from_secs(75), connections: 1_000 };
+/// Connections for each request at a time: most of them are idle.
+const SEATS: usize = 4;
+/// What is turned away at the start may take so long to be answered.
+const TURNING_AWAY: std::time::Duration = std::time::Duration::from_secs(1);
+
+fn admittance(gateway: &crate::config::Gateway) -> Admittance {
+    Admittance { idle: gateway.idle_timeout, connections: gateway.max_requests.saturating_mul(SEATS).clamp(1, 1 << 20) }
+}
 
 /// Listeners, bound before anything else starts: a taken port is told at once.
 pub struct Listeners {
@@ -127,7 +139,7 @@ impl Listeners {
 /// # Errors
 /// What made the first failing part fail.
 pub async fn run<B: Backend>(
-    parts: Parts<B>,
+    mut parts: Parts<B>,
     stages: &[Stage],
     listeners: Listeners,
     extra: HttpRouter,
@@ -139,20 +151,29 @@ pub async fn run<B: Backend>(
     let admin = server::routes(readiness.clone()).merge(extra);
     // The admin listener comes first and goes last: it tells how the others are doing.
     let admin_down = Shutdown::new(parts.shutdown.budget);
-    let admin_part = serve(listeners.admin, admin, IDLE, admin_down.clone());
+    let admin_part = serve(listeners.admin, admin, ADMIN, admin_down.clone());
     let admin_task = tokio::spawn(admin_part);
     let (gateway, waiting) = match listeners.gateway {
         Some(listener) => {
             let (waiting, listener) = twice(listener)?;
-            let until = Shutdown::new(parts.shutdown.budget);
+            let until = Shutdown::new(TURNING_AWAY);
             let settings = &parts.config.gateway;
             let routes = gateway::unavailable(Origins::parse(&settings.cors_origins));
-            let served = tokio::spawn(serve(waiting, routes, settings.idle_timeout, until.clone()));
+            let served = tokio::spawn(serve(waiting, routes, admittance(settings), until.clone()));
             (Some(listener), Some((until, served)))
         }
         None => (None, None),
     };
     let Some(placements) = answered(&parts, async || placements(&parts).await).await? else { return Ok(()) };
+    if let Some(settings) = &parts.control_plane {
+        let followed = async || match follow::follow(&parts.log, settings, parts.clock.clone()).await {
+            Ok(workspace) => Ok(workspace),
+            Err(FollowError::Log(error)) => Err(error.into()),
+            Err(FollowError::Remote(error)) => Err(error.into()),
+        };
+        let Some(workspace) = answered(&parts, followed).await? else { return Ok(()) };
+        parts.workspace = workspace;
+    }
     let mut router = None;
     if stages.contains(&Stage::Router) {
         router = answered(&parts, async || Standing::read(&parts).await).await?;
@@ -307,10 +328,19 @@ fn start_gateway<B: Backend>(
     let routes = internal.map(|listener| (listener, "internal gateway", gateway::internal(gateway)));
     for (listener, name, routes) in [(listener, "gateway", public)].into_iter().chain(routes) {
         let mut ready = readiness.part();
-        let served = serve(listener, routes, settings.idle_timeout, parts.shutdown.clone());
+        let served = serve(listener, routes, admittance(settings), parts.shutdown.clone());
+        let stop = parts.shutdown.clone();
         supervisor.start(name, async move {
             ready.set(true);
-            served.await
+            tokio::pin!(served);
+            tokio::select! {
+                ended = &mut served => ended,
+                () = stop.begun() => {
+                    // Nobody is to come any more, while those who are here are served.
+                    ready.set(false);
+                    served.await
+                }
+            }
         });
     }
     Ok(())

@@ -1,9 +1,15 @@
 //! From configuration to a log.
 
+use std::sync::Arc;
+
 use anyhow::Context;
 
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config, ConfigError};
+use crate::control::file::FileWatch;
+use crate::control::follow;
+use crate::control::remote::RemoteSettings;
+use crate::control::workspace::Workspace;
 use crate::log::embedded::memory::Faults;
 use crate::log::embedded::{Access, Embedded};
 #[cfg(feature = "kafka")]
@@ -14,6 +20,29 @@ use crate::log::registry::{Registered, RegistryConfig};
 use crate::log::topic::Topics;
 #[cfg(feature = "kafka")]
 use crate::model::codec::KnownSchema;
+
+/// The control plane to follow. None: there is a file.
+pub fn control_plane(config: &Config) -> Option<RemoteSettings> {
+    let control = &config.control;
+    (!control.url.is_empty()).then(|| RemoteSettings {
+        url: control.url.clone(),
+        token: control.token.clone(),
+        namespace: control.namespace.clone(),
+        region: control.region.clone(),
+        poll_interval: control.poll_interval,
+    })
+}
+
+/// The workspace as it is now, for a command.
+///
+/// # Errors
+/// What is wrong with the file, or with what the control plane answers.
+pub async fn workspace(config: &Config) -> anyhow::Result<Arc<Workspace>> {
+    match control_plane(config) {
+        Some(settings) => Ok(Arc::new(follow::once(&settings).await.map_err(anyhow::Error::msg)?)),
+        None => Ok(FileWatch::open(&config.control.workspace_file).await?.current().get()),
+    }
+}
 
 /// One of the logs. What is generic over a backend is called through [`with_log`](crate::with_log).
 pub enum AnyLog {

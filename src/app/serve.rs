@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -14,6 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 
 use crate::clock::Clock;
 use crate::runtime::shutdown::Shutdown;
@@ -22,26 +24,45 @@ use crate::telemetry::seldom;
 /// A listener that cannot accept (no file descriptors are left, mostly) is asked again after so long.
 const AGAIN: Duration = Duration::from_secs(1);
 /// Of a request's head, in bytes.
-const MAX_HEAD: usize = 512 * 1024;
+const MAX_HEAD: usize = 128 * 1024;
+/// What a connection of HTTP/2 begins with.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const LOOK: Duration = Duration::from_millis(20);
 /// Requests at a time on one connection of HTTP/2.
 const STREAMS: u32 = 250;
 
-/// Serves until shutdown, then lets open requests end within the budget. The head of a request has to come within `idle`, also of the
-/// next one on a connection that is kept.
+/// How much a listener bears.
+#[derive(Clone, Copy, Debug)]
+pub struct Admittance {
+    /// The head of a request has to come within this time, also of the next one on a connection that is kept.
+    pub idle: Duration,
+    /// Connections at a time; more wait to be accepted.
+    pub connections: usize,
+}
+
+/// Serves until shutdown, then lets open requests end within the budget.
 ///
 /// # Errors
 /// None; what goes wrong with a connection ends it alone.
-pub async fn serve(listener: TcpListener, routes: Router, idle: Duration, shutdown: Shutdown) -> std::io::Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    routes: Router,
+    admittance: Admittance,
+    shutdown: Shutdown,
+) -> std::io::Result<()> {
+    let idle = admittance.idle;
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(idle).max_buf_size(MAX_HEAD);
     let http2 = &mut builder.http2();
     http2.timer(TokioTimer::new()).keep_alive_interval(idle).keep_alive_timeout(idle).max_concurrent_streams(STREAMS);
     let graceful = GracefulShutdown::new();
+    let seats = Arc::new(Semaphore::new(admittance.connections));
     loop {
-        let accepted = tokio::select! {
+        let accept = async { (Arc::clone(&seats).acquire_owned().await, listener.accept().await) };
+        let (seat, accepted) = tokio::select! {
             biased;
             () = shutdown.begun() => break,
-            accepted = listener.accept() => accepted,
+            accepted = accept => accepted,
         };
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
@@ -50,12 +71,21 @@ pub async fn serve(listener: TcpListener, routes: Router, idle: Duration, shutdo
                 continue;
             }
         };
-        let connection = builder
-            .serve_connection(TokioIo::new(prepared(stream)), Peer { routes: routes.clone(), address: peer })
-            .into_owned();
-        let watched = graceful.watch(connection);
-        // How a connection ends is the client's affair.
-        tokio::spawn(async move { drop(watched.await) });
+        let (builder, routes) = (builder.clone(), routes.clone());
+        let (watcher, stop) = (graceful.watcher(), shutdown.clone());
+        tokio::spawn(async move {
+            let _seat = seat;
+            let begins = tokio::select! {
+                begins = tokio::time::timeout(idle, begins(&stream)) => begins.is_ok(),
+                () = stop.begun() => false,
+            };
+            if begins {
+                let peer = Peer { routes, address: peer };
+                let connection = builder.serve_connection(TokioIo::new(prepared(stream)), peer).into_owned();
+                // How a connection ends is the client's affair.
+                drop(watcher.watch(connection).await);
+            }
+        });
     }
     drop(listener);
     let budget = Clock::system();
@@ -64,6 +94,17 @@ pub async fn serve(listener: TcpListener, routes: Router, idle: Duration, shutdo
         () = budget.sleep(shutdown.budget) => {}
     }
     Ok(())
+}
+
+/// Waits until it can be told which protocol is spoken: what serves connections would wait for that for ever.
+async fn begins(stream: &TcpStream) {
+    let mut first = [0; PREFACE.len()];
+    while let Ok(count) = stream.peek(&mut first).await {
+        if count == 0 || count == PREFACE.len() || !PREFACE.starts_with(&first[..count]) {
+            return;
+        }
+        Clock::system().sleep(LOOK).await;
+    }
 }
 
 fn prepared(stream: TcpStream) -> TcpStream {

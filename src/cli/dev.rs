@@ -81,7 +81,17 @@ impl Dev {
             let topics = open::topics(&config)?.with_partitions(partitions);
             apply(log, &topics).await?;
             let log = log.clone();
-            let parts = Parts { log, config, topics, workspace, instance, clock, shutdown, break_order: false };
+            let parts = Parts {
+                log,
+                config,
+                topics,
+                workspace,
+                control_plane: None,
+                instance,
+                clock,
+                shutdown,
+                break_order: false,
+            };
             engine::run(parts, &Stage::ALL, listeners, inbox).await
         });
         if let Some(following) = following {

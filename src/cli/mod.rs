@@ -25,6 +25,7 @@ use clap::{Args, Parser, Subcommand};
 use self::output::Output;
 use crate::config::{Config, ConfigError, Layers};
 use crate::control::file::FileError;
+use crate::control::remote::RemoteError;
 use crate::log::topic::TopicError;
 use crate::log::{LogError, Misconfigured};
 
@@ -154,6 +155,7 @@ fn is_usage(cause: &(dyn std::error::Error + 'static)) -> bool {
     let is_misconfigured =
         matches!(cause.downcast_ref(), Some(LogError::Fatal(inside)) if inside.is::<Misconfigured>());
     is_misconfigured
+        || matches!(cause.downcast_ref(), Some(RemoteError::Address(_)))
         || cause.is::<Usage>()
         || cause.is::<ConfigError>()
         || cause.is::<FileError>()

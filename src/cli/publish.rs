@@ -11,7 +11,6 @@ use super::run::event_partitions;
 use super::{ConfigArgs, Usage};
 use crate::app::open::{self, AnyLog};
 use crate::clock::Clock;
-use crate::control::file::FileWatch;
 use crate::log::Backend;
 use crate::log::embedded::Access;
 use crate::model::event::{Channel, Event};
@@ -41,8 +40,12 @@ impl Publish {
     pub async fn run(&self) -> anyhow::Result<()> {
         let config = self.config.load(&[], &[])?;
         let clock = Clock::system();
-        let workspace = FileWatch::open(&config.control.workspace_file).await?.current().get();
-        let unknown = || Usage(format!("no source has this write key in {}", config.control.workspace_file.display()));
+        let workspace = open::workspace(&config).await?;
+        let place = match config.control.url.as_str() {
+            "" => config.control.workspace_file.display().to_string(),
+            _ => "what the control plane says".to_owned(),
+        };
+        let unknown = || Usage(format!("no source has this write key in {place}"));
         let source = std::sync::Arc::clone(workspace.by_write_key(&self.write_key).ok_or_else(unknown)?);
         if !source.enabled {
             anyhow::bail!(Usage(format!("source {} is disabled", source.id)));
@@ -102,18 +105,18 @@ async fn publish<P: crate::log::Publisher>(
         match admit_line(&line) {
             Ok(events) => waiting.extend(events),
             Err(refusal) => {
-                admission.publish(waiting.iter().map(|event| (event, &along))).await?;
+                admission.publish(admission.records(waiting.iter().map(|event| (event, &along)))).await?;
                 published += waiting.len();
                 bail!("line {number}: {refusal}; the {published} events before it are published, nothing from it on");
             }
         }
         let bytes: usize = waiting.iter().map(|event| event.payload.len()).sum();
         if waiting.len() >= CHUNK || bytes >= CHUNK_BYTES {
-            admission.publish(waiting.iter().map(|event| (event, &along))).await?;
+            admission.publish(admission.records(waiting.iter().map(|event| (event, &along)))).await?;
             published += waiting.len();
             waiting.clear();
         }
     }
-    admission.publish(waiting.iter().map(|event| (event, &along))).await?;
+    admission.publish(admission.records(waiting.iter().map(|event| (event, &along)))).await?;
     Ok(published + waiting.len())
 }

@@ -8,7 +8,9 @@ use crate::app::engine::{self, Listeners, Parts, Stage};
 use crate::app::open::{self, AnyLog};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config};
+use crate::control::Current;
 use crate::control::file::FileWatch;
+use crate::control::workspace::Workspace;
 use crate::log::embedded::Access;
 use crate::log::{Admin, Backend};
 use crate::model::record::Topic;
@@ -41,11 +43,17 @@ impl Run {
             ));
         }
         let clock = Clock::system();
-        let watch = FileWatch::open(&config.control.workspace_file).await?;
-        let workspace = watch.current();
+        let (workspace, watch) = match open::control_plane(&config) {
+            // The engine follows it.
+            Some(_) => (Current::fixed(Workspace::default()), None),
+            None => {
+                let watch = FileWatch::open(&config.control.workspace_file).await?;
+                (watch.current(), Some(watch))
+            }
+        };
         let listeners = Listeners::bind(&config, &stages).await?;
         let shutdown = shutdown_on_signal(&config);
-        let following = tokio::spawn(watch.follow(clock.clone()));
+        let following = watch.map(|watch| tokio::spawn(watch.follow(clock.clone())));
         let topics = open::topics(&config)?;
         let instance = open::instance_id(&config)?;
         let any = AnyLog::open(&config, Access::Engine, &clock).await?;
@@ -54,10 +62,14 @@ impl Run {
                 apply(log, &topics).await?;
             }
             let log = log.clone();
-            let parts = Parts { log, config, topics, workspace, instance, clock, shutdown, break_order: self.break_order };
+            let control_plane = open::control_plane(&config);
+            let break_order = self.break_order;
+            let parts = Parts { log, config, topics, workspace, control_plane, instance, clock, shutdown, break_order };
             engine::run(parts, &stages, listeners, axum::Router::new()).await
         });
-        following.abort();
+        if let Some(following) = following {
+            following.abort();
+        }
         any.close().await;
         ended
     }

@@ -183,6 +183,9 @@ fn key_of(path: &str) -> String {
         {
             format!("{router}.{destinations}.").to_lowercase() + id + "." + &own.join("__").to_lowercase()
         }
+        [gateway, limits, own, id @ ..] if own.eq_ignore_ascii_case("own") && !id.is_empty() => {
+            format!("{gateway}.{limits}.{own}.").to_lowercase() + &id.join("__")
+        }
         parts => parts.join(".").to_lowercase(),
     }
 }
@@ -195,8 +198,9 @@ fn is_all_variable(text: &str) -> bool {
 /// By its name: librdkafka has many, and new ones.
 fn is_secret(key: &str) -> bool {
     const WORDS: [&str; 7] = ["password", "secret", "token", "jaas", "pem", "assertion", "sasl.oauthbearer.config"];
-    let is_of_somebody =
-        [PROPERTIES, "log.schema_registry.", "gateway.internal."].iter().any(|section| key.starts_with(section));
+    let is_of_somebody = [PROPERTIES, "log.schema_registry.", "gateway.internal.", "control."]
+        .iter()
+        .any(|section| key.starts_with(section));
     is_of_somebody && WORDS.iter().any(|word| key.contains(word))
 }
 

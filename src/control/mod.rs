@@ -2,6 +2,9 @@
 
 pub mod commands;
 pub mod file;
+pub mod follow;
+pub mod kept;
+pub mod remote;
 pub mod workspace;
 
 use std::sync::Arc;

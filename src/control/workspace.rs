@@ -1,7 +1,7 @@
 //! The workspace configuration in RudderStack's JSON, read into what the stages need. Unknown fields are ignored, so that a
 //! file exported from there works as it is.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -85,6 +85,31 @@ impl Workspace {
         let mut workspace = Workspace { id: raw.workspace_id.as_str().into(), ..Workspace::default() };
         for source in &raw.sources {
             workspace.add(source, &raw)?;
+        }
+        Ok(workspace)
+    }
+
+    /// One workspace, or several by their ids, as a control plane has them.
+    ///
+    /// # Errors
+    /// As [`Workspace::parse`].
+    pub fn parse_any(text: &str) -> Result<Self, WorkspaceError> {
+        #[derive(Deserialize)]
+        struct Probe {
+            #[serde(alias = "Sources")]
+            sources: Option<serde::de::IgnoredAny>,
+        }
+        if serde_json::from_str::<Probe>(text)?.sources.is_some() {
+            return Self::parse(text);
+        }
+        let all: BTreeMap<String, Option<RawWorkspace>> = serde_json::from_str(text)?;
+        let mut workspace = Workspace::default();
+        for (id, raw) in all.into_iter().filter_map(|(id, raw)| Some((id, raw?))) {
+            let raw =
+                RawWorkspace { workspace_id: if raw.workspace_id.is_empty() { id } else { raw.workspace_id }, ..raw };
+            for source in &raw.sources {
+                workspace.add(source, &raw)?;
+            }
         }
         Ok(workspace)
     }
@@ -332,6 +357,22 @@ mod tests {
         assert!(source.is_backfill());
         assert_eq!(source.replays.as_ref().map(SourceId::as_str), Some("src-0"));
         assert_eq!(source.disabled, [DestinationId::from("dst-1")]);
+    }
+
+    #[test]
+    fn several_workspaces_are_one_configuration() {
+        let of = |n: u32| format!(r#"{{"sources":[{{"id":"s{n}","writeKey":"k{n}"}}]}}"#);
+        let text = format!(r#"{{"ws-1":{},"ws-2":{},"ws-3":null}}"#, of(1), of(2));
+        let workspace = Workspace::parse_any(&text).expect("valid");
+        let of = |key: &str| workspace.by_write_key(key).map(|source| source.workspace.to_string());
+        assert_eq!((of("k1"), of("k2"), of("k3")), (Some("ws-1".into()), Some("ws-2".into()), None));
+        assert_eq!(
+            Workspace::parse_any(r#"{"workspaceId":"w","sources":[]}"#).map(|it| it.id.to_string()).ok(),
+            Some("w".into())
+        );
+        for broken in ["", "[]", r#"{"ws":{"sources":1}}"#, r#"{"ws":7}"#] {
+            assert!(Workspace::parse_any(broken).is_err(), "{broken}");
+        }
     }
 
     #[test]

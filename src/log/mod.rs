@@ -149,6 +149,7 @@ pub struct Commit {
 /// guarantee.
 pub trait Session: Send + 'static {
     const GUARANTEE: Guarantee;
+    type Committer: Committer;
 
     /// Waits for what comes next, or returns [`Polled::Idle`] after a while. Cancel-safe.
     fn poll(&mut self, limit: Limit) -> impl Future<Output = Result<Polled, LogError>> + Send;
@@ -160,12 +161,24 @@ pub trait Session: Send + 'static {
 
     fn resume(&mut self, partitions: &[Partition]) -> Result<(), LogError>;
 
-    /// Makes outputs and positions visible as one. After [`LogError::Transient`] nothing of it is visible and it may be called
-    /// again, with other content too; a doubt about its fate is settled inside, or ends as [`LogError::Broken`].
-    fn commit(&mut self, commit: Arc<Commit>) -> impl Future<Output = Result<(), LogError>> + Send;
+    /// What commits for this session, as long as it lives. Only one is used at a time.
+    fn committer(&self) -> Self::Committer;
+
+    /// Commits, and does nothing else meanwhile.
+    fn commit(&mut self, commit: Arc<Commit>) -> impl Future<Output = Result<(), LogError>> + Send {
+        let mut committer = self.committer();
+        async move { committer.commit(commit).await }
+    }
 
     /// Leaves the group at once, so that others take over without waiting for a time-out.
     fn close(self) -> impl Future<Output = ()> + Send;
+}
+
+/// The half of a session that commits, so that it may be polled meanwhile.
+pub trait Committer: Send + 'static {
+    /// Makes outputs and positions visible as one. After [`LogError::Transient`] nothing of it is visible and it may be called
+    /// again, with other content too; a doubt about its fate is settled inside, or ends as [`LogError::Broken`].
+    fn commit(&mut self, commit: Arc<Commit>) -> impl Future<Output = Result<(), LogError>> + Send;
 }
 
 /// For those who only write.

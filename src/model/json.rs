@@ -105,6 +105,15 @@ pub fn quote(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
+fn push_quoted(out: &mut String, text: &str) {
+    if text.bytes().any(|byte| byte < b' ' || matches!(byte, b'"' | b'\\' | 0x7F)) {
+        return out.push_str(&quote(text));
+    }
+    out.push('"');
+    out.push_str(text);
+    out.push('"');
+}
+
 /// Refuses what nests deeper than [`MAX_DEPTH`].
 ///
 /// # Errors
@@ -137,44 +146,59 @@ pub fn check_depth(text: &str) -> Result<(), JsonError> {
 pub struct Splice<'o, 'a> {
     object: &'o Object<'a>,
     edits: Vec<Edit>,
+    /// What is put in, one after the other.
+    texts: String,
 }
 
 struct Edit {
     at: usize,
     until: usize,
-    text: String,
+    /// Where its text lies in `texts`.
+    text: std::ops::Range<usize>,
 }
 
 impl<'o, 'a> Splice<'o, 'a> {
     pub fn new(object: &'o Object<'a>) -> Self {
-        Self { object, edits: Vec::new() }
+        Self { object, edits: Vec::with_capacity(8), texts: String::with_capacity(256) }
     }
 
-    /// Replaces a value that [`Object::get`] gave, of this object or of one inside it.
-    pub fn replace(&mut self, value: &'a str, with: String) {
-        let at = self.object.position(value);
-        self.edits.push(Edit { at, until: at + value.len(), text: with });
-    }
-
-    /// Sets a top-level member: its first occurrence is replaced, or it is added at the end.
-    pub fn set(&mut self, key: &str, value: String) {
+    /// Sets a top-level member to a text: its first occurrence is replaced, or it is added at the end.
+    pub fn set(&mut self, key: &str, text: &str) {
         match self.object.get(key) {
-            Some(old) => self.replace(old, value),
-            None => self.add(key, &value),
+            Some(old) => {
+                let (at, from) = (self.object.position(old), self.texts.len());
+                push_quoted(&mut self.texts, text);
+                self.edits.push(Edit { at, until: at + old.len(), text: from..self.texts.len() });
+            }
+            None => self.add_text(key, text),
         }
     }
 
-    /// Adds a member at the end of the object.
-    pub fn add(&mut self, key: &str, value: &str) {
-        self.add_inside(self.object.text, self.object.members.is_empty(), key, value);
+    /// Adds a member at the end of the object: a text.
+    pub fn add_text(&mut self, key: &str, text: &str) {
+        self.put(self.object.text, self.object.members.is_empty(), key, |texts| push_quoted(texts, text));
     }
 
-    /// Adds a member at the end of an object inside this one, given by its text.
-    pub fn add_inside(&mut self, object: &'a str, empty: bool, key: &str, value: &str) {
+    /// Adds a member at the end of the object: JSON as it is.
+    pub fn add(&mut self, key: &str, value: &str) {
+        self.put(self.object.text, self.object.members.is_empty(), key, |texts| texts.push_str(value));
+    }
+
+    /// Adds a text at the end of an object inside this one, given by its own text.
+    pub fn add_inside(&mut self, object: &'a str, empty: bool, key: &str, text: &str) {
+        self.put(object, empty, key, |texts| push_quoted(texts, text));
+    }
+
+    fn put(&mut self, object: &str, empty: bool, key: &str, value: impl FnOnce(&mut String)) {
         let at = self.object.position(object) + object.len() - 1;
-        let first = empty && !self.edits.iter().any(|edit| edit.at == at);
-        let text = format!("{}{}:{value}", if first { "" } else { "," }, quote(key));
-        self.edits.push(Edit { at, until: at, text });
+        let (is_first, from) = (empty && !self.edits.iter().any(|edit| edit.at == at), self.texts.len());
+        if !is_first {
+            self.texts.push(',');
+        }
+        push_quoted(&mut self.texts, key);
+        self.texts.push(':');
+        value(&mut self.texts);
+        self.edits.push(Edit { at, until: at, text: from..self.texts.len() });
     }
 
     /// Takes out every member with one of these keys. Not to be mixed with [`Splice::add`] on an object that this leaves empty.
@@ -191,7 +215,7 @@ impl<'o, 'a> Splice<'o, 'a> {
                     let space = rest.len() - rest.trim_start().len();
                     until = if rest[space..].starts_with(',') { end + space + 1 } else { end };
                 }
-                self.edits.push(Edit { at: previous_end, until, text: String::new() });
+                self.edits.push(Edit { at: previous_end, until, text: 0..0 });
                 previous_end = until;
             } else {
                 leading = false;
@@ -207,12 +231,11 @@ impl<'o, 'a> Splice<'o, 'a> {
     /// The edited text.
     pub fn finish(mut self) -> String {
         self.edits.sort_by_key(|edit| edit.at);
-        let added: usize = self.edits.iter().map(|edit| edit.text.len()).sum();
-        let mut out = String::with_capacity(self.object.text.len() + added);
+        let mut out = String::with_capacity(self.object.text.len() + self.texts.len());
         let mut at = 0;
         for edit in &self.edits {
             out.push_str(&self.object.text[at..edit.at]);
-            out.push_str(&edit.text);
+            out.push_str(&self.texts[edit.text.clone()]);
             at = edit.until;
         }
         out.push_str(&self.object.text[at..]);
@@ -307,11 +330,11 @@ mod tests {
         let text = " {\"big\": 123456789012345678901234567890 , \"a\":1.0,\"a\":2, \"\\u00e9\":\"\\ud800\", \"z\":\"é\u{2028}\"} ";
         let object = object(text);
         let mut splice = Splice::new(&object);
-        splice.set("a", "3".into());
-        splice.set("new", quote("x\"y"));
+        splice.set("a", "3");
+        splice.set("new", "x\"y");
         assert_eq!(
             splice.finish(),
-            "{\"big\": 123456789012345678901234567890 , \"a\":3,\"a\":2, \"\\u00e9\":\"\\ud800\", \"z\":\"é\u{2028}\",\"new\":\"x\\\"y\"}"
+            "{\"big\": 123456789012345678901234567890 , \"a\":\"3\",\"a\":2, \"\\u00e9\":\"\\ud800\", \"z\":\"é\u{2028}\",\"new\":\"x\\\"y\"}"
         );
     }
 
@@ -325,10 +348,10 @@ mod tests {
 
         let outer = object(r#"{"context":{ },"x":{"y":1}}"#);
         let mut splice = Splice::new(&outer);
-        splice.add_inside(outer.get("context").expect("there"), true, "ip", "\"::1\"");
+        splice.add_inside(outer.get("context").expect("there"), true, "ip", "::1");
         splice.add_inside(outer.get("x").expect("there"), false, "ip", "2");
         splice.add("z", "3");
-        assert_eq!(splice.finish(), r#"{"context":{ "ip":"::1"},"x":{"y":1,"ip":2},"z":3}"#);
+        assert_eq!(splice.finish(), r#"{"context":{ "ip":"::1"},"x":{"y":1,"ip":"2"},"z":3}"#);
     }
 
     #[test]

@@ -112,8 +112,9 @@ pub async fn run<B: Backend, W: Work>(
         let joined_at = clock.instant();
         let ended = match opened {
             Ok(session) => {
-                let driver = own::Driver::new(backend.clone(), session, Arc::clone(&work), &settings, &clock);
-                driver.run(&shutdown, &mut ready).await
+                let driver =
+                    own::Driver::new(backend.clone(), session, Arc::clone(&work), &settings, &clock, &shutdown);
+                driver.run(&mut ready).await
             }
             Err(error) => Err(error),
         };

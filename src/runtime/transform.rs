@@ -269,12 +269,18 @@ impl<T: Transform> Running<T> {
             }
             Alone::Poison => {
                 let Some(record) = self.waiting.pop_front() else { return false };
+                let upto = Some(record.offset.just_after());
+                // Its copies are as deadly: they are known from here on.
+                let Some(record) = self.unless_known(vec![record]).pop() else {
+                    self.finish((Vec::new(), upto, Vec::new()));
+                    return true;
+                };
                 let failures = self.stage.failures();
                 let message = "the process ended while the stage ran this record, again and again";
                 events::poison(failures.stage, record.partition, &record.offset);
                 let key = record.key.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
                 let failure = failures.record(&record, &Cause::untried(Reason::Panicked, message, &key));
-                self.finish((vec![failure], Some(record.offset.just_after())));
+                self.finish((vec![failure], upto, Vec::new()));
             }
         }
         true
@@ -306,7 +312,10 @@ impl<T: Transform> Running<T> {
         Ok(())
     }
 
-    fn finish(&mut self, (outputs, position): Worked) {
+    fn finish(&mut self, (outputs, position, failed): Worked) {
+        if let Some(remembered) = &mut self.remembered {
+            remembered.failed(&failed);
+        }
         self.finished.bytes += outputs.iter().map(Addressed::size).sum::<usize>();
         self.finished.outputs.extend(outputs);
         self.position = position.unwrap_or(self.position);
@@ -336,18 +345,22 @@ fn split(batch: Vec<Record>) -> Vec<Vec<Record>> {
     chunks
 }
 
-type Worked = (Vec<Addressed>, Option<Offset>);
+/// Outputs, what is done up to, and which records failed.
+type Worked = (Vec<Addressed>, Option<Offset>, Vec<Offset>);
 
 fn work<T: Transform>(stage: &T, records: &[Record], upto: Option<Offset>) -> Worked {
-    let mut outputs = Vec::with_capacity(records.len());
-    for outcome in process(stage, records) {
+    let (mut outputs, mut failed) = (Vec::with_capacity(records.len()), Vec::new());
+    for (record, outcome) in records.iter().zip(process(stage, records)) {
         match outcome {
             Outcome::Produced(produced) => outputs.extend(produced),
             Outcome::Filtered(_) => {}
-            Outcome::Failed { failure, .. } => outputs.push(failure),
+            Outcome::Failed { failure, .. } => {
+                outputs.push(failure);
+                failed.push(record.offset);
+            }
         }
     }
-    (outputs, upto.or_else(|| records.last().map(|record| record.offset.just_after())))
+    (outputs, upto.or_else(|| records.last().map(|record| record.offset.just_after())), failed)
 }
 
 /// Runs the stage on a chunk. Where it panics the chunk is halved until the record that makes it panic stands alone: one
@@ -540,7 +553,7 @@ mod tests {
                 headers: Headers::new(),
             })
             .collect();
-        let (outputs, position) = work(&stage, &records, None);
+        let (outputs, position, _) = work(&stage, &records, None);
         assert_eq!(position, Some(Offset::new(64)));
         assert_eq!(outputs.len(), 64);
         let failed: Vec<usize> = (0..64).filter(|n| outputs[*n].topic == Topic::PROC_ERRORS).collect();

@@ -82,7 +82,7 @@ catalogue! {
     unclean_stops: IntCounterVec "laneway_runtime_unclean_stops_total" ["stage"] "Partitions whose last owner ended while records were under way.";
     schema_lookups: IntCounterVec "laneway_schema_registry_lookups_total" ["what", "outcome"] "Questions to the schema registry: of an id or a subject; ok, refused or failed.";
     publishers: IntCounterVec "laneway_runtime_publishers_replaced_total" [] "Kafka producers replaced because their records timed out and nothing was acknowledged meanwhile.";
-    config_loads: IntCounterVec "laneway_control_workspace_loads_total" ["result"] "Workspace configurations read: applied, unchanged or refused.";
+    config_loads: IntCounterVec "laneway_control_workspace_loads_total" ["result"] "Workspace configurations looked at: applied, unchanged, refused, kept (from the log, at a start), or unreachable (the control plane).";
 }
 
 /// The process's metrics.

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod config;
+mod control;
 mod dead_letters;
 mod dedup;
 mod edge;

@@ -26,7 +26,7 @@ const OWNED: [(&str, &[&str]); 5] = [
     ("sqlx", &["src/log/embedded/sqlite.rs", "src/store/"]),
     ("apache_avro", &["src/model/codec/"]),
     ("schema_registry_converter", &["src/log/registry/"]),
-    ("reqwest", &["src/log/registry/", "src/delivery/", "src/cli/load/", "src/app/"]),
+    ("reqwest", &["src/log/registry/", "src/control/remote.rs", "src/delivery/", "src/cli/load/", "src/app/"]),
 ];
 
 /// Names that say nothing.

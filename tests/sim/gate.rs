@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use laneway::clock::{Clock, Timestamp};
-use laneway::log::embedded::{Embedded, EmbeddedAdmin, EmbeddedPublisher, EmbeddedReader, EmbeddedSession};
-use laneway::log::{Backend, Commit, Guarantee, Limit, LogError, Member, Polled, Read, Reader, Session};
+use laneway::log::embedded::{
+    Embedded, EmbeddedAdmin, EmbeddedCommitter, EmbeddedPublisher, EmbeddedReader, EmbeddedSession,
+};
+use laneway::log::{Backend, Commit, Committer, Guarantee, Limit, LogError, Member, Polled, Read, Reader, Session};
 use laneway::model::record::{Offset, Partition, Topic};
 
 /// Opened and shut by the simulation, asked by a process before everything that it does with the log.
@@ -77,6 +79,7 @@ pub struct GatedSession {
 
 impl Session for GatedSession {
     const GUARANTEE: Guarantee = EmbeddedSession::GUARANTEE;
+    type Committer = GatedCommitter;
 
     async fn poll(&mut self, limit: Limit) -> Result<Polled, LogError> {
         self.gate.pass().await;
@@ -95,13 +98,24 @@ impl Session for GatedSession {
         self.session.resume(partitions)
     }
 
-    async fn commit(&mut self, commit: Arc<Commit>) -> Result<(), LogError> {
-        self.gate.pass().await;
-        self.session.commit(commit).await
+    fn committer(&self) -> GatedCommitter {
+        GatedCommitter { committer: self.session.committer(), gate: self.gate.clone() }
     }
 
     async fn close(self) {
         self.session.close().await;
+    }
+}
+
+pub struct GatedCommitter {
+    committer: EmbeddedCommitter,
+    gate: Gate,
+}
+
+impl Committer for GatedCommitter {
+    async fn commit(&mut self, commit: Arc<Commit>) -> Result<(), LogError> {
+        self.gate.pass().await;
+        self.committer.commit(commit).await
     }
 }
 

@@ -55,7 +55,7 @@ const FOUND: &[(Mistake, u64)] = &[
     (Mistake::SpendWhileOpen, 0),
     (Mistake::RestoreLaneBehindRuns, 0),
     (Mistake::ForgetLedger, 0),
-    (Mistake::ForgetEpoch, 37),
+    (Mistake::ForgetEpoch, 22),
     (Mistake::DropAfterFailedCommit, 14),
 ];
 

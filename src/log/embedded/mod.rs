@@ -42,7 +42,7 @@ use writer::Writer;
 pub use admin::EmbeddedAdmin;
 pub use publisher::EmbeddedPublisher;
 pub use reader::EmbeddedReader;
-pub use session::EmbeddedSession;
+pub use session::{EmbeddedCommitter, EmbeddedSession};
 
 /// How soon records that another process wrote into the file are seen.
 const FOREIGN_POLL: Duration = Duration::from_millis(100);

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 
-use crate::log::{Assignment, Commit, Guarantee, Limit, LogError, Member, Polled, Session};
+use crate::log::{Assignment, Commit, Committer, Guarantee, Limit, LogError, Member, Polled, Session};
 use crate::model::record::{Epoch, Offset, Partition, Record};
 
 use super::Embedded;
@@ -17,10 +18,7 @@ use super::store::Position;
 const IDLE: Duration = Duration::from_millis(200);
 
 pub struct EmbeddedSession {
-    log: Embedded,
-    member: Member,
-    group: GroupKey,
-    session: SessionId,
+    own: Arc<Own>,
     partitions: BTreeMap<Partition, ReadAt>,
     /// An assignment that has been taken from the coordinator, but not been told yet: a cancelled poll must not lose it.
     assigned: Option<Vec<(Partition, Epoch)>>,
@@ -28,12 +26,21 @@ pub struct EmbeddedSession {
     releasing: Vec<Partition>,
     /// Rotates which partition is read first.
     turn: usize,
-    commits: u64,
-    name: String,
     bell: Arc<Notify>,
     grown: watch::Receiver<u64>,
     /// Held as long as this is a member, in a process that is no engine.
     _alone: Option<std::fs::File>,
+}
+
+/// What a session is, to what commits for it too.
+struct Own {
+    log: Embedded,
+    member: Member,
+    group: GroupKey,
+    session: SessionId,
+    name: String,
+    /// The last one's number.
+    commits: AtomicU64,
 }
 
 /// Where a partition is read.
@@ -57,17 +64,13 @@ impl EmbeddedSession {
         // Numbers go on where the last session of this name ended, so that a doubt is never settled by an older commit.
         let commits = log.0.store.last_commit(&name).await.map_err(LogError::transient)?.unwrap_or(0);
         let grown = log.0.ends.subscribe();
+        let own = Own { log, member, group, session: joined.session, name, commits: AtomicU64::new(commits) };
         Ok(Self {
-            log,
-            member,
-            group,
-            session: joined.session,
+            own: Arc::new(own),
             partitions: BTreeMap::new(),
             assigned: None,
             releasing: Vec::new(),
             turn: 0,
-            commits,
-            name,
             bell: joined.bell,
             grown,
             _alone: alone,
@@ -77,11 +80,11 @@ impl EmbeddedSession {
     async fn event(&mut self) -> Result<Option<Polled>, LogError> {
         if !self.releasing.is_empty() {
             self.releasing.clear();
-            self.log.groups().release(&self.group, &self.session);
+            self.own.log.groups().release(&self.own.group, &self.own.session);
         }
         if self.assigned.is_none() {
-            let now = self.log.0.clock.instant();
-            let event = self.log.groups().poll(&self.group, &self.session, now);
+            let now = self.own.log.0.clock.instant();
+            let event = self.own.log.groups().poll(&self.own.group, &self.own.session, now);
             match event {
                 None => return Ok(None),
                 Some(Event::Assigned(given)) => self.assigned = Some(given),
@@ -97,7 +100,7 @@ impl EmbeddedSession {
                     return Ok(Some(Polled::Lost(gone)));
                 }
                 Some(Event::Fenced) => {
-                    return Err(LogError::fenced(format!("another session of {} has joined", self.name)));
+                    return Err(LogError::fenced(format!("another session of {} has joined", self.own.name)));
                 }
             }
         }
@@ -106,10 +109,10 @@ impl EmbeddedSession {
 
     async fn tell_assignment(&mut self) -> Result<Polled, LogError> {
         // Passes through the writer, so that whatever the last owner had under way is settled before it is read.
-        self.log.0.writer.write(Vec::new(), Vec::new(), None, None).await?;
-        let store = &self.log.0.store;
+        self.own.log.0.writer.write(Vec::new(), Vec::new(), None, None).await?;
+        let store = &self.own.log.0.store;
         let mut committed =
-            store.committed(&self.member.group, &self.member.topic).await.map_err(LogError::transient)?;
+            store.committed(&self.own.member.group, &self.own.member.topic).await.map_err(LogError::transient)?;
         let given = self.assigned.take().unwrap_or_default();
         let assignments = given
             .into_iter()
@@ -124,11 +127,11 @@ impl EmbeddedSession {
     }
 
     async fn records(&mut self, limit: Limit) -> Result<Vec<Record>, LogError> {
-        let ends = &self.log.0.ends;
+        let ends = &self.own.log.0.ends;
         let ready: Vec<(Partition, Offset)> = self
             .partitions
             .iter()
-            .filter(|(partition, at)| !at.paused && at.next < ends.of(&self.member.topic, **partition))
+            .filter(|(partition, at)| !at.paused && at.next < ends.of(&self.own.member.topic, **partition))
             .map(|(partition, at)| (*partition, at.next))
             .collect();
         if ready.is_empty() {
@@ -141,7 +144,7 @@ impl EmbeddedSession {
             // An even share, so that one full partition does not crowd out the others.
             let share =
                 Limit { records: limit.records.div_ceil(ready.len()), bytes: limit.bytes.div_ceil(ready.len()) };
-            let read = self.log.0.store.read(&self.member.topic, partition, from, share).await;
+            let read = self.own.log.0.store.read(&self.own.member.topic, partition, from, share).await;
             records.push((partition, read.map_err(LogError::transient)?));
         }
         // From here on nothing waits: either all positions move and the records are returned, or neither.
@@ -156,11 +159,48 @@ impl EmbeddedSession {
     }
 }
 
+/// Commits for a session that has not left its group.
+pub struct EmbeddedCommitter(Arc<Own>);
+
+impl Committer for EmbeddedCommitter {
+    async fn commit(&mut self, commit: Arc<Commit>) -> Result<(), LogError> {
+        let own = &self.0;
+        let count = own.commits.fetch_add(1, Ordering::Relaxed) + 1;
+        let now = own.log.0.clock.instant();
+        own.log.groups().seen(&own.group, &own.session, now);
+        let epochs: Vec<(Partition, Epoch)> = commit.offsets.iter().map(|(p, (epoch, _))| (*p, *epoch)).collect();
+        let (log, group, session) = (own.log.clone(), own.group.clone(), own.session.clone());
+        let fence = Box::new(move || {
+            let groups = log.groups();
+            if !groups.is_member(&group, &session) {
+                return Err(LogError::fenced("this session is no longer in its group"));
+            }
+            match epochs.iter().find(|(partition, epoch)| !groups.owns(&group, &session, *partition, *epoch)) {
+                None => Ok(()),
+                Some((partition, _)) => Err(LogError::transient(format!("partition {partition} has been taken away"))),
+            }
+        });
+        let positions = commit
+            .offsets
+            .iter()
+            .map(|(partition, (_, committed))| Position {
+                group: own.member.group.clone(),
+                topic: own.member.topic.clone(),
+                partition: *partition,
+                committed: committed.clone(),
+            })
+            .collect();
+        let number = Some((own.name.clone(), count));
+        own.log.0.writer.write(commit.outputs.clone(), positions, number, Some(fence)).await
+    }
+}
+
 impl Session for EmbeddedSession {
     const GUARANTEE: Guarantee = Guarantee::ExactlyOnce;
+    type Committer = EmbeddedCommitter;
 
     async fn poll(&mut self, limit: Limit) -> Result<Polled, LogError> {
-        let until = self.log.0.clock.instant() + IDLE;
+        let until = self.own.log.0.clock.instant() + IDLE;
         loop {
             if let Some(event) = self.event().await? {
                 return Ok(event);
@@ -174,7 +214,7 @@ impl Session for EmbeddedSession {
                 biased;
                 () = self.bell.notified() => {}
                 _ = self.grown.changed() => {}
-                () = self.log.0.clock.sleep_until(until) => return Ok(Polled::Idle),
+                () = self.own.log.0.clock.sleep_until(until) => return Ok(Polled::Idle),
             }
         }
     }
@@ -204,34 +244,8 @@ impl Session for EmbeddedSession {
         Ok(())
     }
 
-    async fn commit(&mut self, commit: Arc<Commit>) -> Result<(), LogError> {
-        self.commits += 1;
-        let now = self.log.0.clock.instant();
-        self.log.groups().seen(&self.group, &self.session, now);
-        let epochs: Vec<(Partition, Epoch)> = commit.offsets.iter().map(|(p, (epoch, _))| (*p, *epoch)).collect();
-        let (log, group, session) = (self.log.clone(), self.group.clone(), self.session.clone());
-        let fence = Box::new(move || {
-            let groups = log.groups();
-            if !groups.is_member(&group, &session) {
-                return Err(LogError::fenced("this session is no longer in its group"));
-            }
-            match epochs.iter().find(|(partition, epoch)| !groups.owns(&group, &session, *partition, *epoch)) {
-                None => Ok(()),
-                Some((partition, _)) => Err(LogError::transient(format!("partition {partition} has been taken away"))),
-            }
-        });
-        let positions = commit
-            .offsets
-            .iter()
-            .map(|(partition, (_, committed))| Position {
-                group: self.member.group.clone(),
-                topic: self.member.topic.clone(),
-                partition: *partition,
-                committed: committed.clone(),
-            })
-            .collect();
-        let number = Some((self.name.clone(), self.commits));
-        self.log.0.writer.write(commit.outputs.clone(), positions, number, Some(fence)).await
+    fn committer(&self) -> EmbeddedCommitter {
+        EmbeddedCommitter(Arc::clone(&self.own))
     }
 
     async fn close(self) {
@@ -243,6 +257,6 @@ impl Drop for EmbeddedSession {
     /// Leaving is all that closing takes; a session that is dropped by a failing task leaves too, which in this process is
     /// known at once.
     fn drop(&mut self) {
-        self.log.groups().leave(&self.group, &self.session);
+        self.own.log.groups().leave(&self.own.group, &self.own.session);
     }
 }

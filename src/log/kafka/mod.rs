@@ -36,7 +36,7 @@ pub use admin::KafkaAdmin;
 pub use config::KafkaConfig;
 pub use publisher::KafkaPublisher;
 pub use reader::KafkaReader;
-pub use session::KafkaSession;
+pub use session::{KafkaCommitter, KafkaSession};
 
 /// A Kafka cluster, by its configuration. Connections are made by what it hands out.
 #[derive(Clone)]

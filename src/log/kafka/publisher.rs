@@ -198,10 +198,15 @@ impl Client {
     async fn publish(&self, prefix: &str, records: &[Addressed]) -> Result<(), KafkaError> {
         let firsts = self.introduce(prefix, records).await?;
         let (waiting, answer) = Waiting::new(records.len() - firsts.len(), None);
+        // What comes behind one that is not taken is not sent: it would overtake it.
+        let mut refused: Option<KafkaError> = None;
         for record in records.iter().enumerate().filter(|(index, _)| !firsts.contains(index)).map(|(_, record)| record)
         {
-            if let Err(error) = self.send(prefix, record, &waiting) {
-                waiting.one_less(Some(error));
+            if refused.is_none() {
+                refused = self.send(prefix, record, &waiting).err();
+            }
+            if let Some(error) = &refused {
+                waiting.one_less(Some(error.clone()));
             }
         }
         waiting.one_less(None);

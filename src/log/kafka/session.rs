@@ -9,7 +9,7 @@ use std::time::Duration;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::log::{Assignment, Commit, Guarantee, Limit, LogError, Member, Polled, Session};
+use crate::log::{Assignment, Commit, Committer, Guarantee, Limit, LogError, Member, Polled, Session};
 use crate::model::record::{Epoch, Offset, Partition};
 
 use super::admin::KafkaAdmin;
@@ -146,8 +146,22 @@ async fn launch<T: Send + 'static>(
         .map_err(|_| LogError::transient("the kafka client ended"))?
 }
 
+/// To the thread that runs a session's transactions.
+pub struct KafkaCommitter(Sender<Order>);
+
+impl Committer for KafkaCommitter {
+    async fn commit(&mut self, commit: Arc<Commit>) -> Result<(), LogError> {
+        let (done, answer) = oneshot::channel();
+        let ended = || LogError::broken("the kafka producer has ended");
+        self.0.send((commit, done)).map_err(|_| ended())?;
+        let hangs = |_| LogError::broken("the kafka client does not come back from a transaction");
+        tokio::time::timeout(ANSWER, answer).await.map_err(hangs)?.map_err(|_| ended())?
+    }
+}
+
 impl Session for KafkaSession {
     const GUARANTEE: Guarantee = Guarantee::ExactlyOnce;
+    type Committer = KafkaCommitter;
 
     async fn poll(&mut self, limit: Limit) -> Result<Polled, LogError> {
         if std::mem::take(&mut self.owes_release) {
@@ -192,12 +206,8 @@ impl Session for KafkaSession {
         self.command(Command::Resume(self.with_epochs(partitions)))
     }
 
-    async fn commit(&mut self, commit: Arc<Commit>) -> Result<(), LogError> {
-        let (done, answer) = oneshot::channel();
-        let ended = || LogError::broken("the kafka producer has ended");
-        self.orders.send((commit, done)).map_err(|_| ended())?;
-        let hangs = |_| LogError::broken("the kafka client does not come back from a transaction");
-        tokio::time::timeout(ANSWER, answer).await.map_err(hangs)?.map_err(|_| ended())?
+    fn committer(&self) -> KafkaCommitter {
+        KafkaCommitter(self.orders.clone())
     }
 
     async fn close(self) {

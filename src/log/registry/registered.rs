@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Clock;
-use crate::log::{Backend, Commit, Guarantee, Limit, LogError, Member, Polled, Publisher, Read, Reader, Session};
+use crate::log::{
+    Backend, Commit, Committer, Guarantee, Limit, LogError, Member, Polled, Publisher, Read, Reader, Session,
+};
 use crate::model::codec::{self, KnownSchema};
 use crate::model::record::{Addressed, Offset, Partition, Record, Topic};
 
@@ -77,6 +79,7 @@ impl<P: Publisher> Publisher for Registered<P> {
 }
 
 /// What values of a topic are read as.
+#[derive(Clone)]
 struct Names {
     registry: Option<Registry>,
     /// The current schema of the topic.
@@ -172,6 +175,7 @@ impl<S: Session> RegisteredSession<S> {
 
 impl<S: Session> Session for RegisteredSession<S> {
     const GUARANTEE: Guarantee = S::GUARANTEE;
+    type Committer = RegisteredCommitter<S::Committer>;
 
     async fn poll(&mut self, limit: Limit) -> Result<Polled, LogError> {
         if self.names.registry.is_none() {
@@ -219,6 +223,22 @@ impl<S: Session> Session for RegisteredSession<S> {
         self.go_on(partitions)
     }
 
+    fn committer(&self) -> RegisteredCommitter<S::Committer> {
+        RegisteredCommitter { inner: self.inner.committer(), names: self.names.clone() }
+    }
+
+    async fn close(self) {
+        self.inner.close().await;
+    }
+}
+
+/// Registers the schemas of what is committed.
+pub struct RegisteredCommitter<C> {
+    inner: C,
+    names: Names,
+}
+
+impl<C: Committer> Committer for RegisteredCommitter<C> {
     async fn commit(&mut self, commit: Arc<Commit>) -> Result<(), LogError> {
         match &self.names.registry {
             Some(registry) if !commit.outputs.is_empty() => {
@@ -227,10 +247,6 @@ impl<S: Session> Session for RegisteredSession<S> {
             }
             _ => self.inner.commit(commit).await,
         }
-    }
-
-    async fn close(self) {
-        self.inner.close().await;
     }
 }
 
@@ -288,6 +304,7 @@ mod tests {
 
     impl Session for Scripted {
         const GUARANTEE: Guarantee = Guarantee::ExactlyOnce;
+        type Committer = Silent;
         async fn poll(&mut self, _: Limit) -> Result<Polled, LogError> {
             Ok(self.polls.pop_front().unwrap_or(Polled::Idle))
         }
@@ -302,10 +319,18 @@ mod tests {
             self.switched.push((true, partitions.to_vec()));
             Ok(())
         }
+        fn committer(&self) -> Silent {
+            Silent
+        }
+        async fn close(self) {}
+    }
+
+    struct Silent;
+
+    impl Committer for Silent {
         async fn commit(&mut self, _: Arc<Commit>) -> Result<(), LogError> {
             Ok(())
         }
-        async fn close(self) {}
     }
 
     const P: [Partition; 3] = [Partition(0), Partition(1), Partition(2)];

@@ -10,6 +10,14 @@ impl Value for Delivery {
         &DELIVERY
     }
 
+    fn size(&self) -> usize {
+        let payload = match &self.payload {
+            Payload::Request(request) => 256 + request.url.len() + request.body.len(),
+            Payload::Event(json) => json.len(),
+        };
+        512 + payload
+    }
+
     fn write(&self, out: &mut Writer) {
         out.text(self.delivery_id.as_str());
         out.text(self.workspace.as_str());

@@ -10,6 +10,10 @@ impl Value for Event {
         &EVENT
     }
 
+    fn size(&self) -> usize {
+        512 + self.payload.len()
+    }
+
     fn write(&self, out: &mut Writer) {
         out.text(self.workspace.as_str());
         out.text(self.source.as_str());

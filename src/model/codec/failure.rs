@@ -12,6 +12,10 @@ impl Value for Failure {
         &FAILURE
     }
 
+    fn size(&self) -> usize {
+        1_024 + self.value.as_ref().map_or(0, |value| value.len())
+    }
+
     fn write(&self, out: &mut Writer) {
         let write_try = |out: &mut Writer, it: &Try| {
             out.long(it.at.micros());

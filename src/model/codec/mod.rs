@@ -29,6 +29,10 @@ pub use avro::Unreadable;
 /// A type with a schema of its own on a topic.
 pub trait Value: Sized {
     fn schema() -> &'static KnownSchema;
+    /// About how many bytes it takes: enough to be written without moving.
+    fn size(&self) -> usize {
+        512
+    }
     fn write(&self, out: &mut avro::Writer);
     fn read(input: &mut avro::Reader<'_>) -> Result<Self, Unreadable>;
 }
@@ -173,7 +177,7 @@ const MAGIC: [u8; 2] = [0xC3, 0x01];
 
 /// The value as it is stored.
 pub fn encode<V: Value>(value: &V) -> Vec<u8> {
-    let mut out = avro::Writer::with_capacity(512);
+    let mut out = avro::Writer::with_capacity(value.size());
     out.raw(&header(V::schema().fingerprint));
     value.write(&mut out);
     out.into_bytes()

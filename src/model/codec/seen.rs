@@ -12,13 +12,17 @@ impl Value for Seen {
         &SEEN
     }
 
+    fn size(&self) -> usize {
+        64 + self.events.len() * 20
+    }
+
     fn write(&self, out: &mut Writer) {
         out.long(self.at.micros());
         let mut list = Writer::with_capacity(self.events.len() * 18);
         let mut last = 0;
         for (identity, offset) in &self.events {
             list.raw(&identity.to_be_bytes());
-            list.unsigned(offset.raw() - last);
+            list.unsigned(offset.raw().saturating_sub(last));
             last = offset.raw();
         }
         out.bytes(&list.into_bytes());

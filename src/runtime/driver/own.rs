@@ -12,7 +12,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
 use crate::clock::Clock;
-use crate::log::{Assignment, Backend, Limit, LogError, Polled, Session};
+use crate::log::{Assignment, Backend, Commit, Committer, Limit, LogError, Polled, Session};
 use crate::model::record::{Epoch, Offset, Partition, Record};
 use crate::runtime::planted::{Mistake, is_planted};
 use crate::runtime::shutdown::Shutdown;
@@ -48,6 +48,14 @@ struct Slot {
     worker: AbortHandle,
 }
 
+/// What the driver does while a commit is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Meanwhile {
+    /// Polls, and feeds the workers.
+    Read,
+    Wait,
+}
+
 type Answer<T> = Pin<Box<dyn Future<Output = (Partition, Epoch, Option<T>)> + Send>>;
 
 pub struct Driver<'a, B: Backend, W: Work> {
@@ -56,6 +64,7 @@ pub struct Driver<'a, B: Backend, W: Work> {
     work: Arc<W>,
     settings: &'a Settings,
     clock: &'a Clock,
+    shutdown: &'a Shutdown,
     slots: BTreeMap<Partition, Slot>,
     workers: JoinSet<(Partition, Epoch, Result<(), LogError>)>,
     restoring: FuturesUnordered<Answer<Offset>>,
@@ -65,6 +74,8 @@ pub struct Driver<'a, B: Backend, W: Work> {
     pending: Pending,
     bell: Arc<Bell>,
     lease: Arc<Lease>,
+    /// What was polled while a commit was under way, and has to wait for its end.
+    held: Option<Result<Polled, LogError>>,
     /// When the next commit may begin; none while nothing has changed.
     due: Option<Instant>,
     last_commit: Instant,
@@ -72,13 +83,21 @@ pub struct Driver<'a, B: Backend, W: Work> {
 }
 
 impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
-    pub fn new(backend: B, session: B::Session, work: Arc<W>, settings: &'a Settings, clock: &'a Clock) -> Self {
+    pub fn new(
+        backend: B,
+        session: B::Session,
+        work: Arc<W>,
+        settings: &'a Settings,
+        clock: &'a Clock,
+        shutdown: &'a Shutdown,
+    ) -> Self {
         Self {
             backend,
             session,
             work,
             settings,
             clock,
+            shutdown,
             slots: BTreeMap::new(),
             workers: JoinSet::new(),
             restoring: FuturesUnordered::new(),
@@ -88,6 +107,7 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
             pending: Pending::default(),
             bell: Arc::default(),
             lease: Arc::new(Lease::new(clock.clone(), settings.member.session_timeout)),
+            held: None,
             due: None,
             last_commit: clock.instant(),
             repeat: REPEAT,
@@ -95,8 +115,8 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
     }
 
     /// Runs until shutdown (and closes the session) or until the session has to be rebuilt.
-    pub async fn run(mut self, shutdown: &Shutdown, ready: &mut Ready) -> Result<(), LogError> {
-        let clock = self.clock.clone();
+    pub async fn run(mut self, ready: &mut Ready) -> Result<(), LogError> {
+        let (clock, shutdown) = (self.clock.clone(), self.shutdown);
         // A log that does not answer must not keep a process that was told to stop, whatever it is asked for.
         let overdue = async {
             shutdown.begun().await;
@@ -105,6 +125,12 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
         tokio::pin!(overdue);
         let whole = async {
             self.serve(shutdown, ready).await?;
+            // What was held while the last commit was under way.
+            match self.held.take() {
+                Some(Err(error)) => return Err(error),
+                Some(Ok(rebalance @ (Polled::Lost(_) | Polled::Revoked(_)))) => self.react(rebalance).await?,
+                Some(Ok(Polled::Assigned(_) | Polled::Records(_) | Polled::Idle)) | None => {}
+            }
             let all: Vec<Partition> = self.slots.keys().copied().collect();
             Ok(self.release(&all, shutdown.budget).await)
         };
@@ -133,6 +159,10 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
                 true => opened.elapsed() > SETTLED,
                 false => self.slots.values().all(|slot| slot.restored),
             });
+            if let Some(held) = self.held.take() {
+                self.react(held?).await?;
+                continue;
+            }
             let due = self.due.unwrap_or_else(|| self.clock.instant() + Duration::from_secs(3_600));
             let bell = Arc::clone(&self.bell);
             tokio::select! {
@@ -142,7 +172,7 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
                 Some(answer) = self.answers.next() => {
                     self.take(answer);
                     if self.answers.is_empty() {
-                        self.commit().await?;
+                        self.commit(Meanwhile::Read).await?;
                     }
                 }
                 Some(ended) = self.workers.join_next() => self.worker_ended(ended)?,
@@ -220,12 +250,16 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
                 released
             }
             Polled::Lost(gone) => {
-                events::rebalanced(self.settings.stage, "lost", &gone);
-                self.forget(&gone);
+                self.lose(&gone);
                 Ok(())
             }
             Polled::Idle => Ok(()),
         }
+    }
+
+    fn lose(&mut self, gone: &[Partition]) {
+        events::rebalanced(self.settings.stage, "lost", gone);
+        self.forget(gone);
     }
 
     fn begin(&mut self, assignment: Assignment) {
@@ -303,7 +337,7 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
             self.ask(&all);
             if self.answers.is_empty() { Ok(()) } else { self.gather().await }
         } else {
-            self.commit().await?;
+            self.commit(Meanwhile::Read).await?;
             // Who rang while this commit was failing was not heard.
             self.due.get_or_insert(self.last_commit + self.settings.commit_interval);
             Ok(())
@@ -327,7 +361,7 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
     /// Waits a moment for the answers: workers answer between two steps, so almost always at once.
     async fn gather(&mut self) -> Result<(), LogError> {
         self.take_answers(COLLECT).await;
-        self.commit().await
+        self.commit(Meanwhile::Read).await
     }
 
     async fn take_answers(&mut self, patience: Duration) {
@@ -350,13 +384,13 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
     }
 
     /// Commits what is pending. A failure that can pass leaves it pending and tries again later.
-    async fn commit(&mut self) -> Result<(), LogError> {
+    async fn commit(&mut self, meanwhile: Meanwhile) -> Result<(), LogError> {
         if self.pending.is_empty() {
             return Ok(());
         }
         let (began, uptime) = (self.clock.instant(), self.lease.now());
         self.last_commit = began;
-        match self.session.commit(Arc::new(self.pending.commit())).await {
+        match self.committed(Arc::new(self.pending.commit()), meanwhile).await? {
             Ok(()) => {
                 events::committed(self.settings.stage, began.elapsed());
                 self.lease.renew(uptime);
@@ -380,6 +414,29 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
                 Ok(())
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// How a commit ends. Reading and working go on meanwhile; a rebalance, or the end of the session, waits until then.
+    async fn committed(&mut self, commit: Arc<Commit>, meanwhile: Meanwhile) -> Result<Result<(), LogError>, LogError> {
+        let mut committer = self.session.committer();
+        let committing = committer.commit(commit);
+        tokio::pin!(committing);
+        let bell = Arc::clone(&self.bell);
+        loop {
+            let reads = meanwhile == Meanwhile::Read && self.held.is_none() && !self.shutdown.has_begun();
+            tokio::select! {
+                biased;
+                ended = &mut committing => return Ok(ended),
+                () = bell.0.notified(), if reads && self.is_stashing() => self.answer_bell()?,
+                polled = self.session.poll(POLL), if reads => match polled {
+                    Ok(Polled::Records(records)) => self.feed(records)?,
+                    Ok(Polled::Idle) => {}
+                    // Others have them by now: nothing of theirs is to go on.
+                    Ok(Polled::Lost(gone)) => self.lose(&gone),
+                    other => self.held = Some(other),
+                },
+            }
         }
     }
 
@@ -421,7 +478,8 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
         self.take_answers(COLLECT).await;
         self.ask(partitions);
         self.take_answers(COLLECT).await;
-        self.commit().await
+        // The next poll would say that they are released.
+        self.commit(Meanwhile::Wait).await
     }
 
     fn forget(&mut self, partitions: &[Partition]) {

@@ -3,7 +3,8 @@
 //!
 //! A partition remembers its own, since the same event always comes to the same partition. What it has processed it writes down in
 //! the transaction that commits it, and a new owner reads that back. A record is known again if the same one was processed at a lower
-//! offset: the same record, read again after an offset was put back, is not the same event sent again.
+//! offset: the same record, read again after an offset was put back, is not the same event sent again. One that failed is not
+//! remembered: it may come again when what was wrong has been mended.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -31,7 +32,8 @@ const UNDECIDED: Duration = Duration::from_millis(50);
 pub struct Memory {
     topic: Topic,
     window: Duration,
-    used: Arc<AtomicUsize>,
+    /// Partitions that remember: each has an equal share.
+    partitions: Arc<AtomicUsize>,
     /// Identities, over all partitions.
     most: usize,
 }
@@ -40,11 +42,19 @@ impl Memory {
     /// What was seen lies in `topic`, in the partition of the same number. `window`: how long after a record the same one is known,
     /// by their times. `bytes`: for all partitions; what is more is forgotten earlier.
     pub fn new(topic: Topic, window: Duration, bytes: usize) -> Self {
-        Self { topic, window, used: Arc::default(), most: (bytes / COST).max(1) }
+        Self { topic, window, partitions: Arc::default(), most: (bytes / COST).max(1) }
     }
 
-    fn empty(&self) -> Remembered {
-        Remembered { memory: self.clone(), known: HashMap::new(), order: VecDeque::new(), news: VecDeque::new() }
+    fn empty(&self, clock: Clock) -> Remembered {
+        self.partitions.fetch_add(1, Ordering::Relaxed);
+        Remembered {
+            memory: self.clone(),
+            clock,
+            known: HashMap::new(),
+            order: VecDeque::new(),
+            news: VecDeque::new(),
+            latest: Timestamp::from_micros(0),
+        }
     }
 
     /// What earlier owners of a partition have processed. `next`: where the owner goes on.
@@ -63,37 +73,39 @@ impl Memory {
         let began = clock.instant();
         let admin = backend.admin()?;
         let end = admin.watermarks(&self.topic, partition).await?.end;
-        // What waits may be older than what was written since: records are told apart by their own times.
-        let from = match backend.reader(input, partition, next).await?.read(ONE).await? {
-            Read::Records(records) => records.first().map_or(clock.now(), |record| record.timestamp),
-            Read::End => clock.now(),
-        };
-        let from = admin.offset_at(&self.topic, partition, from.minus(self.window)).await?;
-        let mut reader = backend.reader(&self.topic, partition, from).await?;
-        let (mut remembered, mut bytes) = (self.empty(), 0);
-        loop {
-            match reader.read(READ).await? {
-                Read::Records(records) => {
-                    for record in records {
-                        bytes += record.weight();
-                        match record.value.as_ref().map(codec::decode::<Seen>) {
-                            Some(Ok(seen)) => remembered.add(seen),
-                            Some(Err(error)) => {
-                                tracing::error!(topic = %self.topic, partition = partition.0, offset = %record.offset, %error,
-                                    "what was seen cannot be read, events may be processed again");
-                            }
-                            None => {}
-                        }
-                    }
-                }
-                Read::End if admin.watermarks(&self.topic, partition).await?.stable >= end => break,
-                Read::End if began.elapsed() > PATIENCE => {
-                    tracing::warn!(topic = %self.topic, partition = partition.0,
-                        "a transaction stays undecided, what it saw may be processed again");
-                    break;
-                }
-                Read::End => clock.sleep(UNDECIDED).await,
+        // The last owner's last commit may be undecided yet, and is not to be missed.
+        while admin.watermarks(&self.topic, partition).await?.stable < end {
+            if began.elapsed() > PATIENCE {
+                tracing::warn!(topic = %self.topic, partition = partition.0,
+                    "a transaction stays undecided, what it saw may be processed again");
+                break;
             }
+            clock.sleep(UNDECIDED).await;
+        }
+        // What waits may be older than what was written since: records are told apart by their own times.
+        let waiting = match backend.reader(input, partition, next).await?.read(ONE).await? {
+            Read::Records(records) => records.first().map(|record| record.timestamp),
+            Read::End => None,
+        };
+        let now = clock.now();
+        let from = waiting.map_or(now, |waiting| waiting.min(now)).minus(self.window).max(Timestamp::from_micros(0));
+        let from = admin.offset_at(&self.topic, partition, from).await?;
+        let mut reader = backend.reader(&self.topic, partition, from).await?;
+        let (mut remembered, mut bytes) = (self.empty(clock.clone()), 0);
+        while let Read::Records(records) = reader.read(READ).await? {
+            for record in records {
+                bytes += record.weight();
+                match record.value.as_ref().map(codec::decode::<Seen>) {
+                    Some(Ok(seen)) => remembered.add(seen),
+                    Some(Err(error)) => {
+                        tracing::error!(topic = %self.topic, partition = partition.0, offset = %record.offset, %error,
+                            "what was seen cannot be read, events may be processed again");
+                    }
+                    None => {}
+                }
+            }
+            // Others have something to do meanwhile.
+            tokio::task::yield_now().await;
         }
         events::restored(stage, partition, bytes, remembered.known.len(), began.elapsed());
         Ok(remembered)
@@ -103,30 +115,48 @@ impl Memory {
 /// What a partition remembers.
 pub(super) struct Remembered {
     memory: Memory,
-    /// Where each was processed.
-    known: HashMap<Identity, Offset>,
-    /// From the oldest on.
+    clock: Clock,
+    /// Where each was processed, and the time of that record.
+    known: HashMap<Identity, (Offset, Timestamp)>,
+    /// From the oldest on. One that is not as `known` says has been replaced.
     order: VecDeque<(Timestamp, Identity)>,
-    /// Processed, or about to be, and not handed to a commit.
+    /// Processed, or about to be, and not handed to a commit: in the order of their offsets.
     news: VecDeque<(Identity, Offset, Timestamp)>,
+    /// Of all records so far.
+    latest: Timestamp,
 }
 
 impl Drop for Remembered {
     fn drop(&mut self) {
-        self.memory.used.fetch_sub(self.known.len(), Ordering::Relaxed);
+        self.memory.partitions.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Remembered {
     /// Whether a record is to be processed. It is known from now on.
     pub fn is_new(&mut self, identity: Identity, at: Offset, when: Timestamp) -> bool {
-        self.forget(when);
-        if self.known.get(&identity).is_some_and(|known| *known < at) {
+        let when = self.time(when);
+        self.forget();
+        if self.known.get(&identity).is_some_and(|(known, _)| *known < at) {
             return false;
         }
+        // Reading has gone back: what lies behind it comes again.
+        while self.news.pop_back_if(|(_, later, _)| *later >= at).is_some() {}
         self.note(identity, at, when);
         self.news.push_back((identity, at, when));
         true
+    }
+
+    /// These were not processed after all.
+    pub fn failed(&mut self, offsets: &[Offset]) {
+        for failed in offsets {
+            if let Ok(index) = self.news.binary_search_by(|(_, at, _)| at.cmp(failed))
+                && let Some((identity, at, _)) = self.news.remove(index)
+                && self.known.get(&identity).is_some_and(|(known, _)| *known == at)
+            {
+                self.known.remove(&identity);
+            }
+        }
     }
 
     /// The record that says what was processed below `position` since the last one. None: nothing.
@@ -151,40 +181,44 @@ impl Remembered {
     }
 
     fn add(&mut self, seen: Seen) {
-        self.forget(seen.at);
+        let when = self.time(seen.at);
+        self.forget();
         for (identity, at) in seen.events {
-            self.note(identity, at, seen.at);
+            self.note(identity, at, when);
         }
+    }
+
+    /// A record's time, as it counts here: none is ahead of now, and none goes back.
+    fn time(&mut self, when: Timestamp) -> Timestamp {
+        self.latest = self.latest.max(when.min(self.clock.now()));
+        self.latest
     }
 
     fn note(&mut self, identity: Identity, at: Offset, when: Timestamp) {
-        if self.known.insert(identity, at).is_none() {
-            self.order.push_back((when, identity));
-            self.memory.used.fetch_add(1, Ordering::Relaxed);
-        }
+        self.known.insert(identity, (at, when));
+        self.order.push_back((when, identity));
     }
 
     /// What is older than the window, and what there is no room for.
-    fn forget(&mut self, now: Timestamp) {
-        let window = self.memory.window;
-        while let Some((_, old)) = self.order.pop_front_if(|(when, _)| when.plus(window) < now) {
-            self.drop_one(old);
+    fn forget(&mut self) {
+        let (window, now) = (self.memory.window, self.latest);
+        while let Some((when, old)) = self.order.pop_front_if(|(when, _)| when.plus(window) < now) {
+            self.drop_one(old, when);
         }
+        let share = (self.memory.most / self.memory.partitions.load(Ordering::Relaxed).max(1)).max(1);
         let mut early = 0_u64;
-        while self.memory.used.load(Ordering::Relaxed) >= self.memory.most {
-            let Some((_, oldest)) = self.order.pop_front() else { break };
-            self.drop_one(oldest);
-            early += 1;
+        while self.order.len() >= share {
+            let Some((when, oldest)) = self.order.pop_front() else { break };
+            early += u64::from(self.drop_one(oldest, when));
         }
         if early > 0 {
             metrics().forgotten.with_label_values::<&str>(&[]).inc_by(early);
         }
     }
 
-    fn drop_one(&mut self, identity: Identity) {
-        if self.known.remove(&identity).is_some() {
-            self.memory.used.fetch_sub(1, Ordering::Relaxed);
-        }
+    fn drop_one(&mut self, identity: Identity, when: Timestamp) -> bool {
+        let is_it = self.known.get(&identity).is_some_and(|(_, known)| *known == when);
+        is_it && self.known.remove(&identity).is_some()
     }
 }
 
@@ -197,7 +231,7 @@ mod tests {
     }
 
     fn memory(most: usize) -> Remembered {
-        Memory::new(Topic::EVENTS_SEEN, Duration::from_secs(10), most * COST).empty()
+        Memory::new(Topic::EVENTS_SEEN, Duration::from_secs(10), most * COST).empty(Clock::system())
     }
 
     #[test]
@@ -207,8 +241,8 @@ mod tests {
         assert!(is_new(1, 5, 100) && is_new(2, 6, 101));
         assert!(!is_new(1, 7, 103) && !is_new(1, 8, 110));
         assert!(is_new(1, 5, 103), "the same record, read again");
-        assert!(is_new(1, 9, 111), "eleven seconds later");
         assert!(!is_new(2, 10, 111), "ten seconds later");
+        assert!(is_new(2, 11, 112) && is_new(1, 12, 121), "eleven seconds later");
     }
 
     #[test]
@@ -229,15 +263,44 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded_over_all_partitions() {
+    fn what_failed_may_come_again() {
+        let mut it = memory(100);
+        let offsets = [5, 6, 7].map(Offset::new);
+        offsets.iter().zip(1..).for_each(|(at, identity)| assert!(it.is_new(identity, *at, at_second())));
+        it.failed(&[offsets[1]]);
+        let record = it.hand_over(Partition(0), Offset::new(100)).expect("two were processed");
+        let seen: Seen = codec::decode(&record.value.expect("a value")).expect("readable");
+        assert_eq!(seen.events, [(1, offsets[0]), (3, offsets[2])]);
+        assert!(it.is_new(2, Offset::new(8), at_second()) && !it.is_new(3, Offset::new(9), at_second()));
+    }
+
+    fn at_second() -> Timestamp {
+        at(100)
+    }
+
+    #[test]
+    fn a_record_from_the_future_empties_nothing() {
+        let mut it = memory(100);
+        assert!(it.is_new(1, Offset::new(1), Clock::system().now()));
+        assert!(it.is_new(2, Offset::new(2), Timestamp::from_millis(i64::MAX / 10_000)));
+        assert!(!it.is_new(1, Offset::new(3), Clock::system().now()) && !it.is_new(2, Offset::new(4), at(0)));
+    }
+
+    #[test]
+    fn each_partition_has_its_share() {
         let shared = Memory::new(Topic::EVENTS_SEEN, Duration::from_secs(1_000), 100 * COST);
-        let (mut one, mut other) = (shared.empty(), shared.empty());
-        for n in 0..80 {
-            assert!(one.is_new(n, Offset::new(n), at(0)) && other.is_new(n, Offset::new(n), at(0)));
-        }
-        assert!(shared.used.load(Ordering::Relaxed) <= 101);
-        assert!(!other.is_new(79, Offset::new(100), at(0)) && other.is_new(0, Offset::new(101), at(0)));
+        let mut one = shared.empty(Clock::system());
+        let fill = |it: &mut Remembered, from: u128| {
+            (from..from + 90).for_each(|n| assert!(it.is_new(n, Offset::new(n), at(0))));
+        };
+        fill(&mut one, 0);
+        assert_eq!(one.known.len(), 90);
+        let mut other = shared.empty(Clock::system());
+        fill(&mut other, 0);
+        fill(&mut one, 1_000);
+        assert_eq!((one.known.len(), other.known.len()), (50, 50));
+        assert!(!other.is_new(89, Offset::new(2_000), at(0)) && other.is_new(0, Offset::new(2_001), at(0)));
         drop((one, other));
-        assert_eq!(shared.used.load(Ordering::Relaxed), 0);
+        assert_eq!(shared.partitions.load(Ordering::Relaxed), 0);
     }
 }

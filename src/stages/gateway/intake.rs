@@ -22,8 +22,10 @@ const DISCARDING: Duration = Duration::from_secs(2);
 const LARGE: usize = 16 * 1024;
 /// A decoder's window: what HTTP allows (RFC 9659), as a power of two. Brotli's is at most 16 MiB.
 const ZSTD_WINDOW: u32 = 23;
-/// Decoders that may hold a window at a time.
-const DECODERS: usize = 4;
+/// Bodies that are inflated or parsed off the async threads at a time: a decoder may hold a window of megabytes.
+const WORKERS: usize = 8;
+/// Bodies that are taken only to be thrown away, at a time.
+const DISCARDS: usize = 64;
 
 /// What bodies of requests under way may take together, from their first byte until their events are stored. It is also the first to
 /// tell that the log is slow: then requests pile up, and what is no live traffic is turned away at half of it.
@@ -31,7 +33,8 @@ pub struct Intake {
     used: AtomicUsize,
     limit: usize,
     patience: Duration,
-    decoders: Semaphore,
+    workers: Arc<Semaphore>,
+    discards: Semaphore,
 }
 
 /// Bytes that a request holds; given back when it is dropped.
@@ -48,7 +51,11 @@ impl Drop for Held {
 }
 
 impl Held {
-    fn grow(&mut self, bytes: usize) -> Result<(), Refusal> {
+    /// Takes so many bytes more.
+    ///
+    /// # Errors
+    /// [`Refusal::Unavailable`] where there is no room for them now.
+    pub fn grow(&mut self, bytes: usize) -> Result<(), Refusal> {
         let before = self.intake.used.fetch_add(bytes, Ordering::Relaxed);
         self.bytes += bytes;
         if before + bytes > self.limit { Err(Refusal::Unavailable) } else { Ok(()) }
@@ -58,7 +65,13 @@ impl Held {
 impl Intake {
     /// `limit` in bytes; a body has to be there within `patience`.
     pub fn new(limit: usize, patience: Duration) -> Arc<Self> {
-        Arc::new(Self { used: AtomicUsize::new(0), limit, patience, decoders: Semaphore::new(DECODERS) })
+        let (workers, discards) = (Arc::new(Semaphore::new(WORKERS)), Semaphore::new(DISCARDS));
+        Arc::new(Self { used: AtomicUsize::new(0), limit, patience, workers, discards })
+    }
+
+    /// Nothing yet, to be grown.
+    pub fn hold(self: &Arc<Self>) -> Held {
+        Held { intake: Arc::clone(self), bytes: 0, limit: self.limit }
     }
 
     /// The body, inflated where it is compressed, and the memory that it holds.
@@ -76,7 +89,7 @@ impl Intake {
         let encoding = match Encoding::of(headers) {
             Ok(encoding) => encoding,
             Err(refusal) => {
-                discard(body).await;
+                self.discard(body).await;
                 return Err(refusal);
             }
         };
@@ -88,42 +101,58 @@ impl Intake {
             Err(refusal) => {
                 drop(held);
                 if refusal != Refusal::Slow {
-                    rest(chunks).await;
+                    self.rest(chunks).await;
                 }
                 return Err(refusal);
             }
         };
         let Some(encoding) = encoding else { return Ok((raw, held)) };
-        let inflated = self.inflate(encoding, raw).await?;
+        let (inflated, mut held) = match raw.len() <= LARGE && !encoding.has_window() {
+            true => (encoding.inflate(&raw)?, held),
+            false => self.work(held, move || encoding.inflate(&raw)).await?,
+        };
         held.grow(inflated.len())?;
         Ok((inflated, held))
     }
 
-    async fn inflate(&self, encoding: Encoding, raw: Bytes) -> Result<Bytes, Refusal> {
-        if raw.len() <= LARGE && !encoding.has_window() {
-            return encoding.inflate(&raw);
-        }
-        let _turn = self.decoders.acquire().await.map_err(|_| Refusal::Unavailable)?;
-        tokio::task::spawn_blocking(move || encoding.inflate(&raw)).await.map_err(|_| Refusal::UnreadableBody)?
+    /// Works off the async threads, on a few bodies at a time. What a request holds stays held until the work has ended, also where
+    /// its client has gone meanwhile.
+    ///
+    /// # Errors
+    /// What the work says.
+    pub async fn work<T: Send + 'static>(
+        &self,
+        held: Held,
+        work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<(T, Held), Refusal> {
+        let turn = Arc::clone(&self.workers).acquire_owned().await.map_err(|_| Refusal::Unavailable)?;
+        let working = tokio::task::spawn_blocking(move || {
+            let done = work();
+            drop(turn);
+            (done, held)
+        });
+        let (done, held) = working.await.map_err(|_| Refusal::Unavailable)?;
+        Ok((done?, held))
     }
-}
 
-/// Takes a body that nobody wants. A client that is still sending when the connection closes sees a broken connection in place of
-/// the answer, and sends everything again.
-pub async fn discard(body: Body) {
-    rest(body.into_data_stream()).await;
-}
+    /// Takes a body that nobody wants. A client that is still sending when the connection closes sees a broken connection in place of
+    /// the answer, and sends everything again.
+    pub async fn discard(&self, body: Body) {
+        self.rest(body.into_data_stream()).await;
+    }
 
-async fn rest(mut rest: BodyDataStream) {
-    let mut left = DISCARD;
-    let drained = async {
-        while let Some(Ok(chunk)) = rest.next().await
-            && left > chunk.len()
-        {
-            left -= chunk.len();
-        }
-    };
-    let _ = tokio::time::timeout(DISCARDING, drained).await;
+    async fn rest(&self, mut rest: BodyDataStream) {
+        let Ok(_turn) = self.discards.try_acquire() else { return };
+        let mut left = DISCARD;
+        let drained = async {
+            while let Some(Ok(chunk)) = rest.next().await
+                && left > chunk.len()
+            {
+                left -= chunk.len();
+            }
+        };
+        let _ = tokio::time::timeout(DISCARDING, drained).await;
+    }
 }
 
 async fn gather(chunks: &mut BodyDataStream, held: &mut Held) -> Result<Bytes, Refusal> {
@@ -146,6 +175,17 @@ async fn gather(chunks: &mut BodyDataStream, held: &mut Held) -> Result<Bytes, R
     Ok(if raw.is_empty() { first } else { raw.freeze() })
 }
 
+/// A body of a known encoding, inflated.
+///
+/// # Errors
+/// [`Refusal::UnknownEncoding`], [`Refusal::UnreadableBody`], or [`Refusal::TooLarge`] beyond [`MAX_BODY`].
+pub fn inflated(encoding: &str, raw: &[u8]) -> Result<Bytes, Refusal> {
+    match Encoding::named(encoding.as_bytes())? {
+        Some(encoding) => encoding.inflate(raw),
+        None => Ok(Bytes::copy_from_slice(raw)),
+    }
+}
+
 /// How a body is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Encoding {
@@ -157,7 +197,10 @@ enum Encoding {
 
 impl Encoding {
     fn of(headers: &HeaderMap) -> Result<Option<Self>, Refusal> {
-        let Some(given) = headers.get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes) else { return Ok(None) };
+        headers.get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes).map_or(Ok(None), Self::named)
+    }
+
+    fn named(given: &[u8]) -> Result<Option<Self>, Refusal> {
         match given.trim_ascii().to_ascii_lowercase().as_slice() {
             b"" | b"identity" => Ok(None),
             b"gzip" | b"x-gzip" => Ok(Some(Encoding::Gzip)),

@@ -21,25 +21,44 @@ struct Message<'a> {
 
 /// By the names that the field's edges use, also in a topic's properties.
 #[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", default)]
+#[derive(Default)]
 struct Properties {
-    request_type: String,
-    routing_key: String,
+    request_type: Text,
+    routing_key: Text,
     #[serde(rename = "workspaceID")]
-    workspace_id: String,
+    workspace_id: Text,
     #[serde(rename = "sourceID")]
-    source_id: String,
-    received_at: String,
+    source_id: Text,
+    received_at: Text,
     #[serde(rename = "requestIP")]
-    request_ip: String,
-    #[serde(default, rename = "destinationID")]
-    destination_id: String,
-    #[serde(default, rename = "sourceJobRunID")]
-    source_job_run_id: String,
-    #[serde(default, rename = "sourceTaskRunID")]
-    source_task_run_id: String,
-    #[serde(default, rename = "traceID")]
-    trace_id: String,
+    request_ip: Text,
+    #[serde(rename = "destinationID")]
+    destination_id: Text,
+    #[serde(rename = "sourceJobRunID")]
+    source_job_run_id: Text,
+    #[serde(rename = "sourceTaskRunID")]
+    source_task_run_id: Text,
+    #[serde(rename = "traceID")]
+    trace_id: Text,
+}
+
+/// Empty where it is missing or null.
+#[derive(Default)]
+struct Text(String);
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: serde::Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
+        Ok(Self(Option::deserialize(input)?.unwrap_or_default()))
+    }
+}
+
+impl std::ops::Deref for Text {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
 }
 
 /// The events of a body. One bad message refuses all of them.
@@ -56,42 +75,45 @@ pub fn admit(workspace: &Workspace, body: &[u8]) -> Result<Vec<(Event, Along)>, 
     if messages.is_empty() {
         return Err(Refusal::NotAnEvent);
     }
-    messages.iter().map(|message| event(workspace, message).ok_or(Refusal::NotAnEvent)).collect()
+    messages.iter().map(|message| event(workspace, message)).collect()
 }
 
-fn event(workspace: &Workspace, message: &Message<'_>) -> Option<(Event, Along)> {
-    let (said, payload) = (&message.properties, message.payload.get());
-    let object = Object::parse(payload).ok()?;
+fn event(workspace: &Workspace, message: &Message<'_>) -> Result<(Event, Along), Refusal> {
+    let object = Object::parse(message.payload.get()).map_err(|_| Refusal::NotAnEvent)?;
+    let is_list = object.get("type").and_then(string_of).is_some_and(|kind| kind == "audiencelist");
+    if message.payload.get().len() > if is_list { MAX_BODY } else { MAX_EVENT } {
+        return Err(Refusal::TooLarge);
+    }
+    made(workspace, &message.properties, &object).ok_or(Refusal::NotAnEvent)
+}
+
+/// None: something is missing that every message has.
+fn made(workspace: &Workspace, said: &Properties, object: &Object<'_>) -> Option<(Event, Along)> {
     let needed = [&said.routing_key, &said.workspace_id, &said.source_id, &said.request_ip];
-    let has_type = matches!(said.request_type.as_str(), "" | "batch" | "replay" | "retl" | "import")
-        || object.get("type").is_some();
+    let has_type =
+        matches!(&*said.request_type, "" | "batch" | "replay" | "retl" | "import") || object.get("type").is_some();
     let has_fields = ["receivedAt", "request_ip", "rudderId"].iter().all(|field| object.get(field).is_some());
     let message_id = object.get("messageId").and_then(string_of)?;
     let message_id = identity::clean(&message_id);
-    if !has_type
-        || !has_fields
-        || message_id.is_empty()
-        || payload.len() > MAX_EVENT
-        || needed.iter().any(|it| it.is_empty())
-    {
+    if !has_type || !has_fields || message_id.is_empty() || needed.iter().any(|it| it.is_empty()) {
         return None;
     }
-    let source = workspace.source(&said.source_id.as_str().into());
+    let source = workspace.source(&(&*said.source_id).into());
     let (anonymous, user) = (object.text_of("anonymousId"), object.text_of("userId"));
     let order_by = source.map_or(OrderBy::default(), |source| source.order_by);
     let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     let event = Event {
-        workspace: said.workspace_id.as_str().into(),
-        source: said.source_id.as_str().into(),
+        workspace: (&*said.workspace_id).into(),
+        source: (&*said.source_id).into(),
         write_key: source.map(|source| source.write_key.clone()).unwrap_or_default(),
         user: identity::user(order_by, &identity::clean(&anonymous), &identity::clean(&user)),
         message_id: message_id.as_ref().into(),
         event_type: object.get("type").and_then(string_of).unwrap_or_default().into_owned(),
         received_at: Timestamp::parse(&said.received_at)?,
-        request_ip: said.request_ip.clone(),
+        request_ip: said.request_ip.to_owned(),
         job_run: some(&said.source_job_run_id).map(Into::into),
         task_run: some(&said.source_task_run_id).map(Into::into),
-        channel: if said.request_type == "replay" { Channel::Replay } else { Channel::Http },
+        channel: if &*said.request_type == "replay" { Channel::Replay } else { Channel::Http },
         payload: object.text().to_owned().into(),
     };
     Some((event, Along { traceparent: some(&said.trace_id), only: some(&said.destination_id).map(Into::into) }))
@@ -147,6 +169,7 @@ mod tests {
             ("[]", Refusal::NotAnEvent),
             ("{}", Refusal::InvalidJson),
             (r#"[{"payload":{}}]"#, Refusal::InvalidJson),
+            (r#"[{"properties":{"requestType":null},"payload":{}}]"#, Refusal::NotAnEvent),
             ("[1", Refusal::InvalidJson),
         ] {
             assert_eq!(admitted(body).err(), Some(refusal), "{body}");

@@ -5,7 +5,7 @@ use crate::log::partitioner::{IsolateBy, Placement};
 use crate::log::{LogError, Publisher};
 use crate::model::codec;
 use crate::model::command::Command;
-use crate::model::event::Event;
+use crate::model::event::{Channel, Event};
 use crate::model::id::DestinationId;
 use crate::model::record::{Addressed, Headers, Topic, header};
 
@@ -30,13 +30,17 @@ impl<P: Publisher> Admission<P> {
         Self { publisher, placement }
     }
 
+    /// The records of events, in their order.
+    pub fn records<'e>(&self, events: impl Iterator<Item = (&'e Event, &'e Along)>) -> Vec<Addressed> {
+        events.map(|(event, along)| self.address(event, along)).collect()
+    }
+
     /// Returns once the log has all of them on all replicas.
     ///
     /// # Errors
     /// [`LogError`]; some of them may be stored all the same, and come again with the client's next try under the same
     /// message ids.
-    pub async fn publish<'e>(&self, events: impl Iterator<Item = (&'e Event, &'e Along)>) -> Result<(), LogError> {
-        let records = events.map(|(event, along)| self.address(event, along)).collect();
+    pub async fn publish(&self, records: Vec<Addressed>) -> Result<(), LogError> {
         self.publisher.publish(records).await
     }
 
@@ -61,6 +65,9 @@ impl<P: Publisher> Admission<P> {
         headers.push_text(header::WORKSPACE, event.workspace.as_str());
         if let Some(only) = &along.only {
             headers.push_text(header::DESTINATION, only.as_str());
+        }
+        if event.channel == Channel::Replay {
+            headers.push_text(header::REPLAY_ID, event.source.as_str());
         }
         if let Some(user) = &event.user {
             headers.push_text(header::USER, user.as_str());

@@ -10,7 +10,7 @@ use crate::clock::Timestamp;
 use crate::control::workspace::Source;
 use crate::model::event::{Channel, Event};
 use crate::model::id::{JobRunId, MessageId};
-use crate::model::json::{JsonError, Object, Splice, check_depth, elements, quote, string_of};
+use crate::model::json::{JsonError, Object, Splice, check_depth, elements, string_of};
 
 use super::identity;
 
@@ -22,8 +22,14 @@ pub const MAX_EVENT: usize = 1 << 20;
 /// All events of a request, as stored: what a batch lends to its events is copied into each, so a small request could ask for
 /// any amount of memory.
 pub const MAX_STORED: usize = 16 << 20;
-/// What an event costs beside its payload.
+/// What an event costs beside its payload and its ids.
 const OVERHEAD: usize = 512;
+/// A record with everything that goes along: below what topics and clients take.
+const MAX_RECORD: usize = 5_000_000;
+/// The name of a run. What is longer is none: it would stand in every event of the request.
+const MAX_RUN: usize = 512;
+/// What a batch lends to its events that have none.
+const LENT: [&str; 3] = ["sentAt", "context", "integrations"];
 
 /// What kind of request it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,14 +142,7 @@ impl From<JsonError> for Refusal {
 /// # Errors
 /// [`Refusal`], for the request as a whole.
 pub fn admit(source: &Arc<Source>, call: Call, body: &[u8], facts: &Facts) -> Result<Vec<Event>, Refusal> {
-    with_objects(call, body, |objects, envelope| {
-        // What is no event is told before what is wrong with one.
-        let objects: Vec<&Object<'_>> =
-            objects.iter().map(Result::as_ref).collect::<Result<_, _>>().map_err(|it| *it)?;
-        let first = objects.first().ok_or(Refusal::EmptyBatch)?;
-        let mut request = Request::new(source, call, facts, first, envelope);
-        objects.iter().map(|object| request.take(object)).collect()
-    })
+    judged(source, call, body, facts, |judged| judged.collect())
 }
 
 /// The events of a body, each by itself: its event, or why there is none.
@@ -156,23 +155,16 @@ pub fn admit_each(
     body: &[u8],
     facts: &Facts,
 ) -> Result<Vec<Result<Event, Refusal>>, Refusal> {
-    with_objects(call, body, |objects, envelope| {
-        let Some(first) = objects.iter().find_map(|object| object.as_ref().ok()) else {
-            return match objects.is_empty() {
-                true => Err(Refusal::EmptyBatch),
-                false => Ok(objects.iter().map(|_| Err(Refusal::NotAnEvent)).collect()),
-            };
-        };
-        let mut request = Request::new(source, call, facts, first, envelope);
-        Ok(objects.iter().map(|object| request.take(object.as_ref().map_err(|refusal| *refusal)?)).collect())
-    })
+    judged(source, call, body, facts, |judged| Ok(judged.collect()))
 }
 
-/// Looks at a body: what should be its events, and the batch around them.
-fn with_objects<T>(
+/// Makes the events of a body, one after the other: a body of a few kilobytes can hold a million things that are none.
+fn judged<T>(
+    source: &Arc<Source>,
     call: Call,
     body: &[u8],
-    look: impl FnOnce(&[Result<Object<'_>, Refusal>], Option<&Object<'_>>) -> Result<T, Refusal>,
+    facts: &Facts,
+    gather: impl FnOnce(&mut dyn Iterator<Item = Result<Event, Refusal>>) -> Result<T, Refusal>,
 ) -> Result<T, Refusal> {
     if body.len() > MAX_BODY {
         return Err(Refusal::TooLarge);
@@ -180,57 +172,84 @@ fn with_objects<T>(
     let text = std::str::from_utf8(body).map_err(|_| Refusal::InvalidJson)?;
     check_depth(text)?;
     let object = Object::parse(text)?;
-    match call {
-        Call::Typed(_) => look(&[Ok(object)], None),
-        Call::Batch => {
-            let parts = match object.get("batch") {
-                None | Some("null") => Vec::new(),
-                Some(list) if list.starts_with('[') => elements(list)?,
-                // A single event in place of the list counts as one.
-                Some(single) => vec![single],
-            };
-            let parse = |part| Object::parse(part).map_err(|_| Refusal::NotAnEvent);
-            look(&parts.into_iter().map(parse).collect::<Vec<_>>(), Some(&object))
-        }
+    if let Call::Typed(_) = call {
+        let mut request = Request::new(source, call, facts, Some(&object), None);
+        return gather(&mut std::iter::once_with(|| request.take(&object)));
     }
+    let parts = match object.get("batch") {
+        None | Some("null") => Vec::new(),
+        Some(list) if list.starts_with('[') => elements(list)?,
+        // A single event in place of the list counts as one.
+        Some(single) => vec![single],
+    };
+    if parts.is_empty() {
+        return Err(Refusal::EmptyBatch);
+    }
+    if parts.len() * OVERHEAD > MAX_STORED {
+        return Err(Refusal::TooLarge);
+    }
+    let first = parts.first().and_then(|part| Object::parse(part).ok());
+    let mut request = Request::new(source, call, facts, first.as_ref(), Some(&object));
+    let mut take = |part: &str| request.take(&Object::parse(part).map_err(|_| Refusal::NotAnEvent)?);
+    gather(&mut parts.iter().map(|part| take(part)))
 }
 
-struct Request<'r, 'b> {
+/// What a record of it takes, about: ids stand in the value and in a header each.
+fn weight(event: &Event) -> usize {
+    let ids = [event.user.as_ref().map_or("", |user| user.as_str()), event.message_id.as_str(), &event.event_type];
+    let runs = [&event.job_run, &event.task_run].into_iter().flatten().map(|run| run.as_str().len() * 2);
+    event.payload.len()
+        + ids.iter().map(|id| id.len() * 2).sum::<usize>()
+        + runs.sum::<usize>()
+        + event.request_ip.len()
+        + OVERHEAD
+}
+
+struct Request<'r> {
     source: &'r Arc<Source>,
     call: Call,
     facts: &'r Facts,
-    /// The batch around the events: some of its fields stand in where an event has none.
-    envelope: Option<&'r Object<'b>>,
+    /// What the batch around the events lends to those that have none.
+    lent: [Option<&'r str>; 3],
     job_run: Option<JobRunId>,
     task_run: Option<JobRunId>,
+    /// As it is written into the events.
+    received_at: String,
     /// Bytes of the events so far.
     stored: usize,
 }
 
-impl<'r, 'b> Request<'r, 'b> {
+impl<'r> Request<'r> {
     /// Reverse ETL names its run in the first event, which speaks for the whole request; else the headers do.
     fn new(
         source: &'r Arc<Source>,
         call: Call,
         facts: &'r Facts,
-        first: &Object<'_>,
-        envelope: Option<&'r Object<'b>>,
+        first: Option<&Object<'_>>,
+        envelope: Option<&Object<'r>>,
     ) -> Self {
-        let context = first.get("context").and_then(|raw| Object::parse(raw).ok());
+        let context = first.and_then(|first| first.get("context")).and_then(|raw| Object::parse(raw).ok());
         let sources = context.and_then(|context| Object::parse(context.get("sources")?).ok());
         let run = |key: &str| {
             let text = sources.as_ref()?.get(key).and_then(string_of)?;
             (!text.is_empty()).then(|| JobRunId::from(text.as_ref()))
         };
-        let job_run = run("job_run_id").or_else(|| facts.job_run.clone());
-        let task_run = run("task_run_id").or_else(|| facts.task_run.clone());
-        Self { source, call, facts, envelope, job_run, task_run, stored: 0 }
+        let named = |run: &JobRunId| run.as_str().len() <= MAX_RUN;
+        let job_run = run("job_run_id").or_else(|| facts.job_run.clone()).filter(named);
+        let task_run = run("task_run_id").or_else(|| facts.task_run.clone()).filter(named);
+        let lent = LENT.map(|field| envelope.and_then(|envelope| envelope.get(field)));
+        let received_at = facts.received_at.rfc3339_millis();
+        Self { source, call, facts, lent, job_run, task_run, received_at, stored: 0 }
     }
 
     fn take(&mut self, object: &Object<'_>) -> Result<Event, Refusal> {
+        if self.stored > MAX_STORED {
+            return Err(Refusal::TooLarge);
+        }
         let event = self.event(object)?;
-        self.stored += event.payload.len() + OVERHEAD;
-        if self.stored > MAX_STORED { Err(Refusal::TooLarge) } else { Ok(event) }
+        let weight = weight(&event);
+        self.stored += weight;
+        if self.stored > MAX_STORED || weight > MAX_RECORD { Err(Refusal::TooLarge) } else { Ok(event) }
     }
 
     fn event(&self, object: &Object<'_>) -> Result<Event, Refusal> {
@@ -248,26 +267,31 @@ impl<'r, 'b> Request<'r, 'b> {
         if anonymous.is_empty() && user.is_empty() && !matches!(event_type.as_str(), "extract" | "record") {
             return Err(Refusal::NoIdentity);
         }
+        let lent = || LENT.iter().zip(self.lent).filter_map(|(field, value)| Some((*field, value?)));
+        let missing: Vec<(&str, &str)> = lent().filter(|(field, _)| object.get(field).is_none()).collect();
+        // Before anything is copied.
+        if object.text().len() + missing.iter().map(|(_, value)| value.len()).sum::<usize>() > self.call.largest() {
+            return Err(Refusal::TooLarge);
+        }
         let mut splice = Splice::new(object);
         let message_id = self.message_id(object, &mut splice);
-        splice.set("rudderId", quote(&identity::rudder_id(&user, &anonymous).to_string()));
+        let mut digits = Uuid::encode_buffer();
+        splice.set("rudderId", identity::rudder_id(&user, &anonymous).hyphenated().encode_lower(&mut digits));
         if object.get("receivedAt").is_none() {
-            splice.add("receivedAt", &quote(&self.facts.received_at.rfc3339_millis()));
+            splice.add_text("receivedAt", &self.received_at);
         }
         let request_ip = match object.get("request_ip") {
             Some(own) => string_of(own).unwrap_or_default().into_owned(),
             None => {
-                splice.add("request_ip", &quote(&self.facts.client_ip));
+                splice.add_text("request_ip", &self.facts.client_ip);
                 self.facts.client_ip.clone()
             }
         };
         if let Some(kind) = kind {
-            splice.set("type", quote(kind));
+            splice.set("type", kind);
         }
-        for field in ["sentAt", "context", "integrations"] {
-            if let (None, Some(value)) = (object.get(field), self.envelope.and_then(|envelope| envelope.get(field))) {
-                splice.add(field, value);
-            }
+        for (field, value) in missing {
+            splice.add(field, value);
         }
         let payload = splice.finish();
         if payload.len() > self.call.largest() {
@@ -304,7 +328,7 @@ impl<'r, 'b> Request<'r, 'b> {
             return own.as_ref().into();
         }
         let id = Uuid::new_v4().to_string();
-        splice.set("messageId", quote(&id));
+        splice.set("messageId", &id);
         id.into()
     }
 }
@@ -405,6 +429,21 @@ mod tests {
             let count = admit_each(&source(), Call::Batch, body.as_bytes(), &facts()).map(|all| all.len());
             assert_eq!(count, judged, "{body}");
         }
+    }
+
+    #[test]
+    fn what_stands_in_every_event_is_bounded() {
+        let run = "r".repeat(900_000);
+        let first = format!(r#"{{"userId":"u","context":{{"sources":{{"job_run_id":"{run}","task_run_id":"t"}}}}}}"#);
+        let body = format!(r#"{{"batch":[{first},{{"userId":"u"}}]}}"#);
+        let events = admitted(Call::Batch, &body).expect("admitted");
+        assert_eq!((&events[1].job_run, events[1].task_run.as_ref().map(JobRunId::as_str)), (&None, Some("t")));
+        let user = format!(r#"{{"userId":"{}"}}"#, "u".repeat(1_500_000));
+        assert_eq!(admitted(Call::Typed("audiencelist"), &user).map(|events| events.len()), Ok(1));
+        let user = format!(r#"{{"userId":"{}"}}"#, "u".repeat(1_800_000));
+        assert_eq!(admitted(Call::Typed("audiencelist"), &user).err(), Some(Refusal::TooLarge));
+        let nothings = format!(r#"{{"batch":[{}]}}"#, vec!["{}"; 1_000_000].join(","));
+        assert_eq!(admitted(Call::Batch, &nothings).err(), Some(Refusal::TooLarge));
     }
 
     #[test]

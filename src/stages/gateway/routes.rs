@@ -3,15 +3,15 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{ConnectInfo, Path, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post, put};
-use bytes::Bytes;
 
 use crate::clock::Clock;
 use crate::control::Current;
@@ -20,6 +20,7 @@ use crate::log::{LogError, Publisher};
 use crate::model::command::{Action as Wanted, Command};
 use crate::model::event::{Channel, Event};
 use crate::model::progress::Target;
+use crate::model::record::Addressed;
 use crate::telemetry::metrics::metrics;
 use crate::telemetry::seldom;
 
@@ -27,7 +28,7 @@ use super::auth::{Auth, Speaker};
 use super::client::TrustedProxies;
 use super::cors::{self, Origins};
 use super::endpoints::{Action, Endpoint, INTERNAL, Ingest, Kind, PUBLIC};
-use super::intake::{Intake, discard};
+use super::intake::{Held, Intake};
 use super::limit::RateLimits;
 use super::publish::Along;
 use super::reply::{self, Verdict};
@@ -36,6 +37,10 @@ use super::{Admission, messages, openapi, pixel, source_config};
 
 /// Bodies above it are parsed off the async threads: it would take longer than half a millisecond.
 const LARGE: usize = 128 * 1024;
+/// While nothing is taken.
+const TURNING_AWAY: Duration = Duration::from_secs(2);
+/// W3C trace context; what is longer is none, and would stand in every event of the request.
+const MAX_TRACE: usize = 128;
 
 pub struct Gateway<P> {
     pub admission: Admission<P>,
@@ -55,7 +60,10 @@ pub struct Gateway<P> {
 /// What is answered while the log cannot be had yet: whoever connects is told to come back, instead of waiting.
 pub fn unavailable(origins: Origins) -> Router {
     Router::new()
-        .fallback(|| async { reply::refuse(Refusal::Unavailable) })
+        .fallback(|request: Request| async move {
+            Intake::new(0, TURNING_AWAY).discard(request.into_body()).await;
+            reply::refuse(Refusal::Unavailable)
+        })
         .layer(middleware::from_fn_with_state(origins, cors::layer))
 }
 
@@ -67,13 +75,14 @@ pub fn public<P: Publisher>(gateway: Arc<Gateway<P>>) -> Router {
 
 /// What only who has the token may ask.
 pub fn internal<P: Publisher>(gateway: Arc<Gateway<P>>) -> Router {
-    let token: Arc<str> = gateway.token.as_str().into();
+    let own = Arc::clone(&gateway);
     routes(gateway, &INTERNAL).layer(middleware::from_fn(move |request: Request, next: middleware::Next| {
-        let token = Arc::clone(&token);
+        let gateway = Arc::clone(&own);
         async move {
-            if reply::knows(request.headers(), &token) {
+            if reply::knows(request.headers(), &gateway.token) {
                 return next.run(request).await;
             }
+            gateway.intake.discard(request.into_body()).await;
             reply::text(StatusCode::UNAUTHORIZED, "invalid token")
         }
     }))
@@ -95,14 +104,17 @@ fn route<P: Publisher>(endpoint: &Endpoint) -> MethodRouter<Arc<Gateway<P>>> {
     type At<P> = State<Arc<Gateway<P>>>;
     match endpoint.action {
         Action::Ingest(ingest) => post(move |State(gateway): At<P>, request: Request| async move {
-            counted(&gateway, take(&gateway, ingest, request)).await
+            counted(&gateway, request, async |request| take(&gateway, ingest, request).await).await
         }),
         Action::Pixel(kind) => get(move |State(gateway): At<P>, request: Request| async move {
-            counted(&gateway, look(&gateway, kind, request)).await;
+            // Whoever only asks whether there is a picture has not seen it.
+            if request.method() != Method::HEAD {
+                counted(&gateway, request, async |request| look(&gateway, kind, request).await).await;
+            }
             reply::gif(&pixel::GIF)
         }),
         Action::Messages => post(|State(gateway): At<P>, request: Request| async move {
-            counted(&gateway, take_messages(&gateway, request)).await
+            counted(&gateway, request, async |request| take_messages(&gateway, request).await).await
         }),
         Action::DrainJob => put(drain_job::<P>),
         Action::SourceConfig => get(config::<P>),
@@ -133,11 +145,19 @@ impl Drop for Open<'_> {
 }
 
 /// Answers an ingest request and counts it.
-async fn counted<P>(gateway: &Gateway<P>, taking: impl Future<Output = Result<Response, Refusal>>) -> Response {
+async fn counted<P>(
+    gateway: &Gateway<P>,
+    request: Request,
+    take: impl AsyncFnOnce(Request) -> Result<Response, Refusal>,
+) -> Response {
     let began = gateway.clock.instant();
     let open = Open::new(&gateway.open);
-    let result =
-        if gateway.open.load(Ordering::Relaxed) > gateway.most { Err(Refusal::Unavailable) } else { taking.await };
+    let result = if gateway.open.load(Ordering::Relaxed) > gateway.most {
+        gateway.intake.discard(request.into_body()).await;
+        Err(Refusal::Unavailable)
+    } else {
+        take(request).await
+    };
     drop(open);
     let response = result.unwrap_or_else(reply::refuse);
     metrics().gateway_requests.with_label_values(&[response.status().as_str()]).inc();
@@ -150,12 +170,12 @@ async fn take<P: Publisher>(gateway: &Gateway<P>, ingest: Ingest, request: Reque
     let speaker = match ingest.auth.speaker(&parts, &gateway.workspace.get()) {
         Ok(speaker) => speaker,
         Err(refusal) => {
-            discard(body).await;
+            gateway.intake.discard(body).await;
             return Err(refusal);
         }
     };
     let is_backfill = ingest.kind != Kind::Live || speaker.source.is_backfill();
-    let (body, _held) = gateway.intake.take(body, &parts.headers, is_backfill).await?;
+    let (body, held) = gateway.intake.take(body, &parts.headers, is_backfill).await?;
     let channel = if ingest.kind == Kind::Replay { Channel::Replay } else { Channel::Http };
     let facts = facts(gateway, &parts, channel);
     let along = along(&parts.headers, &speaker);
@@ -164,54 +184,61 @@ async fn take<P: Publisher>(gateway: &Gateway<P>, ingest: Ingest, request: Reque
     let is_exempt =
         is_backfill && (ingest.auth == Auth::SourceId || ingest.kind == Kind::Replay || source.is_backfill());
     if wants_verdicts(&parts) {
-        let judged = judge(Arc::clone(&source), ingest.call, body, facts).await?;
-        let good: Vec<&Event> = judged.iter().filter_map(|it| it.as_ref().ok()).collect();
-        store(gateway, &source, &good, &along, is_exempt).await?;
-        let verdict = |it: &Result<Event, Refusal>| match it {
-            Ok(event) => Verdict::Accepted(event.message_id.clone()),
-            Err(refusal) => Verdict::Refused(*refusal),
-        };
-        return Ok(reply::verdicts(&judged.iter().map(verdict).collect::<Vec<_>>()));
+        let own = Arc::clone(&source);
+        let (judged, held) =
+            worked(gateway, held, body.len(), move || admit_each(&own, ingest.call, &body, &facts)).await?;
+        let mut good = Vec::with_capacity(judged.len());
+        let mut verdicts = Vec::with_capacity(judged.len());
+        for it in judged {
+            verdicts.push(match &it {
+                Ok(event) => Verdict::Accepted(event.message_id.clone()),
+                Err(refusal) => Verdict::Refused(*refusal),
+            });
+            good.extend(it);
+        }
+        store(gateway, &source, good, held, &along, is_exempt).await?;
+        return Ok(reply::verdicts(&verdicts));
     }
-    let events = if body.len() <= LARGE {
-        admit(&source, ingest.call, &body, &facts)?
-    } else {
-        let source = Arc::clone(&source);
-        let admitted = tokio::task::spawn_blocking(move || admit(&source, ingest.call, &body, &facts)).await;
-        admitted.map_err(|_| Refusal::Unavailable)??
-    };
-    store(gateway, &source, &events.iter().collect::<Vec<_>>(), &along, is_exempt).await?;
+    let own = Arc::clone(&source);
+    let (events, held) = worked(gateway, held, body.len(), move || admit(&own, ingest.call, &body, &facts)).await?;
+    store(gateway, &source, events, held, &along, is_exempt).await?;
     Ok(reply::ok())
 }
 
-async fn judge(
-    source: Arc<Source>,
-    call: Call,
-    body: Bytes,
-    facts: Facts,
-) -> Result<Vec<Result<Event, Refusal>>, Refusal> {
-    if body.len() <= LARGE {
-        return admit_each(&source, call, &body, &facts);
+/// Works on a body of so many bytes, off the async threads where it is large.
+async fn worked<P, T: Send + 'static>(
+    gateway: &Gateway<P>,
+    held: Held,
+    bytes: usize,
+    work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
+) -> Result<(T, Held), Refusal> {
+    match bytes <= LARGE {
+        true => Ok((work()?, held)),
+        false => gateway.intake.work(held, work).await,
     }
-    let judged = tokio::task::spawn_blocking(move || admit_each(&source, call, &body, &facts)).await;
-    judged.map_err(|_| Refusal::Unavailable)?
 }
 
+/// Gives events to the log. Their records are held as long as it takes.
 async fn store<P: Publisher>(
     gateway: &Gateway<P>,
     source: &Source,
-    events: &[&Event],
+    events: Vec<Event>,
+    mut held: Held,
     along: &Along,
     is_exempt: bool,
 ) -> Result<(), Refusal> {
     if events.is_empty() {
         return Ok(());
     }
+    let count = events.len();
     if !is_exempt {
-        gateway.limits.admit(source, events.len())?;
+        gateway.limits.admit(source, count)?;
     }
-    stored(gateway.admission.publish(events.iter().map(|event| (*event, along))).await)?;
-    metrics().gateway_events.with_label_values(&[source.id.as_str()]).inc_by(events.len() as u64);
+    let records = gateway.admission.records(events.iter().map(|event| (event, along)));
+    drop(events);
+    held.grow(records.iter().map(Addressed::size).sum())?;
+    stored(gateway.admission.publish(records).await)?;
+    metrics().gateway_events.with_label_values(&[source.id.as_str()]).inc_by(count as u64);
     Ok(())
 }
 
@@ -239,17 +266,18 @@ async fn look<P: Publisher>(gateway: &Gateway<P>, kind: &'static str, request: R
     let facts = facts(gateway, &parts, Channel::Pixel);
     let events = admit(&speaker.source, Call::Typed(kind), body.as_bytes(), &facts)?;
     let along = along(&parts.headers, &speaker);
-    store(gateway, &speaker.source, &events.iter().collect::<Vec<_>>(), &along, false).await?;
+    store(gateway, &speaker.source, events, gateway.intake.hold(), &along, false).await?;
     Ok(reply::ok())
 }
 
 async fn take_messages<P: Publisher>(gateway: &Gateway<P>, request: Request) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
-    let (body, _held) = gateway.intake.take(body, &parts.headers, false).await?;
+    let (body, held) = gateway.intake.take(body, &parts.headers, false).await?;
     let workspace = gateway.workspace.get();
-    let admitted = tokio::task::spawn_blocking(move || messages::admit(&workspace, &body)).await;
-    let events = admitted.map_err(|_| Refusal::Unavailable)??;
-    stored(gateway.admission.publish(events.iter().map(|(event, along)| (event, along))).await)?;
+    let (events, mut held) = gateway.intake.work(held, move || messages::admit(&workspace, &body)).await?;
+    let records = gateway.admission.records(events.iter().map(|(event, along)| (event, along)));
+    held.grow(records.iter().map(Addressed::size).sum())?;
+    stored(gateway.admission.publish(records).await)?;
     for (event, _) in &events {
         metrics().gateway_events.with_label_values(&[event.source.as_str()]).inc();
     }
@@ -295,6 +323,7 @@ fn facts<P>(gateway: &Gateway<P>, parts: &Parts, channel: Channel) -> Facts {
 
 fn along(headers: &HeaderMap, speaker: &Speaker) -> Along {
     let trace = headers.get("traceparent").and_then(|value| value.to_str().ok());
+    let trace = trace.filter(|trace| trace.len() <= MAX_TRACE);
     Along { traceparent: trace.map(str::to_owned), only: speaker.only.clone() }
 }
 

@@ -12,7 +12,7 @@ pub fn complete(event: &Object<'_>, received_at: Timestamp, request_ip: &str) ->
     let date = |key: &str| event.get(key).and_then(string_of).and_then(|text| Timestamp::parse(&text));
     let mut default = |key: &str, found: Option<Timestamp>, value: Timestamp| {
         found.unwrap_or_else(|| {
-            splice.set(key, quote(&value.rfc3339_millis()));
+            splice.set(key, &value.rfc3339_millis());
             value
         })
     };
@@ -35,7 +35,7 @@ fn add_ip<'a>(event: &Object<'a>, ip: &str, splice: &mut Splice<'_, 'a>) {
             if let Ok(context) = Object::parse(raw)
                 && context.get("ip").is_none()
             {
-                splice.add_inside(raw, context.members().is_empty(), "ip", &quote(ip));
+                splice.add_inside(raw, context.members().is_empty(), "ip", ip);
             }
         }
     }

@@ -170,7 +170,7 @@ async fn fill(log: &Kafka, count: u64) {
         let body =
             format!("{{\"batch\":[{}]}}", (first..(first + 500).min(count)).map(event).collect::<Vec<_>>().join(","));
         let events = admit(source, Call::Batch, body.as_bytes(), &facts).expect("admitted");
-        admission.publish(events.iter().map(|event| (event, &along))).await.expect("published");
+        admission.publish(admission.records(events.iter().map(|event| (event, &along)))).await.expect("published");
     }
 }
 

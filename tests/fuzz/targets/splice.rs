@@ -1,0 +1,33 @@
+//! Edits of an object: what was JSON stays JSON, and what was not touched keeps its bytes.
+#![no_main]
+
+use laneway::model::json::{Object, Splice, check_depth, elements};
+use libfuzzer_sys::fuzz_target;
+use serde_json::value::RawValue;
+
+fuzz_target!(|data: &[u8]| {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let _ = (check_depth(text), elements(text));
+    let Ok(object) = Object::parse(text) else { return };
+    let mut splice = Splice::new(&object);
+    splice.set("userId", "a \"quoted\" \u{1} text");
+    splice.add_text("added", text);
+    splice.add("raw", "{\"a\":[1.50]}");
+    if let Some(inner) = object.get("context").and_then(|raw| Object::parse(raw).ok()) {
+        splice.add_inside(inner.text(), inner.members().is_empty(), "ip", "::1");
+    }
+    let edited = splice.finish();
+    serde_json::from_str::<&RawValue>(&edited).expect("it is JSON still");
+    let again = Object::parse(&edited).expect("an object");
+    assert_eq!(again.text_of("added"), text);
+    for member in object.members() {
+        if !["userId", "context", "added", "raw"].contains(&member.key.as_ref()) {
+            assert_eq!(again.get(&member.key), object.get(&member.key));
+        }
+    }
+    let mut splice = Splice::new(&object);
+    splice.remove(&["userId", "context", ""]);
+    let shorter = splice.finish();
+    let left = Object::parse(&shorter).expect("an object");
+    assert!(left.get("userId").is_none() && left.get("context").is_none());
+});
