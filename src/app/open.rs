@@ -117,8 +117,10 @@ impl AnyLog {
 
     /// Closes what has to be closed.
     pub async fn close(self) {
-        if let AnyLog::Embedded(log) = self {
-            log.close().await;
+        match self {
+            AnyLog::Embedded(log) => log.close().await,
+            #[cfg(feature = "kafka")]
+            AnyLog::Kafka(_) => {}
         }
     }
 }

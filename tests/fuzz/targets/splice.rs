@@ -9,6 +9,10 @@ fuzz_target!(|data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let _ = (check_depth(text), elements(text));
     let Ok(object) = Object::parse(text) else { return };
+    // Of two the first counts.
+    if ["added", "raw"].iter().any(|key| object.get(key).is_some()) {
+        return;
+    }
     let mut splice = Splice::new(&object);
     splice.set("userId", "a \"quoted\" \u{1} text");
     splice.add_text("added", text);
@@ -21,7 +25,7 @@ fuzz_target!(|data: &[u8]| {
     let again = Object::parse(&edited).expect("an object");
     assert_eq!(again.text_of("added"), text);
     for member in object.members() {
-        if !["userId", "context", "added", "raw"].contains(&member.key.as_ref()) {
+        if !["userId", "context"].contains(&member.key.as_ref()) {
             assert_eq!(again.get(&member.key), object.get(&member.key));
         }
     }
