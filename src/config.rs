@@ -105,7 +105,7 @@ pub struct Control {
     pub token: String,
     pub namespace: String,
     pub region: String,
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "some_time")]
     pub poll_interval: Duration,
 }
 
@@ -264,10 +264,14 @@ fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
     parsed.ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration such as 500ms, 10s or 3h")))
 }
 
-/// Not none.
+/// Not none, nor next to none.
 fn some_time<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
     let time = duration(input)?;
-    if time.is_zero() { Err(serde::de::Error::custom("a window of 0s holds nothing")) } else { Ok(time) }
+    if time < Duration::from_millis(100) {
+        Err(serde::de::Error::custom("less than 100ms is too short"))
+    } else {
+        Ok(time)
+    }
 }
 
 fn some_duration<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Duration>, D::Error> {

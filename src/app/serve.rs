@@ -76,6 +76,7 @@ pub async fn serve(
         tokio::spawn(async move {
             let _seat = seat;
             let begins = tokio::select! {
+                biased;
                 begins = tokio::time::timeout(idle, begins(&stream)) => begins.is_ok(),
                 () = stop.begun() => false,
             };

@@ -155,7 +155,7 @@ fn is_usage(cause: &(dyn std::error::Error + 'static)) -> bool {
     let is_misconfigured =
         matches!(cause.downcast_ref(), Some(LogError::Fatal(inside)) if inside.is::<Misconfigured>());
     is_misconfigured
-        || matches!(cause.downcast_ref(), Some(RemoteError::Address(_)))
+        || matches!(cause.downcast_ref(), Some(RemoteError::Address))
         || cause.is::<Usage>()
         || cause.is::<ConfigError>()
         || cause.is::<FileError>()

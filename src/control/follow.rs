@@ -4,17 +4,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use crate::clock::Clock;
 use crate::control::Current;
-use crate::control::kept::Kept;
+use crate::control::kept::{Kept, Packed};
 use crate::control::remote::{Remote, RemoteError, RemoteSettings};
 use crate::control::workspace::{Workspace, WorkspaceError};
 use crate::log::{Backend, LogError};
 use crate::telemetry::metrics::metrics;
 
-/// What was asked for is given to the log again, as long as it does not take it.
+/// What the log did not take is given to it again after so long.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// Why there is nothing to follow.
@@ -32,83 +32,95 @@ pub enum FollowError {
 /// [`FollowError`]: an address that is none, or a log that cannot be read. A control plane that does not answer is waited for.
 pub async fn follow<B: Backend>(log: &B, settings: &RemoteSettings, clock: Clock) -> Result<Current, FollowError> {
     let mut remote = Remote::new(settings)?;
-    let mut kept = Kept::<B>::open(log, clock.clone()).await?;
-    let mut wanted = None;
-    let workspace = loop {
-        if let Some((text, workspace)) = asked(&mut remote).await {
-            wanted = Some(text);
-            break workspace;
+    let (first, kept, workspace) = loop {
+        if let Asked::New(text, workspace) = asked(&mut remote).await {
+            let kept = Kept::<B>::open(log, clock.clone()).await?;
+            break (Some(Packed::of(text).await), kept, workspace);
         }
-        if let Some(workspace) = match kept.text() {
-            Some(text) => usable(text).await.ok().map(|(_, workspace)| workspace),
-            None => None,
-        } {
+        let mut kept = Kept::<B>::open(log, clock.clone()).await?;
+        if let Some(text) = kept.text().await
+            && let Ok((_, workspace)) = usable(text).await
+        {
             tracing::warn!("going on with the workspace configuration that was in force last");
             count("kept");
-            break workspace;
+            break (None, kept, workspace);
         }
         clock.sleep(settings.poll_interval).await;
-        kept = Kept::open(log, clock.clone()).await?;
     };
     let sender = watch::Sender::new(Arc::new(workspace));
     let current = Current::new(sender.subscribe());
-    let (asks, answers) = mpsc::channel(1);
+    let (asks, answers) = watch::channel(first);
     let (every, own) = (settings.poll_interval, clock.clone());
     tokio::spawn(async move {
         while !asks.is_closed() {
             own.sleep(every).await;
-            if let Some((text, _)) = asked(&mut remote).await {
-                let _ = asks.send(text).await;
+            match asked(&mut remote).await {
+                Asked::New(text, _) => drop(asks.send_replace(Some(Packed::of(text).await))),
+                // It holds still: whoever keeps it is to look whether that is what is in force.
+                Asked::Same => asks.send_modify(|_| {}),
+                Asked::Nothing => {}
             }
         }
     });
-    tokio::spawn(keep(kept, sender, answers, wanted, clock));
+    tokio::spawn(keep(kept, sender, answers, clock));
     Ok(current)
 }
 
-/// Gives what was asked for to the log, and puts in force what comes from there.
+/// Gives what was asked for to the log, and puts in force what comes from there. Where another process has put something else there,
+/// the control plane's next answer decides, also one that says that nothing has changed: somebody may have asked before and written late.
 async fn keep<B: Backend>(
     mut kept: Kept<B>,
     sender: watch::Sender<Arc<Workspace>>,
-    mut answers: mpsc::Receiver<String>,
-    mut wanted: Option<String>,
+    mut answers: watch::Receiver<Option<Packed>>,
     clock: Clock,
 ) {
+    answers.mark_changed();
+    let (mut is_asking, mut is_owed) = (true, false);
     loop {
-        if let Some(text) = &wanted {
-            match kept.put(text).await {
-                Ok(()) => wanted = None,
-                Err(error) => tracing::warn!(%error, "the log does not take the workspace configuration, trying again"),
-            }
-        }
-        let is_waiting = wanted.is_some();
         tokio::select! {
             () = sender.closed() => return,
-            () = clock.sleep(AGAIN), if is_waiting => {}
-            Some(text) = answers.recv() => wanted = Some(text),
+            answer = answers.changed(), if is_asking => is_asking = answer.is_ok(),
+            () = clock.sleep(AGAIN), if is_owed => {}
             text = kept.changed() => {
                 if let Ok((_, workspace)) = usable(text).await {
                     tracing::info!(sources = workspace.sources().count(), "workspace configuration in force");
                     sender.send_replace(Arc::new(workspace));
                     count("applied");
                 }
+                continue;
             }
         }
+        let said = answers.borrow_and_update().clone();
+        is_owed = match said {
+            Some(packed) => kept.put(&packed).await.inspect_err(|error| {
+                tracing::warn!(%error, "the log does not take the workspace configuration, trying again");
+            }),
+            None => Ok(()),
+        }
+        .is_err();
     }
 }
 
-/// What the control plane has, where that is new and can be used; what is wrong is told.
-async fn asked(remote: &mut Remote) -> Option<(String, Workspace)> {
+/// What an answer of the control plane means.
+enum Asked {
+    New(String, Workspace),
+    /// What it said last holds.
+    Same,
+    /// It says nothing, or nothing that can be used; that is told.
+    Nothing,
+}
+
+async fn asked(remote: &mut Remote) -> Asked {
     match remote.fetch().await {
         Ok(None) => {
             count("unchanged");
-            None
+            Asked::Same
         }
-        Ok(Some(text)) => usable(text).await.ok(),
+        Ok(Some(text)) => usable(text).await.map_or(Asked::Nothing, |(text, workspace)| Asked::New(text, workspace)),
         Err(error) => {
             count("unreachable");
             tracing::warn!(%error, "the control plane cannot be asked, the last good workspace configuration stays in force");
-            None
+            Asked::Nothing
         }
     }
 }

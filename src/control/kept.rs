@@ -25,8 +25,8 @@ use crate::model::record::{Addressed, Offset, Partition, Record, Topic};
 const PARTITION: Partition = Partition(0);
 const READ: Limit = Limit { records: 500, bytes: 16 << 20 };
 const AGAIN: Duration = Duration::from_secs(1);
-/// Of one record.
-const PART: usize = 1 << 20;
+/// Of one record: below what brokers take unless they are told otherwise.
+const PART: usize = 512 << 10;
 /// Of a configuration. Larger than a control plane's answer may be.
 const MAX_TEXT: u64 = 512 << 20;
 
@@ -37,65 +37,100 @@ struct Named {
     parts: usize,
 }
 
+/// A configuration, ready to be kept.
+#[derive(Clone)]
+pub struct Packed {
+    named: Named,
+    gzip: Bytes,
+}
+
+impl Packed {
+    /// Off the async threads: a configuration may have megabytes.
+    pub async fn of(text: String) -> Self {
+        let packed = tokio::task::spawn_blocking(move || {
+            let mut gzip = GzEncoder::new(Vec::new(), Compression::default());
+            gzip.write_all(text.as_bytes()).expect("memory takes it");
+            let gzip = Bytes::from(gzip.finish().expect("memory takes it"));
+            Self { named: Named { hash: hash(&text), parts: gzip.len().div_ceil(PART) }, gzip }
+        });
+        packed.await.expect("compressing does not panic")
+    }
+
+    /// The records that keep it: its parts; its name, which is to come when those are stored.
+    fn records(&self, at: Timestamp) -> (Vec<Addressed>, Addressed) {
+        let (Named { hash, .. }, version) = (&self.named, at.micros().max(0).unsigned_abs());
+        let control = |kind: &str, id: String, payload: Bytes| {
+            commands::record(&Control { kind: kind.into(), id, version, payload })
+        };
+        let pieces =
+            (0..self.named.parts).map(|part| self.gzip.slice(part * PART..self.gzip.len().min((part + 1) * PART)));
+        let parts =
+            pieces.enumerate().map(|(number, piece)| control("workspace-part", format!("{hash}-{number}"), piece));
+        let payload = serde_json::to_vec(&self.named).unwrap_or_default();
+        (parts.collect(), control("workspace", "current".into(), payload.into()))
+    }
+}
+
 /// What the topic says of configurations.
 #[derive(Default)]
 struct Shelf {
     parts: BTreeMap<String, Bytes>,
     named: Option<Named>,
+    /// The one that was named before.
+    replaced: Option<Named>,
 }
 
 impl Shelf {
-    /// True: another one is named now.
-    fn take(&mut self, record: &Record) -> bool {
+    fn take(&mut self, record: &Record) {
         let key = record.key.as_deref().map(String::from_utf8_lossy).unwrap_or_default().into_owned();
         let control = record.value.as_ref().map(codec::decode::<Control>).transpose();
         match (key.split_once('/'), control) {
             (Some(("workspace-part", id)), Ok(Some(part))) => drop(self.parts.insert(id.to_owned(), part.payload)),
             (Some(("workspace-part", id)), Ok(None)) => drop(self.parts.remove(id)),
             (Some(("workspace", "current")), Ok(Some(control))) => {
-                let named: Option<Named> = serde_json::from_slice(&control.payload).ok();
-                let is_new = named.is_some() && named != self.named;
-                self.named = named.or(self.named.take());
-                return is_new;
+                if let Ok(named) = serde_json::from_slice(&control.payload) {
+                    self.replaced = self
+                        .named
+                        .replace(named)
+                        .filter(|old| Some(old) != self.named.as_ref())
+                        .or(self.replaced.take());
+                }
             }
             _ => {}
         }
-        false
     }
 
-    /// The configuration that is named. None: none is, or not all of it is there.
-    fn text(&self) -> Option<String> {
+    /// The configuration that is named, if all of it is there.
+    fn whole(&self) -> Option<(&Named, Vec<Bytes>)> {
         let named = self.named.as_ref()?;
-        let parts = (0..named.parts).map(|number| self.parts.get(&format!("{}-{number}", named.hash)));
-        let packed: Vec<u8> = parts.collect::<Option<Vec<_>>>()?.into_iter().flatten().copied().collect();
+        let parts = (0..named.parts).map(|number| self.parts.get(&named.part(number)).cloned());
+        Some((named, parts.collect::<Option<Vec<_>>>()?))
+    }
+
+    fn names(&self, named: &Named) -> bool {
+        self.whole().is_some_and(|(whole, _)| whole == named)
+    }
+}
+
+impl Named {
+    fn part(&self, number: usize) -> String {
+        format!("{}-{number}", self.hash)
+    }
+}
+
+/// Off the async threads, as [`Packed::of`]. None: it is not what its name says.
+async fn inflated(hash_of: String, parts: Vec<Bytes>) -> Option<String> {
+    let inflate = move || {
+        let packed: Vec<u8> = parts.into_iter().flatten().collect();
         let mut text = String::new();
         GzDecoder::new(&packed[..]).take(MAX_TEXT).read_to_string(&mut text).ok()?;
-        (hash(&text) == named.hash).then_some(text)
-    }
+        (hash(&text) == hash_of).then_some(text)
+    };
+    tokio::task::spawn_blocking(inflate).await.ok().flatten()
 }
 
 fn hash(text: &str) -> String {
     format!("{:032x}", xxh3_128(text.as_bytes()))
-}
-
-/// The records that keep a configuration: its parts; its name, which is to come when those are stored.
-fn records(text: &str, at: Timestamp) -> std::io::Result<(Vec<Addressed>, Addressed, Named)> {
-    let mut packed = GzEncoder::new(Vec::new(), Compression::default());
-    packed.write_all(text.as_bytes())?;
-    let packed = Bytes::from(packed.finish()?);
-    let hash = hash(text);
-    let version = at.micros().max(0).unsigned_abs();
-    let control =
-        |kind: &str, id: String, payload: Bytes| commands::record(&Control { kind: kind.into(), id, version, payload });
-    let pieces: Vec<Bytes> =
-        (0..packed.len()).step_by(PART).map(|at| packed.slice(at..packed.len().min(at + PART))).collect();
-    let named = Named { hash: hash.clone(), parts: pieces.len() };
-    let parts = pieces
-        .into_iter()
-        .enumerate()
-        .map(|(number, piece)| control("workspace-part", format!("{hash}-{number}"), piece));
-    let payload = serde_json::to_vec(&named).unwrap_or_default();
-    Ok((parts.collect(), control("workspace", "current".into(), payload.into()), named))
 }
 
 /// The configuration that every process follows.
@@ -103,6 +138,8 @@ pub struct Kept<B: Backend> {
     publisher: B::Publisher,
     reader: B::Reader,
     shelf: Shelf,
+    /// What has been told of.
+    told: Option<Named>,
     clock: Clock,
 }
 
@@ -113,7 +150,7 @@ impl<B: Backend> Kept<B> {
     /// Where the log cannot be read.
     pub async fn open(log: &B, clock: Clock) -> Result<Self, LogError> {
         let reader = log.reader(&Topic::CONTROL, PARTITION, Offset::START).await?;
-        let mut kept = Self { publisher: log.publisher()?, reader, shelf: Shelf::default(), clock };
+        let mut kept = Self { publisher: log.publisher()?, reader, shelf: Shelf::default(), told: None, clock };
         while let Read::Records(records) = kept.reader.read(READ).await? {
             for record in &records {
                 kept.shelf.take(record);
@@ -122,48 +159,48 @@ impl<B: Backend> Kept<B> {
         Ok(kept)
     }
 
-    /// The configuration in force.
-    pub fn text(&self) -> Option<String> {
-        self.shelf.text()
+    /// The configuration in force. None: none is, or not all of it is there.
+    pub async fn text(&mut self) -> Option<String> {
+        let (named, parts) = self.shelf.whole()?;
+        let named = named.clone();
+        let text = inflated(named.hash.clone(), parts).await?;
+        self.told = Some(named);
+        Some(text)
     }
 
     /// Puts one in force, unless it is. Every process that follows sees it, this one too.
     ///
     /// # Errors
     /// Where the log does not take it; the old one stays in force.
-    pub async fn put(&mut self, text: &str) -> Result<(), LogError> {
+    pub async fn put(&mut self, packed: &Packed) -> Result<(), LogError> {
         // Whole: somebody who named another one may have deleted parts of this one.
-        if self.shelf.named.as_ref().is_some_and(|named| named.hash == hash(text)) && self.shelf.text().is_some() {
+        if self.shelf.names(&packed.named) {
             return Ok(());
         }
-        let (parts, name, named) = records(text, self.clock.now()).map_err(LogError::fatal)?;
+        let (parts, name) = packed.records(self.clock.now());
         self.publisher.publish(parts).await?;
         self.publisher.publish(vec![name]).await?;
-        // Another process may have named the same one, so only what is not of it goes.
-        let old = self.shelf.parts.keys().filter(|id| !id.starts_with(&named.hash));
-        let gone = |id: &String| Addressed {
+        // Only what had been named and was replaced: of anything else another process may be about to name it.
+        let old = self.shelf.replaced.iter().filter(|old| old.hash != packed.named.hash);
+        let old = old.flat_map(|old| (0..old.parts).map(|number| old.part(number)));
+        let gone = |id: String| Addressed {
             value: None,
-            ..commands::record(&Control {
-                kind: "workspace-part".into(),
-                id: id.clone(),
-                version: 0,
-                payload: Bytes::new(),
-            })
+            ..commands::record(&Control { kind: "workspace-part".into(), id, version: 0, payload: Bytes::new() })
         };
-        let gone: Vec<Addressed> = old.map(gone).collect();
+        let gone: Vec<Addressed> = old.filter(|id| self.shelf.parts.contains_key(id)).map(gone).collect();
         self.publisher.publish(gone).await
     }
 
     /// Waits for another configuration to be in force. Cancel-safe.
     pub async fn changed(&mut self) -> String {
         loop {
+            if self.shelf.whole().is_some_and(|(named, _)| Some(named) != self.told.as_ref())
+                && let Some(text) = self.text().await
+            {
+                return text;
+            }
             match self.reader.read(READ).await {
-                Ok(Read::Records(records)) => {
-                    let is_new = records.iter().fold(false, |is_new, record| self.shelf.take(record) | is_new);
-                    if let Some(text) = self.shelf.text().filter(|_| is_new) {
-                        return text;
-                    }
-                }
+                Ok(Read::Records(records)) => records.iter().for_each(|record| self.shelf.take(record)),
                 Ok(Read::End) => {}
                 Err(error) => {
                     tracing::warn!(%error, "the workspace configuration cannot be followed, trying again");
@@ -185,30 +222,33 @@ mod tests {
         Record { partition: PARTITION, offset: Offset::START, timestamp, key, value, headers: Headers::new() }
     }
 
-    #[test]
-    fn a_configuration_is_in_force_when_all_of_it_is_there() {
+    async fn text(shelf: &Shelf) -> Option<String> {
+        let (named, parts) = shelf.whole()?;
+        inflated(named.hash.clone(), parts).await
+    }
+
+    #[tokio::test]
+    async fn a_configuration_is_in_force_when_all_of_it_is_there() {
         // Not to be compressed well, so that it takes several parts.
         let mut seed = 1_u64;
         let noise = std::iter::repeat_with(|| {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             format!("{seed:016x}")
         });
-        let text: String = noise.take(200_000).collect();
-        let (parts, name, named) = records(&text, Timestamp::from_millis(5)).expect("packed");
-        assert!(parts.len() > 1 && named.parts == parts.len());
+        let whole: String = noise.take(200_000).collect();
+        let first = Packed::of(whole.clone()).await;
+        let (parts, name) = first.records(Timestamp::from_millis(5));
+        assert!(parts.len() > 2 && first.named.parts == parts.len());
         let mut shelf = Shelf::default();
-        assert!(shelf.take(&stored(name.clone())));
-        assert_eq!(shelf.text(), None, "no part is there");
-        for part in parts {
-            shelf.take(&stored(part));
-        }
-        assert_eq!(shelf.text().as_ref(), Some(&text));
-        assert!(!shelf.take(&stored(name)), "the same name again");
-        let (parts, name, _) = records("{}", Timestamp::from_millis(6)).expect("packed");
-        for part in parts {
-            shelf.take(&stored(part));
-        }
-        assert!(shelf.take(&stored(name)));
-        assert_eq!(shelf.text().as_deref(), Some("{}"));
+        shelf.take(&stored(name));
+        assert_eq!(text(&shelf).await, None, "no part is there");
+        parts.into_iter().for_each(|part| shelf.take(&stored(part)));
+        assert_eq!(text(&shelf).await, Some(whole));
+        assert!(shelf.names(&first.named) && shelf.replaced.is_none());
+        let second = Packed::of("{}".into()).await;
+        let (parts, name) = second.records(Timestamp::from_millis(6));
+        parts.into_iter().chain([name.clone(), name]).for_each(|record| shelf.take(&stored(record)));
+        assert_eq!(text(&shelf).await.as_deref(), Some("{}"));
+        assert_eq!(shelf.replaced, Some(first.named));
     }
 }

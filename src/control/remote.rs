@@ -28,8 +28,9 @@ pub struct RemoteSettings {
 
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
-    #[error("control.url {0:?} is no address of a control plane")]
-    Address(String),
+    /// It is not told: it may hold a password.
+    #[error("control.url is no address of a control plane such as https://host (a token goes into control.token)")]
+    Address,
     #[error("no answer from the control plane: {0}")]
     Silent(String),
     #[error("the control plane answers {0}: {1}")]
@@ -53,10 +54,12 @@ impl Remote {
     /// # Errors
     /// [`RemoteError::Address`].
     pub fn new(settings: &RemoteSettings) -> Result<Self, RemoteError> {
-        let wrong = || RemoteError::Address(settings.url.clone());
-        let mut url = Url::parse(settings.url.trim_end_matches('/')).map_err(|_| wrong())?;
+        let mut url = Url::parse(settings.url.trim_end_matches('/')).map_err(|_| RemoteError::Address)?;
+        if !["http", "https"].contains(&url.scheme()) || !url.username().is_empty() || url.password().is_some() {
+            return Err(RemoteError::Address);
+        }
         {
-            let mut path = url.path_segments_mut().map_err(|()| wrong())?;
+            let mut path = url.path_segments_mut().map_err(|()| RemoteError::Address)?;
             path.pop_if_empty();
             match settings.namespace.as_str() {
                 "" => path.push("workspaceConfig"),
@@ -150,6 +153,10 @@ mod tests {
             address("https://api.example.com/cp/", "free us", "US").as_deref(),
             Some("https://api.example.com/cp/data-plane/v1/namespaces/free%20us/config?region=US")
         );
-        assert_eq!(address("api.example.com", "", ""), None);
+        for wrong in
+            ["api.example.com", "ftp://api.example.com", "https://user:secret@api.example.com", "https://x:99999"]
+        {
+            assert_eq!(address(wrong, "", ""), None, "{wrong}");
+        }
     }
 }

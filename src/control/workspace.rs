@@ -1,7 +1,7 @@
 //! The workspace configuration in RudderStack's JSON, read into what the stages need. Unknown fields are ignored, so that a
 //! file exported from there works as it is.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -83,8 +83,9 @@ impl Workspace {
     pub fn parse(text: &str) -> Result<Self, WorkspaceError> {
         let raw: RawWorkspace = serde_json::from_str(text)?;
         let mut workspace = Workspace { id: raw.workspace_id.as_str().into(), ..Workspace::default() };
+        let disconnected = raw.disconnected();
         for source in &raw.sources {
-            workspace.add(source, &raw)?;
+            workspace.add(source, &raw, &disconnected)?;
         }
         Ok(workspace)
     }
@@ -103,12 +104,17 @@ impl Workspace {
             return Self::parse(text);
         }
         let all: BTreeMap<String, Option<RawWorkspace>> = serde_json::from_str(text)?;
+        // An answer that knows of none is a mistake: it would end what all of them do.
+        if all.values().all(Option::is_none) {
+            return Err(WorkspaceError::Refused("there is no workspace in it".to_owned()));
+        }
         let mut workspace = Workspace::default();
         for (id, raw) in all.into_iter().filter_map(|(id, raw)| Some((id, raw?))) {
             let raw =
                 RawWorkspace { workspace_id: if raw.workspace_id.is_empty() { id } else { raw.workspace_id }, ..raw };
+            let disconnected = raw.disconnected();
             for source in &raw.sources {
-                workspace.add(source, &raw)?;
+                workspace.add(source, &raw, &disconnected)?;
             }
         }
         Ok(workspace)
@@ -131,16 +137,13 @@ impl Workspace {
         self.by_source.values()
     }
 
-    fn add(&mut self, source: &RawSource, raw: &RawWorkspace) -> Result<(), WorkspaceError> {
+    fn add(&mut self, source: &RawSource, raw: &RawWorkspace, disconnected: &Pairs<'_>) -> Result<(), WorkspaceError> {
         let refused = |what: String| Err(WorkspaceError::Refused(what));
         if source.id.is_empty() || source.write_key.is_empty() {
             return refused(format!("source {:?} ({:?}) needs an id and a writeKey", source.id, source.name));
         }
-        let disconnected = |destination: &RawDestination| {
-            raw.connections.values().any(|connection| {
-                connection.source_id == source.id && connection.destination_id == destination.id && !connection.enabled
-            })
-        };
+        let disconnected =
+            |destination: &RawDestination| disconnected.contains(&(source.id.as_str(), destination.id.as_str()));
         let (mut destinations, mut disabled) = (Vec::new(), Vec::new());
         for destination in &source.destinations {
             if destination.id.is_empty() {
@@ -232,6 +235,17 @@ struct RawWorkspace {
     sources: Vec<RawSource>,
     #[serde(default, alias = "Connections")]
     connections: HashMap<String, RawConnection>,
+}
+
+/// A source and a destination each.
+type Pairs<'a> = HashSet<(&'a str, &'a str)>;
+
+impl RawWorkspace {
+    /// Connections that are switched off.
+    fn disconnected(&self) -> Pairs<'_> {
+        let off = self.connections.values().filter(|connection| !connection.enabled);
+        off.map(|connection| (connection.source_id.as_str(), connection.destination_id.as_str())).collect()
+    }
 }
 
 #[derive(Deserialize)]
@@ -370,7 +384,9 @@ mod tests {
             Workspace::parse_any(r#"{"workspaceId":"w","sources":[]}"#).map(|it| it.id.to_string()).ok(),
             Some("w".into())
         );
-        for broken in ["", "[]", r#"{"ws":{"sources":1}}"#, r#"{"ws":7}"#] {
+        for broken in
+            ["", "[]", r#"{"ws":{"sources":1}}"#, r#"{"ws":7}"#, "{}", r#"{"ws":null}"#, r#"{"sources":null}"#]
+        {
             assert!(Workspace::parse_any(broken).is_err(), "{broken}");
         }
     }

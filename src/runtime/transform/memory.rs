@@ -4,7 +4,7 @@
 //! A partition remembers its own, since the same event always comes to the same partition. What it has processed it writes down in
 //! the transaction that commits it, and a new owner reads that back. A record is known again if the same one was processed at a lower
 //! offset: the same record, read again after an offset was put back, is not the same event sent again. One that failed is not
-//! remembered: it may come again when what was wrong has been mended.
+//! remembered: it may come again when what was wrong has been mended. (One that ended the process is: its copies would end it too.)
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
