@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::clock::{Clock, Timestamp};
-use crate::log::{Admin, Backend, Limit, LogError, Read, Reader};
+use crate::log::{Admin, Backend, Limit, LogError, Read, Reader, Watermarks};
 use crate::model::codec;
 use crate::model::record::{Addressed, Headers, Offset, Partition, Topic, header};
 use crate::model::seen::{Identity, Seen};
@@ -72,7 +72,10 @@ impl Memory {
     ) -> Result<Remembered, LogError> {
         let began = clock.instant();
         let admin = backend.admin()?;
-        let end = admin.watermarks(&self.topic, partition).await?.end;
+        let Watermarks { start, end, .. } = admin.watermarks(&self.topic, partition).await?;
+        if start >= end {
+            return Ok(self.empty(clock.clone()));
+        }
         // The last owner's last commit may be undecided yet, and is not to be missed.
         while admin.watermarks(&self.topic, partition).await?.stable < end {
             if began.elapsed() > PATIENCE {
@@ -83,7 +86,12 @@ impl Memory {
             clock.sleep(UNDECIDED).await;
         }
         // What waits may be older than what was written since: records are told apart by their own times.
-        let waiting = match backend.reader(input, partition, next).await?.read(ONE).await? {
+        // A reader costs a connection, so there is none where nothing waits.
+        let waiting = match admin.watermarks(input, partition).await?.stable > next {
+            true => backend.reader(input, partition, next).await?.read(ONE).await?,
+            false => Read::End,
+        };
+        let waiting = match waiting {
             Read::Records(records) => records.first().map(|record| record.timestamp),
             Read::End => None,
         };
