@@ -59,12 +59,15 @@ pub struct Gateway<P> {
 
 /// What is answered while the log cannot be had yet: whoever connects is told to come back, instead of waiting.
 pub fn unavailable(origins: Origins) -> Router {
-    Router::new()
-        .fallback(|request: Request| async move {
-            Intake::new(0, TURNING_AWAY).discard(request.into_body()).await;
+    let intake = Intake::new(0, TURNING_AWAY);
+    let refuse = move |request: Request| {
+        let intake = Arc::clone(&intake);
+        async move {
+            intake.discard(request.into_body()).await;
             reply::refuse(Refusal::Unavailable)
-        })
-        .layer(middleware::from_fn_with_state(origins, cors::layer))
+        }
+    };
+    Router::new().fallback(refuse).layer(middleware::from_fn_with_state(origins, cors::layer))
 }
 
 /// What everybody may ask.
