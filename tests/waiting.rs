@@ -3,6 +3,8 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use tokio::time::MissedTickBehavior;
+
 /// Looks until the condition holds; fails with `what` after the deadline.
 pub async fn eventually<F, Fut>(what: &str, deadline: Duration, condition: F)
 where
@@ -19,12 +21,16 @@ where
     Fut: Future<Output = bool>,
 {
     let until = Instant::now() + deadline;
-    while !condition().await {
+    // What processes do is seen from outside only, by looking again.
+    let mut looks = tokio::time::interval(Duration::from_millis(10));
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        looks.tick().await;
+        if condition().await {
+            return true;
+        }
         if Instant::now() >= until {
             return false;
         }
-        // The one place that looks again after a while: what processes do is seen from outside only.
-        tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    true
 }

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use reqwest::{Client, Method, Response, StatusCode};
 use serde_json::{Value, json};
 
-use crate::support::eventually;
 use crate::support::process::{Flow, Process, free_port};
+use crate::support::{eventually, sink};
 
 const KEY: &str = "Basic d2stMTo=";
 const TOKEN: &str = "internal-secret-4";
@@ -195,18 +195,6 @@ async fn events_come_in_by_every_inner_door() {
     assert_eq!(inside("batch", &[], "[]").await, (400, "event is not a valid rudder event\n".into()));
 }
 
-/// What arrives at the sink, by path.
-async fn sink(flow: &Flow) -> tokio::sync::mpsc::UnboundedReceiver<(String, Value)> {
-    let (arrived, arrivals) = tokio::sync::mpsc::unbounded_channel();
-    let routes = axum::Router::new().fallback(move |uri: axum::http::Uri, body: String| {
-        let arrived = arrived.clone();
-        async move { drop(arrived.send((uri.path().to_owned(), serde_json::from_str(&body).unwrap_or_default()))) }
-    });
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", flow.sink)).await.expect("a listener");
-    tokio::spawn(async move { axum::serve(listener, routes).await });
-    arrivals
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_may_be_for_one_destination_and_a_run_can_be_drained() {
     let (flow, internal, _running) = running(&[("LANEWAY_ROUTER__RETRY_FIRST", "500ms")]).await;
@@ -229,13 +217,14 @@ async fn rows_may_be_for_one_destination_and_a_run_can_be_drained() {
     let answer = send(Method::PUT, drain, &[("x-laneway-token", TOKEN)], "").await;
     assert_eq!((answer.status().as_u16(), answer.text().await.unwrap().as_str()), (201, ""));
     eventually("both are drained", Duration::from_secs(20), async || total("/ledger/drained") == 2).await;
-    let mut arrivals = sink(&flow).await;
+    let mut arrivals = sink(flow.sink).await;
     retl(&[("x-rudder-destination-id", "dst-2")], rows("one", "run-2")).await;
     retl(&[], rows("all", "run-2")).await;
     let mut arrived = Vec::new();
     while arrived.len() < 3 {
-        let (path, event) =
+        let (path, body) =
             tokio::time::timeout(Duration::from_secs(20), arrivals.recv()).await.expect("in time").expect("a delivery");
+        let event: Value = serde_json::from_str(&body).expect("JSON");
         arrived.push((path, event["recordId"].as_str().expect("text").to_owned()));
     }
     arrived.sort();

@@ -8,8 +8,8 @@ use flate2::write::GzEncoder;
 use reqwest::{Client, Method, Response};
 use serde_json::Value;
 
-use crate::support::eventually;
 use crate::support::process::{Flow, Process};
+use crate::support::{eventually, sink};
 
 async fn edge() -> (Flow, Vec<Process>) {
     let flow = Flow::embedded();
@@ -147,18 +147,13 @@ async fn browsers_on_other_origins_are_allowed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_customers_bytes_reach_the_destination_unchanged() {
     let (flow, _running) = edge().await;
-    let (arrived, mut bodies) = tokio::sync::mpsc::unbounded_channel();
-    let routes = axum::Router::new().fallback(move |body: String| {
-        let arrived = arrived.clone();
-        async move { drop(arrived.send(body)) }
-    });
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", flow.sink)).await.expect("a listener");
-    tokio::spawn(async move { axum::serve(listener, routes).await });
+    let mut arrivals = sink(flow.sink).await;
     let sent = "{\"anonymousId\":\"a\",\"messageId\":\"m-1\",\"big\":123456789012345678901234567890,\"f\":1.50,\"z\":1,\"a\":1,\"a\":2,\
          \"esc\":\"\\u00e9\\ud83d\\ude00\",\"raw\":\"é\u{2028}😀\",\"timestamp\":\"2026-01-01T00:00:00.000Z\"";
     let answer = post(&flow, "/v1/track", format!("{sent}}}"), &[KEY]).await;
     assert_eq!(answer.status(), 200);
-    let body = tokio::time::timeout(Duration::from_secs(20), bodies.recv()).await.expect("in time").expect("a body");
+    let arrived = tokio::time::timeout(Duration::from_secs(20), arrivals.recv()).await.expect("in time");
+    let (_, body) = arrived.expect("a delivery");
     assert!(body.starts_with(sent), "{body}");
     let event: Value = serde_json::from_str(&body).expect("JSON");
     for field in ["type", "rudderId", "receivedAt", "request_ip", "originalTimestamp", "sentAt"] {

@@ -13,9 +13,10 @@ use axum::http::{HeaderMap, Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use serde_json::Value;
 use tokio::process::Command;
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::support::process::Flow;
+use crate::support::sink;
 
 /// What stands before the gateway and fails at times.
 struct Flaky {
@@ -65,15 +66,10 @@ async fn pass(State(flaky): State<Arc<Flaky>>, method: Method, uri: Uri, headers
     response
 }
 
-async fn sink(flow: &Flow) -> UnboundedReceiver<Value> {
-    let (arrived, arrivals) = unbounded_channel();
-    let routes = axum::Router::new().fallback(move |body: String| {
-        let arrived = arrived.clone();
-        async move { drop(arrived.send(serde_json::from_str(&body).expect("JSON"))) }
-    });
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", flow.sink)).await.expect("a listener");
-    tokio::spawn(async move { axum::serve(listener, routes).await });
-    arrivals
+async fn next(arrivals: &mut UnboundedReceiver<(String, String)>) -> Option<Value> {
+    let arrived = tokio::time::timeout(Duration::from_secs(60), arrivals.recv()).await.ok()?;
+    let (_, body) = arrived.expect("the sink runs");
+    Some(serde_json::from_str(&body).expect("JSON"))
 }
 
 fn installed(path: &str) -> PathBuf {
@@ -91,7 +87,7 @@ fn calls(last: &[&str]) -> Vec<String> {
 async fn sends(program: PathBuf, args: &[&str], loses_answers: bool, expected: Vec<String>) {
     let flow = Flow::embedded();
     let _running = flow.start_all().await;
-    let mut arrivals = sink(&flow).await;
+    let mut arrivals = sink(flow.sink).await;
     let edge = Flaky::before(&flow, loses_answers).await;
     let mut child = Command::new(program)
         .args(args)
@@ -103,10 +99,7 @@ async fn sends(program: PathBuf, args: &[&str], loses_answers: bool, expected: V
         .expect("it starts");
     let mut arrived = Vec::new();
     while arrived.len() < expected.len() {
-        let event: Value = tokio::time::timeout(Duration::from_secs(60), arrivals.recv())
-            .await
-            .unwrap_or_else(|_| panic!("only these arrived: {arrived:?}"))
-            .expect("the sink runs");
+        let event = next(&mut arrivals).await.unwrap_or_else(|| panic!("only these arrived: {arrived:?}"));
         assert!(event["messageId"].as_str().is_some_and(|id| !id.is_empty()), "{event}");
         let kind = event["type"].as_str().expect("a type").to_owned();
         arrived.push(if kind == "track" { format!("track {}", event["properties"]["n"]) } else { kind });
@@ -120,8 +113,7 @@ async fn sends(program: PathBuf, args: &[&str], loses_answers: bool, expected: V
     let post =
         reqwest::Client::new().post(format!("{}/v1/track", flow.url())).header("authorization", "Basic d2stMTo=");
     assert_eq!(post.body(last).send().await.expect("an answer").status(), 200);
-    let event =
-        tokio::time::timeout(Duration::from_secs(60), arrivals.recv()).await.expect("in time").expect("an event");
+    let event = next(&mut arrivals).await.expect("in time");
     assert_eq!(event["event"], "last", "something arrived twice: {event}");
 }
 

@@ -8,7 +8,21 @@ mod waiting;
 
 use std::time::Duration;
 
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
 pub use waiting::{eventually, holds_within};
+
+/// A destination on a port that takes everything; the path and the body of what arrives.
+pub async fn sink(port: u16) -> UnboundedReceiver<(String, String)> {
+    let (arrived, arrivals) = unbounded_channel();
+    let routes = axum::Router::new().fallback(move |uri: axum::http::Uri, body: String| {
+        let arrived = arrived.clone();
+        async move { drop(arrived.send((uri.path().to_owned(), body))) }
+    });
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.expect("a listener");
+    tokio::spawn(async move { axum::serve(listener, routes).await });
+    arrivals
+}
 
 /// Where the test Kafka listens; `deploy/services up kafka` starts it.
 pub fn kafka_address() -> String {
