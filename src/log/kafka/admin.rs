@@ -20,8 +20,8 @@ use crate::log::{Admin, Committed, LogError, TopicConfig, TopicInfo, Watermarks}
 use crate::model::record::{Offset, Partition, Topic};
 
 use super::config::KafkaConfig;
-use super::convert;
 use super::membership::Described;
+use super::{convert, leaders};
 
 const CALL: Duration = Duration::from_secs(10);
 /// A client has so much to tell between two calls, at most: two lines for each try to connect.
@@ -221,9 +221,9 @@ impl Admin for KafkaAdmin {
         let (name, number) = (self.0.config.topic(topic), convert::partition(partition));
         let stable_of = name.clone();
         let (_, stable) =
-            self.ask(&self.0.committed, move |client| client.fetch_watermarks(&stable_of, number, CALL)).await?;
+            self.ask(&self.0.committed, move |client| leaders::watermarks(client, &stable_of, number, CALL)).await?;
         let (start, end) =
-            self.ask(&self.0.uncommitted, move |client| client.fetch_watermarks(&name, number, CALL)).await?;
+            self.ask(&self.0.uncommitted, move |client| leaders::watermarks(client, &name, number, CALL)).await?;
         Ok(Watermarks { start: convert::offset(start), stable: convert::offset(stable), end: convert::offset(end) })
     }
 
@@ -235,7 +235,7 @@ impl Admin for KafkaAdmin {
             .ask(&self.0.uncommitted, move |client| {
                 let mut list = TopicPartitionList::new();
                 list.add_partition_offset(&name, number, RawOffset::Offset(at.millis()))?;
-                let found = client.offsets_for_times(list, CALL)?;
+                let found = leaders::offsets_for_times(client, &name, &list, CALL)?;
                 Ok(found.find_partition(&name, number).map(|element| element.offset()))
             })
             .await?;

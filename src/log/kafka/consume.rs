@@ -20,8 +20,8 @@ use crate::log::{Assignment, Committed, LogError, Polled};
 use crate::model::record::{Epoch, Offset, Partition, Record};
 use crate::telemetry::seldom;
 
-use super::convert;
 use super::hanging::{self, DECIDED};
+use super::{convert, leaders};
 
 /// A poll waits so long; a command waits at most so long to be noticed.
 const POLL: Duration = Duration::from_millis(50);
@@ -109,7 +109,9 @@ impl Rebalances {
             // Always a number: a seek is forgotten while the client is looking up where the log begins.
             let from = match &position {
                 Some(position) => convert::raw_offset(position.offset),
-                None => RawOffset::Offset(consumer.fetch_watermarks(&self.topic, element.partition(), COORDINATOR)?.0),
+                None => {
+                    RawOffset::Offset(leaders::watermarks(consumer, &self.topic, element.partition(), COORDINATOR)?.0)
+                }
             };
             start.add_partition_offset(element.topic(), element.partition(), from)?;
             let epoch = Epoch(EPOCHS.fetch_add(1, Ordering::Relaxed) as u64);
@@ -388,7 +390,7 @@ impl Reading {
         let mut unclear = false;
         for element in assigned.elements() {
             let number = element.partition();
-            let Ok((low, high)) = consumer.fetch_watermarks(topic, number, COORDINATOR) else {
+            let Ok((low, high)) = leaders::watermarks(consumer, topic, number, COORDINATOR) else {
                 unclear = true;
                 continue;
             };

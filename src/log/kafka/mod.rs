@@ -10,6 +10,7 @@
 //! - a commit takes the group's metadata under the same lock under which partitions are lost, so that a member which has
 //!   rejoined cannot commit for what it lost;
 //! - a partition's first record from a producer goes alone (`known`): librdkafka would acknowledge one that was refused;
+//! - a partition's leader is looked for again where librdkafka believes that there is none (`leaders`);
 //! - what a restarted broker left undecided is ended (`hanging`): readers would stand before it for ever;
 //! - a client that is out of step with its group is replaced (`membership`): nobody would read its partitions;
 //! - static members do not leave on close: closing unsubscribes first, so that a shutdown hands over at once.
@@ -20,6 +21,7 @@ mod consume;
 mod convert;
 mod hanging;
 mod known;
+mod leaders;
 mod membership;
 mod publisher;
 mod reader;
