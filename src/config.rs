@@ -25,6 +25,7 @@ pub struct Config {
     pub gateway: Gateway,
     pub admin: Admin,
     pub runtime: Runtime,
+    pub transformer: Transformer,
     pub processor: Processor,
     pub router: Router,
 }
@@ -129,6 +130,8 @@ pub struct Gateway {
     pub body_timeout: Duration,
     #[serde(deserialize_with = "duration")]
     pub idle_timeout: Duration,
+    #[serde(deserialize_with = "words")]
+    pub webhooks_by_get: Vec<String>,
     pub internal: Internal,
     pub limits: EventLimits,
 }
@@ -204,6 +207,21 @@ pub struct Runtime {
     pub partition_memory: usize,
 }
 
+#[derive(Clone, Deserialize)]
+pub struct Transformer {
+    /// Empty: none.
+    pub url: String,
+    #[serde(deserialize_with = "some_time")]
+    pub timeout: Duration,
+}
+
+impl std::fmt::Debug for Transformer {
+    /// The URL may let somebody in.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Transformer").field("timeout", &self.timeout).finish_non_exhaustive()
+    }
+}
+
 #[derive(Clone, Debug, Deserialize)]
 pub struct Processor {
     #[serde(deserialize_with = "duration")]
@@ -256,6 +274,12 @@ fn networks<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<IpNet>, D::Error>
         text.parse::<IpNet>().or(address).map_err(wrong)
     };
     String::deserialize(input)?.split(',').map(str::trim).filter(|text| !text.is_empty()).map(parse).collect()
+}
+
+/// Separated by commas.
+fn words<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<String>, D::Error> {
+    let text = String::deserialize(input)?;
+    Ok(text.split(',').map(str::trim).filter(|word| !word.is_empty()).map(str::to_owned).collect())
 }
 
 fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {

@@ -68,6 +68,7 @@ pub async fn run(config: &Config, clock: &Clock) -> Vec<Finding> {
         found.push(Finding::problem("instance", error.to_string(), "choose another instance.id"));
     }
     found.extend(workspace(config).await);
+    found.extend(transformer(config, clock).await);
     match open::topics(config) {
         Ok(topics) => {
             found.extend(limits(config, &topics));
@@ -100,6 +101,26 @@ async fn workspace(config: &Config) -> Vec<Finding> {
             let remedy = "are control.url, .token and .namespace right? The stages start with what is kept in the log, if there is something";
             vec![Finding::problem("workspace", format!("{error:#}"), remedy)]
         }
+    }
+}
+
+/// Whether the transformer service is there, and knows what is asked of it.
+async fn transformer(config: &Config, clock: &Clock) -> Vec<Finding> {
+    let subject = "transformer";
+    let remedy = "is it up, reachable from here, and is transformer.url right?";
+    let service = match open::transformer(config, clock) {
+        Ok(None) => return Vec::new(),
+        Ok(Some(service)) => service,
+        Err(error) => return vec![Finding::problem(subject, error.to_string(), "mend transformer.url")],
+    };
+    match service.features().await {
+        Ok(features) if features["upgradedToSourceTransformV2"] == true => vec![Finding::ok(subject, "answers")],
+        Ok(_) => {
+            let says = "it does not transform webhook sources by the protocol's second version";
+            vec![Finding::warning(subject, says, "use a newer rudder-transformer, or webhooks end in proc-errors")]
+        }
+        // Everything but webhooks goes on without it.
+        Err(error) => vec![Finding::warning(subject, error.to_string(), remedy)],
     }
 }
 

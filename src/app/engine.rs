@@ -10,7 +10,7 @@ use axum::Router as HttpRouter;
 use tokio::net::TcpListener;
 
 use super::serve::{Admittance, serve};
-use super::{placement, retention};
+use super::{open, placement, retention};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config};
 use crate::control::follow::{self, FollowError};
@@ -28,10 +28,12 @@ use crate::runtime::failure::FailureTopic;
 use crate::runtime::shutdown::Shutdown;
 use crate::runtime::supervisor::Supervisor;
 use crate::runtime::transform::{Memory, TransformWork};
+use crate::stages::gateway::webhook::Webhooks;
 use crate::stages::gateway::{self, Admission, Gateway, Intake, Limits, Origins, RateLimits, TrustedProxies};
 use crate::stages::processor::Processor;
 use crate::stages::router::{Configured, Router};
 use crate::telemetry::server::{self, Readiness};
+use crate::transform::http::Sources;
 
 /// A part of the flow that a process can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -287,12 +289,14 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
     }
 }
 
-fn failures(log: &crate::config::Log, placements: &Placements, stage: Stage, topic: Topic) -> FailureTopic {
+/// Where a stage's failures go.
+pub fn failures(log: &crate::config::Log, placement: Placement, stage: Stage, topic: Topic) -> FailureTopic {
     // The embedded log knows no prefix.
     let prefix = if log.backend == BackendKind::Kafka { log.topic_prefix.as_str() } else { "" };
-    let input = stage.input().unwrap_or(Topic::EVENTS);
+    // What the gateway cannot use came over HTTP.
+    let input = stage.input().unwrap_or(Topic::new("webhook"));
     FailureTopic {
-        placement: placements[&topic],
+        placement,
         topic,
         stage: stage.as_str(),
         input_name: format!("{prefix}{input}"),
@@ -323,6 +327,7 @@ fn start_gateway<B: Backend>(
         most: settings.max_requests,
         token: settings.internal.token.clone(),
         open: AtomicUsize::new(0),
+        webhooks: webhooks(parts, placements)?,
     });
     let public = gateway::public(Arc::clone(&gateway));
     let routes = internal.map(|listener| (listener, "internal gateway", gateway::internal(gateway)));
@@ -346,6 +351,16 @@ fn start_gateway<B: Backend>(
     Ok(())
 }
 
+fn webhooks<B>(parts: &Parts<B>, placements: &Placements) -> anyhow::Result<Option<Webhooks>> {
+    let Some(service) = open::transformer(&parts.config, &parts.clock)? else { return Ok(None) };
+    let placement = placements[&Topic::PROC_ERRORS];
+    Ok(Some(Webhooks {
+        sources: Sources::new(service),
+        by_get: parts.config.gateway.webhooks_by_get.clone(),
+        failures: failures(&parts.config.log, placement, Stage::Gateway, Topic::PROC_ERRORS),
+    }))
+}
+
 fn start_processor<B: Backend>(
     parts: &Parts<B>,
     placements: &Placements,
@@ -355,7 +370,7 @@ fn start_processor<B: Backend>(
     let processor = Processor {
         workspace: parts.workspace.clone(),
         deliveries: placements[&Topic::DELIVERIES],
-        failures: failures(&parts.config.log, placements, Stage::Processor, Topic::PROC_ERRORS),
+        failures: failures(&parts.config.log, placements[&Topic::PROC_ERRORS], Stage::Processor, Topic::PROC_ERRORS),
     };
     let own = &parts.config.processor;
     let remembers = own.dedup_window > std::time::Duration::ZERO;
@@ -408,7 +423,7 @@ fn start_router<B: Backend>(
     let deliver = DeliverSettings {
         input: Topic::DELIVERIES,
         progress: Topic::PROGRESS_ROUTER,
-        failures: failures(&parts.config.log, placements, Stage::Router, Topic::DEAD_LETTERS),
+        failures: failures(&parts.config.log, placements[&Topic::DEAD_LETTERS], Stage::Router, Topic::DEAD_LETTERS),
         bounds: Bounds {
             process_bytes: runtime.process_memory,
             partition_bytes: runtime.partition_memory,

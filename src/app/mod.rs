@@ -1,11 +1,11 @@
 //! The composition root: the only place that knows every module. Builds the stages on a log and runs them until shutdown.
 
 pub mod check;
-pub mod dead_letters;
 pub mod drift;
 pub mod engine;
 pub mod inbox;
 pub mod lag;
+pub mod letters;
 pub mod offsets;
 pub mod open;
 mod placement;

@@ -20,6 +20,7 @@ use crate::log::registry::{Registered, RegistryConfig};
 use crate::log::topic::Topics;
 #[cfg(feature = "kafka")]
 use crate::model::codec::KnownSchema;
+use crate::transform::http::{Service, ServiceError};
 
 /// The control plane to follow. None: there is a file.
 pub fn control_plane(config: &Config) -> Option<RemoteSettings> {
@@ -122,6 +123,18 @@ impl AnyLog {
             #[cfg(feature = "kafka")]
             AnyLog::Kafka(_) => {}
         }
+    }
+}
+
+/// The transformer service, where one is configured.
+///
+/// # Errors
+/// Where its address is none.
+pub fn transformer(config: &Config, clock: &Clock) -> Result<Option<Service>, ServiceError> {
+    let settings = &config.transformer;
+    match settings.url.as_str() {
+        "" => Ok(None),
+        url => Service::new(url, settings.timeout, clock.clone()).map(Some),
     }
 }
 

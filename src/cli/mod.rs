@@ -2,10 +2,10 @@
 
 mod check;
 mod config;
-mod dead_letters;
 mod dev;
 mod lag;
 mod lanes;
+mod letters;
 mod load;
 mod metrics;
 mod offsets;
@@ -28,6 +28,7 @@ use crate::control::file::FileError;
 use crate::control::remote::RemoteError;
 use crate::log::topic::TopicError;
 use crate::log::{LogError, Misconfigured};
+use crate::model::redrive::Shelf;
 
 /// Customer events in over HTTP, ordered deliveries out: a streaming engine on Kafka, or on one file.
 #[derive(Parser)]
@@ -58,7 +59,9 @@ enum Command {
     /// What each destination is doing; pause, resume, retry and drain.
     Lanes(lanes::Lanes),
     /// Deliveries that were given up: look at them, send them again.
-    DeadLetters(dead_letters::DeadLetters),
+    DeadLetters(letters::Letters),
+    /// Events that could not be processed, and webhook requests that became none: look at them, send them again.
+    ProcErrors(letters::Letters),
     /// Send a realistic load to a gateway and, with --sink, be the destination and judge what arrives.
     Load(load::Load),
     /// The configuration: what is in force and from where; its schema.
@@ -173,7 +176,8 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Lag(lag) => lag.run().await,
         Command::Offsets(offsets) => offsets.run().await,
         Command::Lanes(lanes) => lanes.run().await,
-        Command::DeadLetters(letters) => letters.run().await,
+        Command::DeadLetters(letters) => letters.run(Shelf::DeadLetters).await,
+        Command::ProcErrors(letters) => letters.run(Shelf::ProcErrors).await,
         Command::Load(load) => load.run().await,
         Command::Config(config) => config.run(),
         Command::Metrics(metrics) => metrics.run(),

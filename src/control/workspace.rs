@@ -30,8 +30,9 @@ pub struct Source {
     pub enabled: bool,
     pub workspace: WorkspaceId,
     pub order_by: OrderBy,
-    /// What it is, to the control plane: empty for a stream of events, else `webhook`, `cloud`, `warehouse`, ….
-    pub category: String,
+    pub definition: SourceDefinition,
+    /// Its settings, as they are.
+    pub config: Value,
     /// The source whose events it replays.
     pub replays: Option<SourceId>,
     /// Those that are enabled and connected.
@@ -40,10 +41,32 @@ pub struct Source {
     pub disabled: Vec<DestinationId>,
 }
 
+/// What a source is, to the control plane.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct SourceDefinition {
+    #[serde(alias = "ID", deserialize_with = "or_empty")]
+    pub id: String,
+    /// Which transform its requests need, where it is a webhook.
+    #[serde(alias = "Name", deserialize_with = "or_empty")]
+    pub name: String,
+    /// Empty for a stream of events, else `webhook`, `cloud`, `warehouse`, ….
+    #[serde(alias = "Category", deserialize_with = "or_empty")]
+    pub category: String,
+    #[serde(rename = "type", alias = "Type", deserialize_with = "or_empty")]
+    pub kind: String,
+    #[serde(alias = "Options")]
+    pub options: Value,
+}
+
 impl Source {
+    pub fn is_webhook(&self) -> bool {
+        self.definition.category == "webhook"
+    }
+
     /// Brings rows of a warehouse or of another tool (reverse ETL), not what users do now.
     pub fn is_backfill(&self) -> bool {
-        !matches!(self.category.as_str(), "" | "webhook")
+        !matches!(self.definition.category.as_str(), "" | "webhook")
     }
 }
 
@@ -169,7 +192,8 @@ impl Workspace {
             enabled: source.enabled,
             workspace: workspace.as_str().into(),
             order_by,
-            category: source.source_definition.category.clone(),
+            definition: source.source_definition.clone(),
+            config: source.config.clone(),
             replays: (!source.original_id.is_empty()).then(|| source.original_id.as_str().into()),
             destinations,
             disabled,
@@ -264,17 +288,11 @@ struct RawSource {
     #[serde(default, alias = "OriginalID", alias = "originalID")]
     original_id: String,
     #[serde(default, alias = "SourceDefinition")]
-    source_definition: RawSourceDefinition,
+    source_definition: SourceDefinition,
     #[serde(default, alias = "Config")]
     config: Value,
     #[serde(default, alias = "Destinations")]
     destinations: Vec<RawDestination>,
-}
-
-#[derive(Default, Deserialize)]
-struct RawSourceDefinition {
-    #[serde(default, alias = "Category", deserialize_with = "or_empty")]
-    category: String,
 }
 
 /// Null is nothing.

@@ -31,10 +31,16 @@ pub enum Reason {
     RetriesExhausted,
     /// The log had deleted it before it could be delivered.
     Retention,
+    /// The source's transform refused the request, or did not know what to say.
+    SourceTransform,
+    /// The source's transform could not be had.
+    TransformerAway,
+    /// What the source's transform made of the request cannot be taken.
+    NotAdmitted,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 13] = [
+    pub const ALL: [Reason; 16] = [
         Reason::Unreadable,
         Reason::Panicked,
         Reason::UnknownSource,
@@ -48,6 +54,9 @@ impl Reason {
         Reason::Rejected,
         Reason::RetriesExhausted,
         Reason::Retention,
+        Reason::SourceTransform,
+        Reason::TransformerAway,
+        Reason::NotAdmitted,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -65,6 +74,9 @@ impl Reason {
             Reason::Rejected => "rejected",
             Reason::RetriesExhausted => "retries_exhausted",
             Reason::Retention => "retention",
+            Reason::SourceTransform => "source_transform",
+            Reason::TransformerAway => "transformer_away",
+            Reason::NotAdmitted => "not_admitted",
         }
     }
 }

@@ -207,6 +207,8 @@ pub mod header {
     pub const REPLAY_ID: &str = "lw-replay-id";
     pub const TRACEPARENT: &str = "traceparent";
     pub const CONTENT_TYPE: &str = "content-type";
+    /// Of a request that a webhook source sent: who sent it.
+    pub const REQUEST_IP: &str = "lw-request-ip";
     pub const STAGE: &str = "lw-stage";
     pub const REASON: &str = "lw-reason";
     pub const CODE: &str = "lw-code";

@@ -1,4 +1,4 @@
-//! Sending dead letters again: which ones are meant, and how the plan of it lies in the `control` topic.
+//! Sending again what was given up: which ones are meant, and how the plan of it lies in the `control` topic.
 
 use std::collections::BTreeMap;
 
@@ -9,9 +9,37 @@ use crate::model::codec::{self, Unreadable};
 use crate::model::command::Control;
 use crate::model::failure::Failure;
 use crate::model::id::{DestinationId, MessageId, SourceId, User};
-use crate::model::record::{Offset, Partition, Record, header};
+use crate::model::record::{Offset, Partition, Record, Topic, header};
 
-/// A record of `dead-letters`.
+/// Where what was given up lies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shelf {
+    /// Deliveries that were given up.
+    #[default]
+    DeadLetters,
+    /// Events that could not be processed, and requests of webhook sources that became none.
+    ProcErrors,
+}
+
+impl Shelf {
+    pub const fn topic(self) -> Topic {
+        match self {
+            Shelf::DeadLetters => Topic::DEAD_LETTERS,
+            Shelf::ProcErrors => Topic::PROC_ERRORS,
+        }
+    }
+
+    /// The command that is about it.
+    pub const fn command(self) -> &'static str {
+        match self {
+            Shelf::DeadLetters => "dead-letters",
+            Shelf::ProcErrors => "proc-errors",
+        }
+    }
+}
+
+/// A record of `dead-letters` or `proc-errors`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Letter {
     pub partition: Partition,
@@ -83,6 +111,8 @@ pub struct Span {
 pub struct Plan {
     /// The replay id of what is sent, and the name of the group that does it.
     pub id: String,
+    #[serde(default)]
+    pub shelf: Shelf,
     pub filter: Filter,
     pub spans: BTreeMap<Partition, Span>,
     /// As many as it means.
@@ -176,6 +206,7 @@ mod tests {
         let span = Span { first: Offset::new(first), until: Offset::new(last + 1) };
         Plan {
             id: "p".into(),
+            shelf: Shelf::ProcErrors,
             filter,
             spans: [(Partition(3), span)].into(),
             letters: 2,

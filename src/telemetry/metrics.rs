@@ -47,6 +47,7 @@ catalogue! {
     gateway_events: IntCounterVec "laneway_gateway_events_total" ["source"] "Events that the log has taken.";
     gateway_seconds: HistogramVec "laneway_gateway_request_seconds" [] "Time to answer a request to an ingest endpoint, in seconds.";
     gateway_open: IntGaugeVec "laneway_gateway_open_requests" [] "Requests that are being answered.";
+    gateway_webhook_failures: IntCounterVec "laneway_gateway_webhook_failures_total" ["source", "reason"] "Webhook requests that became nothing and were kept in proc-errors.";
     processor_events: IntCounterVec "laneway_processor_events_total" ["outcome"] "Events processed: produced, filtered or failed.";
     processor_reasons: IntCounterVec "laneway_processor_reasons_total" ["outcome", "reason"] "Why events were filtered or failed.";
     processor_deliveries: IntCounterVec "laneway_processor_deliveries_total" ["destination"] "Deliveries made ready.";

@@ -1,3 +1,4 @@
-//! Making an event ready for a type of destination.
+//! What turns events into the form that a destination wants, and other tools' requests into events.
 
 pub mod builtin;
+pub mod http;

@@ -24,3 +24,4 @@ mod sdks;
 mod security;
 mod support;
 mod tidy;
+mod webhooks;

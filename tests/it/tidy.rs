@@ -26,7 +26,17 @@ const OWNED: [(&str, &[&str]); 5] = [
     ("sqlx", &["src/log/embedded/sqlite.rs", "src/store/"]),
     ("apache_avro", &["src/model/codec/"]),
     ("schema_registry_converter", &["src/log/registry/"]),
-    ("reqwest", &["src/log/registry/", "src/control/remote.rs", "src/delivery/", "src/cli/load/", "src/app/"]),
+    (
+        "reqwest",
+        &[
+            "src/log/registry/",
+            "src/control/remote.rs",
+            "src/transform/http/",
+            "src/delivery/",
+            "src/cli/load/",
+            "src/app/",
+        ],
+    ),
 ];
 
 /// Names that say nothing.

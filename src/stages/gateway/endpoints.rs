@@ -10,6 +10,8 @@ pub enum Action {
     Ingest(Ingest),
     /// Takes one event from its own address, and answers with a picture whatever becomes of it.
     Pixel(&'static str),
+    /// Takes a request of another tool, whose meaning the transformer service knows.
+    Webhook,
     /// Takes messages that another edge has admitted.
     Messages,
     /// Ends what is pending of a run of reverse ETL.
@@ -63,7 +65,7 @@ const fn typed(path: &'static str, word: &'static str, summary: &'static str) ->
 }
 
 /// For everybody.
-pub const PUBLIC: [Endpoint; 20] = [
+pub const PUBLIC: [Endpoint; 22] = [
     typed("/v1/identify", "identify", "Who a user is."),
     typed("/v1/track", "track", "What a user did."),
     typed("/v1/page", "page", "A page that a user saw."),
@@ -80,6 +82,8 @@ pub const PUBLIC: [Endpoint; 20] = [
         Kind::Backfill,
         "Several events of the past; turned away before live ones.",
     ),
+    at("post", "/v1/webhook", Action::Webhook, "A request of another tool, of a source of the category `webhook`."),
+    at("get", "/v1/webhook", Action::Webhook, "The same, of the types of sources that send events so."),
     ingest("/beacon/v1/batch", Call::Batch, Auth::QueryKey, Kind::Live, "Several events, from `navigator.sendBeacon`."),
     at(
         "get",

@@ -116,7 +116,10 @@ fn made(workspace: &Workspace, said: &Properties, object: &Object<'_>) -> Option
         channel: if &*said.request_type == "replay" { Channel::Replay } else { Channel::Http },
         payload: object.text().to_owned().into(),
     };
-    Some((event, Along { traceparent: some(&said.trace_id), only: some(&said.destination_id).map(Into::into) }))
+    Some((
+        event,
+        Along { traceparent: some(&said.trace_id), only: some(&said.destination_id).map(Into::into), replay: None },
+    ))
 }
 
 #[cfg(test)]

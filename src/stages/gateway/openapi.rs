@@ -84,6 +84,10 @@ fn operation(endpoint: &Endpoint, is_internal: bool) -> Value {
             operation["responses"]["200"] =
                 json!({"description": "An image, whatever became of the event.", "content": {"image/gif": {}}});
         }
+        Action::Webhook => {
+            needed.insert("queryKey".into(), json!([]));
+            operation["responses"] = webhook_answers();
+        }
         Action::Messages => operation["requestBody"] = body(&json!({"type": "array", "items": {"type": "object"}})),
         Action::DrainJob => {
             operation["parameters"] =
@@ -136,6 +140,19 @@ fn ingested(operation: &mut Value, needed: &mut Map<String, Value>, ingest: Inge
         };
         *said = json!({"description": text, "content": {"text/plain": {}}});
     }
+}
+
+fn webhook_answers() -> Value {
+    let text = |description: &str| answer(description, "text/plain");
+    json!({
+        "200": {"description": "What the tool expects to hear; else `ok`.", "content": {"text/plain": {}, "application/json": {}}},
+        "400": text("Refused by the source's transform, with its words; or as events are. The request is kept in proc-errors."),
+        "401": text(&format!("`{}`; `{}`", Refusal::NoWriteKeyInQuery, Refusal::InvalidWriteKey)),
+        "404": text(&format!("`{}`", Refusal::SourceDisabled)),
+        "413": text(&format!("`{}`", Refusal::TooLarge)),
+        "500": text("The source's transform does not know what to say. The request is kept in proc-errors."),
+        "503": text("The source's transform is away, or the log is: come again. Kept in proc-errors where the log has it."),
+    })
 }
 
 fn body(schema: &Value) -> Value {

@@ -16,6 +16,8 @@ pub struct Along {
     pub traceparent: Option<String>,
     /// The only destination that it is for.
     pub only: Option<DestinationId>,
+    /// What sends it again.
+    pub replay: Option<String>,
 }
 
 /// Puts admitted events onto the `events` topic.
@@ -32,7 +34,7 @@ impl<P: Publisher> Admission<P> {
 
     /// The records of events, in their order.
     pub fn records<'e>(&self, events: impl Iterator<Item = (&'e Event, &'e Along)>) -> Vec<Addressed> {
-        events.map(|(event, along)| self.address(event, along)).collect()
+        events.map(|(event, along)| address(self.placement, event, along)).collect()
     }
 
     /// Returns once the log has all of them on all replicas.
@@ -51,41 +53,44 @@ impl<P: Publisher> Admission<P> {
     pub async fn command(&self, command: &Command) -> Result<(), LogError> {
         self.publisher.publish(vec![commands::record(&command.to_control())]).await
     }
+}
 
-    fn address(&self, event: &Event, along: &Along) -> Addressed {
-        let isolation_key = match self.placement.isolate_by {
-            IsolateBy::None | IsolateBy::Destination => "",
-            IsolateBy::Workspace => event.workspace.as_str(),
-            IsolateBy::Source => event.source.as_str(),
-        };
-        // Who is nobody is spread evenly.
-        let user = event.user.as_ref().map_or(event.message_id.as_str(), |user| user.as_str());
-        let mut headers = Headers::new();
-        headers.push_text(header::SOURCE, event.source.as_str());
-        headers.push_text(header::WORKSPACE, event.workspace.as_str());
-        if let Some(only) = &along.only {
-            headers.push_text(header::DESTINATION, only.as_str());
-        }
-        if event.channel == Channel::Replay {
-            headers.push_text(header::REPLAY_ID, event.source.as_str());
-        }
-        if let Some(user) = &event.user {
-            headers.push_text(header::USER, user.as_str());
-        }
-        headers.push_text(header::MESSAGE_ID, event.message_id.as_str());
-        if let Some(run) = &event.job_run {
-            headers.push_text(header::JOB_RUN, run.as_str());
-        }
-        if let Some(trace) = &along.traceparent {
-            headers.push_text(header::TRACEPARENT, trace);
-        }
-        headers.push_text(header::CONTENT_TYPE, header::AVRO);
-        Addressed {
-            topic: Topic::EVENTS,
-            partition: self.placement.place(isolation_key, user),
-            key: Some(event.write_key.as_str().to_owned().into()),
-            value: Some(codec::encode(event).into()),
-            headers,
-        }
+/// The record of an event, where it belongs.
+pub fn address(placement: Placement, event: &Event, along: &Along) -> Addressed {
+    let isolation_key = match placement.isolate_by {
+        IsolateBy::None | IsolateBy::Destination => "",
+        IsolateBy::Workspace => event.workspace.as_str(),
+        IsolateBy::Source => event.source.as_str(),
+    };
+    // Who is nobody is spread evenly.
+    let user = event.user.as_ref().map_or(event.message_id.as_str(), |user| user.as_str());
+    let mut headers = Headers::new();
+    headers.push_text(header::SOURCE, event.source.as_str());
+    headers.push_text(header::WORKSPACE, event.workspace.as_str());
+    if let Some(only) = &along.only {
+        headers.push_text(header::DESTINATION, only.as_str());
+    }
+    if let Some(replay) = &along.replay {
+        headers.push_text(header::REPLAY_ID, replay);
+    } else if event.channel == Channel::Replay {
+        headers.push_text(header::REPLAY_ID, event.source.as_str());
+    }
+    if let Some(user) = &event.user {
+        headers.push_text(header::USER, user.as_str());
+    }
+    headers.push_text(header::MESSAGE_ID, event.message_id.as_str());
+    if let Some(run) = &event.job_run {
+        headers.push_text(header::JOB_RUN, run.as_str());
+    }
+    if let Some(trace) = &along.traceparent {
+        headers.push_text(header::TRACEPARENT, trace);
+    }
+    headers.push_text(header::CONTENT_TYPE, header::AVRO);
+    Addressed {
+        topic: Topic::EVENTS,
+        partition: placement.place(isolation_key, user),
+        key: Some(event.write_key.as_str().to_owned().into()),
+        value: Some(codec::encode(event).into()),
+        headers,
     }
 }

@@ -2,6 +2,7 @@
 
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::model::id::MessageId;
@@ -28,6 +29,13 @@ pub fn text(status: StatusCode, message: &str) -> Response {
 
 pub fn json(status: StatusCode, value: &Value) -> Response {
     (status, [(header::CONTENT_TYPE, "application/json; charset=utf-8")], value.to_string()).into_response()
+}
+
+/// A body that somebody else has written.
+pub fn raw(body: Bytes, content_type: &str) -> Response {
+    let kind = HeaderValue::from_str(content_type).unwrap_or(HeaderValue::from_static("application/json"));
+    ([(header::CONTENT_TYPE, kind), (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"))], body)
+        .into_response()
 }
 
 pub fn html(page: String) -> Response {

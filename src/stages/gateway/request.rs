@@ -99,6 +99,8 @@ pub enum Refusal {
     NoIdentity,
     #[error("empty batch payload")]
     EmptyBatch,
+    #[error("error during parsing multiform")]
+    UnreadableForm,
     #[error("service unavailable")]
     Unavailable,
 }
@@ -122,6 +124,7 @@ impl Refusal {
             | Refusal::NoIdentity
             | Refusal::EmptyBatch
             | Refusal::UnreadableBody
+            | Refusal::UnreadableForm
             | Refusal::InvalidDestination => 400,
             Refusal::Unavailable => 503,
         }

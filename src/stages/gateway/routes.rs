@@ -33,6 +33,7 @@ use super::limit::RateLimits;
 use super::publish::Along;
 use super::reply::{self, Verdict};
 use super::request::{Call, Facts, Refusal, admit, admit_each};
+use super::webhook::{Failed, Made, Webhooks, make, request_of};
 use super::{Admission, messages, openapi, pixel, source_config};
 
 /// Bodies above it are parsed off the async threads: it would take longer than half a millisecond.
@@ -55,6 +56,8 @@ pub struct Gateway<P> {
     /// What opens the internal routes.
     pub token: String,
     pub open: AtomicUsize,
+    /// None: there is no service that knows what webhooks mean.
+    pub webhooks: Option<Webhooks>,
 }
 
 /// What is answered while the log cannot be had yet: whoever connects is told to come back, instead of waiting.
@@ -116,6 +119,12 @@ fn route<P: Publisher>(endpoint: &Endpoint) -> MethodRouter<Arc<Gateway<P>>> {
             }
             reply::gif(&pixel::GIF)
         }),
+        Action::Webhook => {
+            let take = |State(gateway): At<P>, request: Request| async move {
+                counted(&gateway, request, async |request| take_webhook(&gateway, request).await).await
+            };
+            if endpoint.method == "get" { get(take) } else { post(take) }
+        }
         Action::Messages => post(|State(gateway): At<P>, request: Request| async move {
             counted(&gateway, request, async |request| take_messages(&gateway, request).await).await
         }),
@@ -287,6 +296,63 @@ async fn take_messages<P: Publisher>(gateway: &Gateway<P>, request: Request) -> 
     Ok(reply::ok())
 }
 
+async fn take_webhook<P: Publisher>(gateway: &Gateway<P>, request: Request) -> Result<Response, Refusal> {
+    let (parts, body) = request.into_parts();
+    let speaker = Auth::AnyKey.speaker(&parts, &gateway.workspace.get());
+    let speaker =
+        match speaker.and_then(|it| if it.source.is_webhook() { Ok(it) } else { Err(Refusal::InvalidWriteKey) }) {
+            Ok(speaker) => speaker,
+            Err(refusal) => {
+                gateway.intake.discard(body).await;
+                return Err(refusal);
+            }
+        };
+    let source = &speaker.source;
+    let Some(webhooks) = &gateway.webhooks else {
+        if let Some(left_out) = seldom::due("no transformer", source.id.as_str()) {
+            tracing::error!(source = %source.id, left_out, "a webhook cannot be taken: transformer.url is not set");
+        }
+        gateway.intake.discard(body).await;
+        return Err(Refusal::Unavailable);
+    };
+    // Tools look whether somebody is there.
+    if parts.method != Method::POST && !(parts.method == Method::GET && webhooks.takes_get(source)) {
+        return Ok(StatusCode::OK.into_response());
+    }
+    let (body, mut held) = gateway.intake.take(body, &parts.headers, false).await?;
+    let request = request_of(&parts, body, source).await?;
+    held.grow(request.len())?;
+    let facts = facts(gateway, &parts, Channel::Webhook);
+    match make(&webhooks.sources, source, request.clone(), &facts).await {
+        Made::Full => Err(Refusal::Unavailable),
+        Made::Failed(failed) => {
+            let record = webhooks.failure(source, request, &facts.client_ip, &failed, gateway.clock.now());
+            keep(gateway, source, &failed, record).await?;
+            let status = StatusCode::from_u16(failed.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            Ok(reply::text(status, &failed.message))
+        }
+        Made::Events(events, said) => {
+            store(gateway, source, events, held, &along(&parts.headers, &speaker), false).await?;
+            Ok(said.map_or_else(reply::ok, |said| reply::raw(said.body, &said.content_type)))
+        }
+    }
+}
+
+/// Keeps a webhook request that became nothing.
+async fn keep<P: Publisher>(
+    gateway: &Gateway<P>,
+    source: &Source,
+    failed: &Failed,
+    record: Addressed,
+) -> Result<(), Refusal> {
+    metrics().gateway_webhook_failures.with_label_values(&[source.id.as_str(), failed.reason.as_str()]).inc();
+    if let Some(left_out) = seldom::due("webhook failed", source.id.as_str()) {
+        let (source, reason, error) = (source.id.as_str(), failed.reason.as_str(), failed.detail.as_str());
+        tracing::warn!(source, reason, error, left_out, "a webhook request became nothing, it is kept in proc-errors");
+    }
+    stored(gateway.admission.publish(vec![record]).await)
+}
+
 async fn drain_job<P: Publisher>(State(gateway): State<Arc<Gateway<P>>>, Path(run): Path<String>) -> Response {
     if run.trim().is_empty() {
         return reply::text(StatusCode::BAD_REQUEST, "job_run_id not found");
@@ -327,7 +393,7 @@ fn facts<P>(gateway: &Gateway<P>, parts: &Parts, channel: Channel) -> Facts {
 fn along(headers: &HeaderMap, speaker: &Speaker) -> Along {
     let trace = headers.get("traceparent").and_then(|value| value.to_str().ok());
     let trace = trace.filter(|trace| trace.len() <= MAX_TRACE);
-    Along { traceparent: trace.map(str::to_owned), only: speaker.only.clone() }
+    Along { traceparent: trace.map(str::to_owned), only: speaker.only.clone(), replay: None }
 }
 
 /// `?verdicts=1`: the good events of a request are kept, and the answer says what became of each.

@@ -1,4 +1,4 @@
-//! `laneway dead-letters redrive`: a plan, shown, and carried out.
+//! `laneway dead-letters redrive` and `laneway proc-errors redrive`: a plan, shown, and carried out.
 
 use std::time::Duration;
 
@@ -7,7 +7,8 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{FilterArgs, find};
-use crate::app::dead_letters::{self, Redrive, Sent, Survey};
+use crate::app::engine::{self, Stage};
+use crate::app::letters::{self, Events, Redrive, Resend, Sent, Survey};
 use crate::app::open;
 use crate::cli::output::{Output, line, short, table};
 use crate::cli::run::shutdown_on_signal;
@@ -17,7 +18,8 @@ use crate::config::Config;
 use crate::log::partitioner::Placement;
 use crate::log::{Admin, Backend};
 use crate::model::record::Topic;
-use crate::model::redrive::{Filter, Plan};
+use crate::model::redrive::{Filter, Plan, Shelf};
+use crate::transform::http::Sources;
 
 /// Letters a second where nothing else is said.
 const RATE: u32 = 100;
@@ -43,25 +45,25 @@ pub struct RedriveArgs {
 }
 
 impl RedriveArgs {
-    pub async fn run<B: Backend>(&self, log: &B, config: &Config, clock: &Clock) -> anyhow::Result<()> {
-        let mut known = dead_letters::plans(log).await?;
+    pub async fn run<B: Backend>(&self, log: &B, shelf: Shelf, config: &Config, clock: &Clock) -> anyhow::Result<()> {
+        let mut known = letters::plans(log, shelf).await?;
         let filter = self.filter.read(clock.now())?;
         // The same command, started again, goes on too.
         let is_same = |plan: &&Plan| plan.finished_at.is_none() && plan.filter == filter && plan.again == self.again;
         let begun = match &self.plan {
-            Some(id) => Some(find(&known, id)?),
+            Some(id) => Some(find(&known, shelf, id)?),
             None => known.iter().find(is_same),
         };
         let mut plan = match begun.cloned() {
             Some(plan) => self.go_on(log, plan).await?,
             None => {
-                let survey = dead_letters::survey(log, &filter, self.again, &known).await?;
-                let plan = self.plan_of(&survey, filter, &known, clock);
+                let survey = letters::survey(log, shelf, &filter, self.again, &known).await?;
+                let plan = self.plan_of(&survey, shelf, filter, &known, clock);
                 if !self.tell(&plan, &survey, &known)? {
                     return Ok(());
                 }
-                dead_letters::forget(log, &known).await?;
-                if !dead_letters::announce(log, &plan).await? {
+                letters::forget(log, &known).await?;
+                if !letters::announce(log, &plan).await? {
                     anyhow::bail!("another plan was made at the same moment; start again to see what it leaves");
                 }
                 plan
@@ -76,7 +78,7 @@ impl RedriveArgs {
     }
 
     async fn go_on<B: Backend>(&self, log: &B, plan: Plan) -> anyhow::Result<Plan> {
-        let sent = dead_letters::sent(log, &plan).await?;
+        let sent = letters::sent(log, &plan).await?;
         match self.common.output {
             Output::Json if !self.execute => drop(line(
                 &json!({
@@ -97,9 +99,10 @@ impl RedriveArgs {
         Ok(plan)
     }
 
-    fn plan_of(&self, survey: &Survey, filter: Filter, known: &[Plan], clock: &Clock) -> Plan {
+    fn plan_of(&self, survey: &Survey, shelf: Shelf, filter: Filter, known: &[Plan], clock: &Clock) -> Plan {
         Plan {
             id: uuid::Uuid::new_v4().simple().to_string()[..12].to_owned(),
+            shelf,
             filter,
             spans: survey.spans.clone(),
             letters: survey.letters,
@@ -131,9 +134,10 @@ impl RedriveArgs {
         for it in &waits {
             let (count, id) = (survey.planned_before[&it.id], &it.id);
             eprintln!(
-                "laneway: {count} of the letters left out belong to plan {id}, which is not finished: {}, and `laneway \
-                 dead-letters abandon {id}` gives it up",
-                go_on(it)
+                "laneway: {count} of the letters left out belong to plan {id}, which is not finished: {}, and `laneway {} \
+                 abandon {id}` gives it up",
+                go_on(it),
+                it.shelf.command()
             );
         }
         if plan.letters == 0 && !waits.is_empty() {
@@ -147,7 +151,7 @@ fn survey_json(plan: &Plan, survey: &Survey) -> Value {
     let groups: Vec<Value> = survey
         .groups
         .iter()
-        .map(|((destination, reason), count)| json!({"destination": destination, "reason": reason, "letters": count}))
+        .map(|((whose, reason), count)| json!({"of": whose, "reason": reason, "letters": count}))
         .collect();
     json!({
         "letters": plan.letters, "bytes": survey.bytes, "oldest": survey.oldest.map(|at| at.to_string()),
@@ -168,7 +172,7 @@ fn tell_survey(plan: &Plan, survey: &Survey) {
         .map(|((destination, reason), count)| vec![destination.clone(), (*reason).to_owned(), count.to_string()])
         .collect();
     if !rows.is_empty() {
-        table(&["DESTINATION", "REASON", "LETTERS"], &rows);
+        table(&["OF", "REASON", "LETTERS"], &rows);
     }
     let span = match (survey.oldest, survey.newest) {
         (Some(oldest), Some(newest)) => format!(", given up from {oldest} to {newest}"),
@@ -188,7 +192,7 @@ fn tell_survey(plan: &Plan, survey: &Survey) {
         ));
     }
     if survey.unsendable > 0 {
-        line(&format!("{} more cannot be sent: they hold no whole delivery", survey.unsendable));
+        line(&format!("{} more cannot be sent: they do not hold the whole", survey.unsendable));
     }
 }
 
@@ -200,13 +204,14 @@ async fn carry_out<B: Backend>(
     known: &[Plan],
     output: Output,
 ) -> anyhow::Result<()> {
-    let before = dead_letters::sent(log, &plan).await?;
+    let before = letters::sent(log, &plan).await?;
+    let resend = resend(log, config, clock, plan.shelf).await?;
     let redrive = Redrive {
         log,
         clock,
         plan: &plan,
         known,
-        placement: placement(log, config).await?,
+        resend: &resend,
         session_timeout: config.runtime.session_timeout,
         shutdown: shutdown_on_signal(config),
     };
@@ -231,7 +236,7 @@ async fn carry_out<B: Backend>(
     let seconds = began.elapsed().as_secs_f64();
     if sent.is_finished {
         plan.finished_at = Some(clock.now());
-        dead_letters::store(log, &plan).await?;
+        letters::store(log, &plan).await?;
     }
     match output {
         Output::Json => drop(line(
@@ -258,14 +263,29 @@ async fn carry_out<B: Backend>(
 }
 
 fn go_on(plan: &Plan) -> String {
-    format!("`laneway dead-letters redrive --plan {} --execute` goes on with it", plan.id)
+    format!("`laneway {} redrive --plan {} --execute` goes on with it", plan.shelf.command(), plan.id)
 }
 
-/// How `deliveries` is placed, with the partitions that it has.
-async fn placement<B: Backend>(log: &B, config: &Config) -> anyhow::Result<Placement> {
+/// What it takes to send letters again.
+async fn resend<B: Backend>(log: &B, config: &Config, clock: &Clock, shelf: Shelf) -> anyhow::Result<Resend> {
     let topics = open::topics(config)?;
-    let declared = topics.get(&Topic::DELIVERIES).context("deliveries is not declared")?.placement();
-    let there = log.admin()?.topics().await?.into_iter().find(|info| info.topic == Topic::DELIVERIES);
-    let there = there.ok_or_else(|| Usage("there is no topic deliveries; `laneway topics apply` creates it".into()))?;
-    Ok(Placement { partitions: there.partitions, ..declared })
+    let there = log.admin()?.topics().await?;
+    // With the partitions that the topic has.
+    let placement = |topic: Topic| {
+        let declared = topics.get(&topic).with_context(|| format!("{topic} is not declared"))?.placement();
+        let there = there.iter().find(|info| info.topic == topic);
+        let missing = || Usage(format!("there is no topic {topic}; `laneway topics apply` creates it"));
+        anyhow::Ok(Placement { partitions: there.ok_or_else(missing)?.partitions, ..declared })
+    };
+    if shelf == Shelf::DeadLetters {
+        return Ok(Resend::Deliveries(placement(Topic::DELIVERIES)?));
+    }
+    let failures = engine::failures(&config.log, placement(Topic::PROC_ERRORS)?, Stage::Gateway, Topic::PROC_ERRORS);
+    Ok(Resend::Events(Box::new(Events {
+        placement: placement(Topic::EVENTS)?,
+        workspace: open::workspace(config).await?,
+        sources: open::transformer(config, clock)?.map(Sources::new),
+        failures,
+        clock: clock.clone(),
+    })))
 }

@@ -4,18 +4,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::time::Instant;
 
-use super::{delivery, group, store};
+use super::{Resend, group, store};
 use crate::clock::Clock;
-use crate::log::partitioner::Placement;
 use crate::log::{Admin, Assignment, Backend, Commit, Committed, Limit, LogError, Member, Polled, Session};
-use crate::model::record::{Addressed, Epoch, Headers, Offset, Partition, Record, Topic, header};
+use crate::model::record::{Addressed, Epoch, Offset, Partition, Record, Topic};
 use crate::model::redrive::{Letter, Plan};
 use crate::runtime::shutdown::Shutdown;
 
 /// Letters in one commit.
 const MOST: usize = 500;
+/// Letters that are made ready at a time: some need another service.
+const AT_A_TIME: usize = 16;
 /// What one poll brings, at most.
 const POLL_BYTES: usize = 4 << 20;
 /// A commit that the log did not take is repeated after so long, and for so long.
@@ -40,10 +42,13 @@ pub enum RedriveError {
     )]
     Replaced,
     #[error(
-        "the log has forgotten how far this plan was, which is {days} days old; `laneway dead-letters abandon` it and make a new \
+        "the log has forgotten how far this plan was, which is {days} days old; `laneway {command} abandon` it and make a new \
          one, which sends everything again"
     )]
-    Forgotten { days: u64 },
+    Forgotten { days: u64, command: &'static str },
+    /// Something that is needed does not answer.
+    #[error("the transformer service is needed and does not answer: {0}")]
+    Away(String),
     #[error(transparent)]
     Log(#[from] LogError),
 }
@@ -55,8 +60,7 @@ pub struct Redrive<'a, B> {
     pub plan: &'a Plan,
     /// All plans, or at least those that were there before it.
     pub known: &'a [Plan],
-    /// Of `deliveries`.
-    pub placement: Placement,
+    pub resend: &'a Resend,
     pub session_timeout: Duration,
     pub shutdown: Shutdown,
 }
@@ -68,6 +72,9 @@ struct Part {
     until: Offset,
     sent: u64,
 }
+
+/// By the place of the letter.
+type Outputs = BTreeMap<(Partition, Offset), Vec<Addressed>>;
 
 /// What goes into one commit.
 #[derive(Default)]
@@ -83,7 +90,7 @@ impl<B: Backend> Redrive<'_, B> {
     /// # Errors
     /// [`RedriveError`]; what was sent so far is committed, and the next start goes on behind it.
     pub async fn run(&self, mut tell: impl FnMut(Sent)) -> Result<Sent, RedriveError> {
-        let mut session = self.log.session(member(self.plan, self.session_timeout)).await?;
+        let mut session = self.log.session(member(self.plan, self.resend.outputs(), self.session_timeout)).await?;
         let ended = self.carry_out(&mut session, &mut tell).await;
         session.close().await;
         ended
@@ -134,7 +141,10 @@ impl<B: Backend> Redrive<'_, B> {
     ) -> Result<(), RedriveError> {
         let age = self.clock.now().since(self.plan.at);
         if age > POSITIONS_LAST && given.iter().all(|assignment| assignment.committed.is_none()) {
-            return Err(RedriveError::Forgotten { days: age.as_secs() / (24 * 3_600) });
+            return Err(RedriveError::Forgotten {
+                days: age.as_secs() / (24 * 3_600),
+                command: self.plan.shelf.command(),
+            });
         }
         let mut begun = Commit::default();
         for Assignment { partition, epoch, committed } in given {
@@ -162,17 +172,16 @@ impl<B: Backend> Redrive<'_, B> {
         parts: &mut BTreeMap<Partition, Part>,
         due: &mut Instant,
     ) -> Result<bool, RedriveError> {
+        let mut meant = self.outputs(records, parts).await?;
         let (mut batch, mut count, mut done) = (Batch::default(), 0, Vec::new());
         for record in records {
             let Some(part) = parts.get_mut(&record.partition).filter(|part| part.next < part.until) else { continue };
             part.next = record.offset.just_after();
             batch.passed += 1;
             if record.offset < part.until
-                && let Ok(letter) = Letter::of(record)
-                && self.plan.sends(&letter, self.known)
-                && let Some(addressed) = self.address(&letter)
+                && let Some(outputs) = meant.remove(&(record.partition, record.offset))
             {
-                batch.commit.outputs.push(addressed);
+                batch.commit.outputs.extend(outputs);
                 part.sent += 1;
                 count += 1;
             }
@@ -220,29 +229,25 @@ impl<B: Backend> Redrive<'_, B> {
         }
     }
 
-    /// The original record, where its user's deliveries lie now.
-    fn address(&self, letter: &Letter) -> Option<Addressed> {
-        let delivery = delivery(letter)?;
-        let failure = &letter.failure;
-        let mut headers = Headers::new();
-        for (name, value) in failure.headers.iter().filter(|(name, _)| name != header::REPLAY_ID) {
-            headers.push(name.clone(), value.clone());
-        }
-        headers.push_text(header::REPLAY_ID, &self.plan.id);
-        Some(Addressed {
-            topic: Topic::DELIVERIES,
-            partition: self.placement.of_delivery(&delivery),
-            key: failure.key.clone(),
-            value: failure.value.clone(),
-            headers,
-        })
+    /// What becomes of those of these records that are meant, by their places.
+    async fn outputs(&self, records: &[Record], parts: &BTreeMap<Partition, Part>) -> Result<Outputs, RedriveError> {
+        let is_open = |record: &&Record| {
+            parts.get(&record.partition).is_some_and(|part| (part.next..part.until).contains(&record.offset))
+        };
+        let letters = records.iter().filter(is_open).filter_map(|record| Letter::of(record).ok());
+        let meant = letters.filter(|letter| self.plan.sends(letter, self.known));
+        let made = meant.map(async |letter| {
+            let outputs = self.resend.records(&self.plan.id, &letter).await?;
+            Ok(outputs.map(|outputs| ((letter.partition, letter.offset), outputs)))
+        });
+        stream::iter(made).buffered(AT_A_TIME).try_filter_map(async |it| Ok(it)).try_collect().await
     }
 
     /// What the log deleted meanwhile never comes.
     async fn pass_over_what_is_gone(&self, parts: &mut BTreeMap<Partition, Part>) -> Result<(), RedriveError> {
         let admin = self.log.admin()?;
         for (partition, part) in parts.iter_mut().filter(|(_, part)| part.next < part.until) {
-            if admin.watermarks(&Topic::DEAD_LETTERS, *partition).await?.start >= part.until {
+            if admin.watermarks(&self.plan.shelf.topic(), *partition).await?.start >= part.until {
                 part.next = part.until;
             }
         }
@@ -262,12 +267,12 @@ fn position(offset: Offset, sent: u64) -> Committed {
     Committed { offset, metadata: sent.to_string() }
 }
 
-fn member(plan: &Plan, session_timeout: Duration) -> Member {
+fn member(plan: &Plan, outputs: Vec<Topic>, session_timeout: Duration) -> Member {
     Member {
         group: group(plan),
         instance: "redrive".into(),
-        topic: Topic::DEAD_LETTERS,
-        outputs: vec![Topic::DELIVERIES],
+        topic: plan.shelf.topic(),
+        outputs,
         session_timeout,
         revoke_drain: AGAIN,
     }
@@ -284,7 +289,7 @@ pub async fn abandon<B: Backend>(
     session_timeout: Duration,
 ) -> Result<Plan, RedriveError> {
     // To be in its group ends whoever else is; what that one had under way is settled before positions are told.
-    let mut session = log.session(member(plan, session_timeout)).await?;
+    let mut session = log.session(member(plan, Vec::new(), session_timeout)).await?;
     let until = clock.instant() + PATIENCE;
     let mut places: BTreeMap<Partition, Option<Committed>> = BTreeMap::new();
     while !plan.spans.keys().all(|partition| places.contains_key(partition)) {

@@ -7,7 +7,8 @@ use crate::clock::Clock;
 use crate::log::embedded::Embedded;
 use crate::log::embedded::memory::Faults;
 use crate::log::topic::Topics;
-use crate::model::delivery::{Payload, TransformAt};
+use crate::model::codec;
+use crate::model::delivery::{Delivery, Payload, TransformAt};
 use crate::model::failure::Failure;
 use crate::model::outcome::Reason;
 use crate::model::record::{Headers, header};
@@ -70,10 +71,11 @@ async fn publish(log: &Embedded, records: Vec<Addressed>) {
 }
 
 async fn plan(log: &Embedded, id: &str) -> Plan {
-    let known = plans(log).await.expect("plans");
-    let survey = survey(log, &Filter::default(), false, &known).await.expect("a survey");
+    let known = plans(log, Shelf::DeadLetters).await.expect("plans");
+    let survey = survey(log, Shelf::DeadLetters, &Filter::default(), false, &known).await.expect("a survey");
     Plan {
         id: id.into(),
+        shelf: Shelf::DeadLetters,
         filter: Filter::default(),
         spans: survey.spans,
         letters: survey.letters,
@@ -87,10 +89,11 @@ async fn plan(log: &Embedded, id: &str) -> Plan {
 }
 
 async fn run(log: &Embedded, topics: &Topics, plan: &Plan, shutdown: Shutdown) -> Result<Sent, RedriveError> {
-    let known = plans(log).await.expect("plans");
+    let known = plans(log, Shelf::DeadLetters).await.expect("plans");
     let placement = topics.get(&Topic::DELIVERIES).expect("declared").placement();
+    let resend = Resend::Deliveries(placement);
     let (clock, session_timeout) = (Clock::system(), Duration::from_secs(6));
-    let redrive = Redrive { log, clock: &clock, plan, known: &known, placement, session_timeout, shutdown };
+    let redrive = Redrive { log, clock: &clock, plan, known: &known, resend: &resend, session_timeout, shutdown };
     redrive.run(|_| {}).await
 }
 
@@ -124,7 +127,7 @@ async fn each_letter_is_sent_by_the_first_plan_that_means_it() {
     // Made before the first one was known: neither may send.
     let blind = Plan { id: "p2".into(), earlier: Vec::new(), ..first.clone() };
     assert!(!announce(&log, &blind).await.expect("answered"));
-    assert_eq!(plans(&log).await.expect("plans").len(), 1, "it is taken back");
+    assert_eq!(plans(&log, Shelf::DeadLetters).await.expect("plans").len(), 1, "it is taken back");
     publish(&log, (5..8).map(letter).collect()).await;
     let second = plan(&log, "p3").await;
     assert_eq!((first.letters, second.letters), (5, 3));
@@ -148,11 +151,12 @@ async fn a_plan_that_is_abandoned_leaves_the_rest_to_others() {
     announce(&log, &slow).await.expect("announced");
     let shutdown = Shutdown::new(Duration::from_secs(1));
     let (stop, mut last) = (shutdown.clone(), Sent::default());
-    let known = plans(&log).await.expect("plans");
+    let known = plans(&log, Shelf::DeadLetters).await.expect("plans");
     let placement = topics.get(&Topic::DELIVERIES).expect("declared").placement();
+    let resend = Resend::Deliveries(placement);
     let (clock, session_timeout) = (Clock::system(), Duration::from_secs(6));
     let redrive =
-        Redrive { log: &log, clock: &clock, plan: &slow, known: &known, placement, session_timeout, shutdown };
+        Redrive { log: &log, clock: &clock, plan: &slow, known: &known, resend: &resend, session_timeout, shutdown };
     let ended = redrive.run(|sent| {
         last = sent;
         if sent.letters > 0 {
@@ -194,5 +198,5 @@ async fn what_the_log_has_deleted_is_not_waited_for() {
     let sent = run(&log, &topics, &it, Shutdown::new(Duration::from_secs(1))).await.expect("finished");
     assert_eq!(sent, Sent { letters: 0, is_finished: true });
     forget(&log, &[Plan { finished_at: Some(clock.now()), ..it }]).await.expect("forgotten");
-    assert!(plans(&log).await.expect("plans").is_empty(), "it excludes nothing any more");
+    assert!(plans(&log, Shelf::DeadLetters).await.expect("plans").is_empty(), "it excludes nothing any more");
 }

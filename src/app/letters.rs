@@ -1,15 +1,17 @@
-//! Dead letters: finding them, and sending them again.
+//! What was given up: finding it, and sending it again. Deliveries lie on `dead-letters`, events and webhook requests on
+//! `proc-errors`: a letter is a record of either.
 //!
 //! A redrive is a plan (`model/redrive.rs`) in the `control` topic and one group that carries it out. The group is named after the
-//! plan and commits its position in `dead-letters` together with the deliveries that it writes. So a second start of a plan goes
+//! plan and commits its position in the letters together with what it writes. So a second start of a plan goes
 //! on exactly where the first one ended, a start beside a running one takes over from it (the embedded log, whose groups live in one
 //! process, refuses it), and a letter that a plan means is never sent by a later one.
 //!
-//! What is sent is the original record, with its delivery id (it is the same delivery, tried again) and the plan's id as replay id:
+//! Of `dead-letters` the original record is sent, with its delivery id (it is the same delivery, tried again) and the plan's id as replay id:
 //! a lane of its own, which neither waits for the live one nor holds it up. In it a user's deliveries stay in order, since they
 //! were given up in order.
 
 mod redrive;
+mod resend;
 
 use std::collections::BTreeMap;
 
@@ -19,12 +21,12 @@ use futures_util::stream;
 use crate::clock::Timestamp;
 use crate::control::commands;
 use crate::log::{Admin, Backend, Limit, LogError, Publisher, Read, Reader};
-use crate::model::codec::{self, Unreadable};
-use crate::model::delivery::Delivery;
+use crate::model::codec::Unreadable;
 use crate::model::record::{Addressed, Offset, Partition, Record, Topic};
-use crate::model::redrive::{Filter, KIND, Letter, Plan, Span};
+use crate::model::redrive::{Filter, KIND, Letter, Plan, Shelf, Span};
 
 pub use redrive::{Redrive, RedriveError, Sent, abandon};
+pub use resend::{Events, Resend, is_whole};
 
 /// Partitions that are read at a time: each takes a reader.
 const AT_A_TIME: usize = 8;
@@ -36,26 +38,28 @@ const READ: Limit = Limit { records: 1_000, bytes: 4 << 20 };
 /// Where the log cannot be read.
 pub async fn scan<B: Backend, T: Default>(
     log: &B,
+    shelf: Shelf,
     since: Option<Timestamp>,
     take: impl Fn(&mut T, Result<Letter, Unreadable>),
 ) -> Result<Vec<T>, LogError> {
     let admin = log.admin()?;
     let topics = admin.topics().await?;
-    let info = topics.into_iter().find(|info| info.topic == Topic::DEAD_LETTERS);
-    let missing = || LogError::fatal(format!("there is no topic {}; is log.topic_prefix right?", Topic::DEAD_LETTERS));
+    let topic = &shelf.topic();
+    let info = topics.into_iter().find(|info| info.topic == *topic);
+    let missing = || LogError::fatal(format!("there is no topic {topic}; is log.topic_prefix right?"));
     let partitions = info.ok_or_else(missing)?.partitions;
     let (admin, take) = (&admin, &take);
     let scans = (0..partitions).map(Partition).map(async |partition| {
         let mut found = T::default();
-        let marks = admin.watermarks(&Topic::DEAD_LETTERS, partition).await?;
+        let marks = admin.watermarks(topic, partition).await?;
         let from = match since {
-            Some(since) => admin.offset_at(&Topic::DEAD_LETTERS, partition, since).await?,
+            Some(since) => admin.offset_at(topic, partition, since).await?,
             None => Offset::START,
         };
         if from.max(marks.start) >= marks.stable {
             return Ok(found);
         }
-        let mut reader = log.reader(&Topic::DEAD_LETTERS, partition, from).await?;
+        let mut reader = log.reader(topic, partition, from).await?;
         while let Read::Records(records) = reader.read(READ).await? {
             let is_last = records.last().is_some_and(|last| last.offset >= marks.stable);
             let there = records.iter().take_while(|record| record.offset < marks.stable);
@@ -74,21 +78,26 @@ pub async fn scan<B: Backend, T: Default>(
 ///
 /// # Errors
 /// Where the log cannot be read. None where there is no letter.
-pub async fn letter_at<B: Backend>(log: &B, partition: Partition, offset: Offset) -> Result<Option<Record>, LogError> {
-    let marks = log.admin()?.watermarks(&Topic::DEAD_LETTERS, partition).await?;
+pub async fn letter_at<B: Backend>(
+    log: &B,
+    shelf: Shelf,
+    partition: Partition,
+    offset: Offset,
+) -> Result<Option<Record>, LogError> {
+    let marks = log.admin()?.watermarks(&shelf.topic(), partition).await?;
     if offset < marks.start || offset >= marks.stable {
         return Ok(None);
     }
-    let mut reader = log.reader(&Topic::DEAD_LETTERS, partition, offset).await?;
+    let mut reader = log.reader(&shelf.topic(), partition, offset).await?;
     let Read::Records(records) = reader.read(Limit { records: 1, bytes: 1 }).await? else { return Ok(None) };
     Ok(records.into_iter().find(|record| record.offset == offset))
 }
 
-/// Every plan that is known, the oldest first.
+/// Every plan of these letters that is known, the oldest first.
 ///
 /// # Errors
 /// Where the log cannot be read.
-pub async fn plans<B: Backend>(log: &B) -> Result<Vec<Plan>, LogError> {
+pub async fn plans<B: Backend>(log: &B, shelf: Shelf) -> Result<Vec<Plan>, LogError> {
     // Asked first: it says so where the log does not answer, and a reader would wait.
     let topics = log.admin()?.topics().await?;
     if topics.iter().all(|info| info.topic != Topic::CONTROL) {
@@ -100,6 +109,7 @@ pub async fn plans<B: Backend>(log: &B) -> Result<Vec<Plan>, LogError> {
         let plan = control.and_then(|control| Plan::of_control(&control));
         plans.extend(plan.map_err(|error| LogError::fatal(format!("redrive plan {id}: {error}")))?);
     }
+    plans.retain(|plan: &Plan| plan.shelf == shelf);
     plans.sort_by(|a, b| a.at.cmp(&b.at).then_with(|| a.id.cmp(&b.id)));
     Ok(plans)
 }
@@ -113,7 +123,7 @@ pub struct Survey {
     pub bytes: u64,
     pub oldest: Option<Timestamp>,
     pub newest: Option<Timestamp>,
-    /// By destination and reason.
+    /// By destination, or source where there is none, and reason.
     pub groups: BTreeMap<(String, &'static str), u64>,
     /// Meant by the filter, and sent by an earlier plan: how many, by its id.
     pub planned_before: BTreeMap<String, u64>,
@@ -130,8 +140,10 @@ impl Survey {
         self.bytes += letter.failure.value.as_ref().map_or(0, |value| value.len() as u64);
         self.oldest = [self.oldest, Some(letter.at)].into_iter().flatten().min();
         self.newest = self.newest.max(Some(letter.at));
-        let destination = letter.failure.destination.as_ref().map_or("-", |id| id.as_str()).to_owned();
-        *self.groups.entry((destination, letter.failure.reason.as_str())).or_default() += 1;
+        let failure = &letter.failure;
+        let source = || failure.source.as_ref().map_or("-", |id| id.as_str());
+        let whose = failure.destination.as_ref().map_or_else(source, |id| id.as_str()).to_owned();
+        *self.groups.entry((whose, letter.failure.reason.as_str())).or_default() += 1;
     }
 
     fn merge(mut self, other: Self) -> Self {
@@ -155,7 +167,13 @@ impl Survey {
 ///
 /// # Errors
 /// Where the log cannot be read.
-pub async fn survey<B: Backend>(log: &B, filter: &Filter, again: bool, earlier: &[Plan]) -> Result<Survey, LogError> {
+pub async fn survey<B: Backend>(
+    log: &B,
+    shelf: Shelf,
+    filter: &Filter,
+    again: bool,
+    earlier: &[Plan],
+) -> Result<Survey, LogError> {
     let take = |survey: &mut Survey, letter: Result<Letter, Unreadable>| {
         let Ok(letter) = letter else { return };
         if !filter.matches(&letter) {
@@ -163,18 +181,13 @@ pub async fn survey<B: Backend>(log: &B, filter: &Filter, again: bool, earlier: 
         }
         let planned = earlier.iter().find(|plan| !again && plan.covers(&letter));
         match planned {
-            _ if delivery(&letter).is_none() => survey.unsendable += 1,
+            _ if !is_whole(shelf, &letter) => survey.unsendable += 1,
             Some(plan) => *survey.planned_before.entry(plan.id.clone()).or_default() += 1,
             None => survey.add(&letter),
         }
     };
-    let surveys = scan(log, filter.since, take).await?;
+    let surveys = scan(log, shelf, filter.since, take).await?;
     Ok(surveys.into_iter().fold(Survey::default(), Survey::merge))
-}
-
-/// The delivery that a letter holds.
-fn delivery(letter: &Letter) -> Option<Delivery> {
-    codec::decode(letter.failure.value.as_ref()?).ok()
 }
 
 /// How many letters a plan has sent, as its group has committed.
@@ -182,7 +195,7 @@ fn delivery(letter: &Letter) -> Option<Delivery> {
 /// # Errors
 /// Where the log does not answer.
 pub async fn sent<B: Backend>(log: &B, plan: &Plan) -> Result<u64, LogError> {
-    let committed = log.admin()?.committed(&group(plan), &Topic::DEAD_LETTERS).await?;
+    let committed = log.admin()?.committed(&group(plan), &plan.shelf.topic()).await?;
     Ok(committed.values().filter_map(|committed| committed.metadata.parse::<u64>().ok()).sum())
 }
 
@@ -198,7 +211,7 @@ fn group(plan: &Plan) -> String {
 pub async fn announce<B: Backend>(log: &B, plan: &Plan) -> Result<bool, LogError> {
     store(log, plan).await?;
     let is_known = |other: &Plan| other.id == plan.id || plan.earlier.contains(&other.id);
-    if plans(log).await?.iter().all(is_known) {
+    if plans(log, plan.shelf).await?.iter().all(is_known) {
         return Ok(true);
     }
     let gone = Addressed { value: None, ..commands::record(&plan.to_control()) };
@@ -228,7 +241,7 @@ pub async fn forget<B: Backend>(log: &B, plans: &[Plan]) -> Result<(), LogError>
             let start = match starts.get(partition) {
                 Some(start) => *start,
                 None => {
-                    let start = admin.watermarks(&Topic::DEAD_LETTERS, *partition).await?.start;
+                    let start = admin.watermarks(&plan.shelf.topic(), *partition).await?.start;
                     *starts.entry(*partition).or_insert(start)
                 }
             };

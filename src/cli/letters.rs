@@ -1,4 +1,4 @@
-//! `laneway dead-letters`: deliveries that were given up, and sending them again.
+//! `laneway dead-letters` and `laneway proc-errors`: what was given up, and sending it again.
 
 mod redrive;
 
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::output::{Output, line, table};
 use super::stage::when;
 use super::{Common, Usage};
-use crate::app::dead_letters;
+use crate::app::letters;
 use crate::app::open::AnyLog;
 use crate::clock::{Clock, Timestamp};
 use crate::config::Config;
@@ -19,21 +19,25 @@ use crate::log::Backend;
 use crate::log::embedded::Access;
 use crate::model::codec::{self, Unreadable};
 use crate::model::delivery::{Delivery, Payload};
+use crate::model::event::Event;
 use crate::model::failure::Try;
 use crate::model::outcome::Reason;
 use crate::model::record::{Offset, Partition, header};
-use crate::model::redrive::{Filter, Letter, Plan};
+use crate::model::redrive::{Filter, Letter, Plan, Shelf};
 use crate::with_log;
 
+/// In place of what lets somebody in.
+const HIDDEN: &str = "(hidden)";
+
 #[derive(Args)]
-pub struct DeadLetters {
+pub struct Letters {
     #[command(subcommand)]
     action: Action,
 }
 
 #[derive(Subcommand)]
 enum Action {
-    /// The newest letters, and how many there are.
+    /// The newest, and how many there are.
     List {
         #[command(flatten)]
         filter: FilterArgs,
@@ -43,15 +47,16 @@ enum Action {
         #[command(flatten)]
         common: Common,
     },
-    /// One letter: why it was given up, and the request as it was made.
+    /// One of them: why it was given up, and the whole of it.
     Show {
         /// As `list` names it: PARTITION/OFFSET.
         letter: String,
         #[command(flatten)]
         common: Common,
     },
-    /// Send letters again, to the destination that failed only, with their delivery ids. Shows what that would be, and acts only
-    /// with --execute. Letters that an earlier plan sends are left out.
+    /// Send them again: a delivery to the destination that failed only, with its delivery id; an event from the beginning of the flow,
+    /// to the destination whose transform failed where it was only that; a webhook request through the transformer service.
+    /// Shows what that would be, and acts only with --execute. What an earlier plan sends is left out.
     Redrive(redrive::RedriveArgs),
     /// Every plan of a redrive, and which are not finished.
     Plans(Common),
@@ -110,8 +115,8 @@ impl FilterArgs {
     }
 }
 
-impl DeadLetters {
-    pub async fn run(&self) -> anyhow::Result<()> {
+impl Letters {
+    pub async fn run(&self, shelf: Shelf) -> anyhow::Result<()> {
         let common = match &self.action {
             Action::List { common, .. }
             | Action::Show { common, .. }
@@ -122,11 +127,11 @@ impl DeadLetters {
         let (config, clock, output) = (common.config.load(&[], &[])?, Clock::system(), common.output);
         let any = AnyLog::open(&config, Access::Command, &clock).await?;
         let ended = with_log!(&any, log => match &self.action {
-            Action::List { filter, limit, .. } => list(log, &filter.read(clock.now())?, *limit, output).await,
-            Action::Show { letter, .. } => show(log, letter, output).await,
-            Action::Redrive(redrive) => redrive.run(log, &config, &clock).await,
-            Action::Plans(_) => plans(log, output).await,
-            Action::Abandon { plan, .. } => abandon(log, &config, &clock, plan, output).await,
+            Action::List { filter, limit, .. } => list(log, shelf, &filter.read(clock.now())?, *limit, output).await,
+            Action::Show { letter, .. } => show(log, shelf, letter, output).await,
+            Action::Redrive(redrive) => redrive.run(log, shelf, &config, &clock).await,
+            Action::Plans(_) => plans(log, shelf, output).await,
+            Action::Abandon { plan, .. } => abandon(log, shelf, &config, &clock, plan, output).await,
         });
         any.close().await;
         ended
@@ -141,7 +146,7 @@ struct Newest {
     unreadable: u64,
 }
 
-async fn list<B: Backend>(log: &B, filter: &Filter, limit: usize, output: Output) -> anyhow::Result<()> {
+async fn list<B: Backend>(log: &B, shelf: Shelf, filter: &Filter, limit: usize, output: Output) -> anyhow::Result<()> {
     let take = |newest: &mut Newest, letter: Result<Letter, Unreadable>| match letter {
         Ok(mut letter) if filter.matches(&letter) => {
             newest.count += 1;
@@ -155,7 +160,7 @@ async fn list<B: Backend>(log: &B, filter: &Filter, limit: usize, output: Output
         Ok(_) => {}
         Err(_) => newest.unreadable += 1,
     };
-    let found = dead_letters::scan(log, filter.since, take).await?;
+    let found = letters::scan(log, shelf, filter.since, take).await?;
     let count: u64 = found.iter().map(|it| it.count).sum();
     let unreadable: u64 = found.iter().map(|it| it.unreadable).sum();
     let all: BTreeMap<_, Letter> = found.into_iter().flat_map(|newest| newest.letters).collect();
@@ -166,7 +171,7 @@ async fn list<B: Backend>(log: &B, filter: &Filter, limit: usize, output: Output
             line(&json!({"count": count, "unreadable": unreadable, "letters": rows}).to_string());
         }
         Output::Table => {
-            let head = ["LETTER", "GIVEN UP", "DESTINATION", "USER", "REASON", "CODE", "TRIES", "LAST ERROR"];
+            let head = ["LETTER", "GIVEN UP", "SOURCE", "DESTINATION", "USER", "REASON", "CODE", "TRIES", "LAST ERROR"];
             table(&head, &letters.iter().map(|letter| cells(letter)).collect::<Vec<_>>());
             if count > letters.len() as u64 {
                 line(&format!("… the newest {} of {count} (--limit)", letters.len()));
@@ -186,6 +191,7 @@ fn cells(letter: &Letter) -> Vec<String> {
     vec![
         format!("{}/{}", letter.partition, letter.offset),
         letter.at.to_string(),
+        letter.original(header::SOURCE).map_or_else(dash, ToOwned::to_owned),
         failure.destination.as_ref().map_or_else(dash, ToString::to_string),
         letter.original(header::USER).map_or_else(dash, ToOwned::to_owned),
         failure.reason.as_str().to_owned(),
@@ -213,17 +219,42 @@ fn describe(letter: &Letter) -> Value {
     })
 }
 
-async fn show<B: Backend>(log: &B, letter: &str, output: Output) -> anyhow::Result<()> {
+async fn show<B: Backend>(log: &B, shelf: Shelf, letter: &str, output: Output) -> anyhow::Result<()> {
     let place = letter
         .split_once('/')
         .and_then(|(partition, offset)| Some((Partition(partition.parse().ok()?), Offset::parse(offset)?)));
     let (partition, offset) = place.ok_or_else(|| Usage(format!("{letter}: expected PARTITION/OFFSET")))?;
-    let record = dead_letters::letter_at(log, partition, offset).await?;
+    let record = letters::letter_at(log, shelf, partition, offset).await?;
     let record = record.ok_or_else(|| Usage(format!("there is no letter at {letter}")))?;
     let letter = Letter::of(&record).with_context(|| format!("the record at {letter}"))?;
     let mut whole = describe(&letter);
+    original(&mut whole, shelf, &letter);
+    match output {
+        Output::Json => drop(line(&whole.to_string())),
+        Output::Table => drop(line(&serde_json::to_string_pretty(&whole)?)),
+    }
+    Ok(())
+}
+
+/// What was given up, as it was.
+fn original(whole: &mut Value, shelf: Shelf, letter: &Letter) {
     let value = letter.failure.value.clone().unwrap_or_default();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if shelf == Shelf::ProcErrors {
+        match (serde_json::from_slice::<Value>(&value), codec::decode::<Event>(&value)) {
+            (Ok(mut request), _) => {
+                hide(&mut request["request"]["headers"]);
+                whole["webhook"] = request;
+            }
+            (_, Ok(event)) => {
+                whole["type"] = json!(event.event_type);
+                whole["received_at"] = json!(event.received_at.to_string());
+                whole["event"] = json!(text(&event.payload));
+            }
+            (_, Err(error)) => whole["unreadable"] = json!({"error": error.to_string(), "value": text(&value)}),
+        }
+        return;
+    }
     match codec::decode::<Delivery>(&value) {
         Ok(delivery) => {
             whole["type"] = json!(delivery.event_type);
@@ -242,24 +273,32 @@ async fn show<B: Backend>(log: &B, letter: &str, output: Output) -> anyhow::Resu
         }
         Err(error) => whole["unreadable"] = json!({"error": error.to_string(), "value": text(&value)}),
     }
-    match output {
-        Output::Json => drop(line(&whole.to_string())),
-        Output::Table => drop(line(&serde_json::to_string_pretty(&whole)?)),
-    }
-    Ok(())
+}
+
+/// Of headers by name, what lets somebody in.
+fn hide(headers: &mut Value) {
+    let Some(headers) = headers.as_object_mut() else { return };
+    headers.iter_mut().filter(|(name, _)| shown(name, "") == HIDDEN).for_each(|(_, value)| *value = HIDDEN.into());
 }
 
 /// A header's value, where it is none of a destination's keys.
 fn shown<'a>(name: &str, value: &'a str) -> &'a str {
     const WORDS: [&str; 7] = ["auth", "key", "token", "secret", "password", "cookie", "signature"];
     let name = name.to_lowercase();
-    if name != "idempotency-key" && WORDS.iter().any(|word| name.contains(word)) { "(hidden)" } else { value }
+    if name != "idempotency-key" && WORDS.iter().any(|word| name.contains(word)) { HIDDEN } else { value }
 }
 
-async fn abandon<B: Backend>(log: &B, config: &Config, clock: &Clock, id: &str, output: Output) -> anyhow::Result<()> {
-    let known = dead_letters::plans(log).await?;
-    let plan = find(&known, id)?;
-    let ended = dead_letters::abandon(log, clock, plan, config.runtime.session_timeout).await?;
+async fn abandon<B: Backend>(
+    log: &B,
+    shelf: Shelf,
+    config: &Config,
+    clock: &Clock,
+    id: &str,
+    output: Output,
+) -> anyhow::Result<()> {
+    let known = letters::plans(log, shelf).await?;
+    let plan = find(&known, shelf, id)?;
+    let ended = letters::abandon(log, clock, plan, config.runtime.session_timeout).await?;
     match output {
         Output::Json => drop(line(&json!({"plan": id, "letters": plan.letters, "sent": ended.letters}).to_string())),
         Output::Table => {
@@ -271,19 +310,19 @@ async fn abandon<B: Backend>(log: &B, config: &Config, clock: &Clock, id: &str, 
 }
 
 /// A plan that is not finished.
-fn find<'a>(known: &'a [Plan], id: &str) -> Result<&'a Plan, Usage> {
+fn find<'a>(known: &'a [Plan], shelf: Shelf, id: &str) -> Result<&'a Plan, Usage> {
     let found = known.iter().find(|plan| plan.id == id);
     match found {
-        None => Err(Usage(format!("there is no plan {id}; `laneway dead-letters plans` lists them"))),
+        None => Err(Usage(format!("there is no plan {id}; `laneway {} plans` lists them", shelf.command()))),
         Some(plan) if plan.finished_at.is_some() => Err(Usage(format!("plan {id} is finished"))),
         Some(plan) => Ok(plan),
     }
 }
 
-async fn plans<B: Backend>(log: &B, output: Output) -> anyhow::Result<()> {
+async fn plans<B: Backend>(log: &B, shelf: Shelf, output: Output) -> anyhow::Result<()> {
     let mut rows = Vec::new();
-    for plan in dead_letters::plans(log).await? {
-        let sent = dead_letters::sent(log, &plan).await?;
+    for plan in letters::plans(log, shelf).await? {
+        let sent = letters::sent(log, &plan).await?;
         rows.push((plan, sent));
     }
     match output {

@@ -1,0 +1,163 @@
+//! What a letter becomes when it is sent again: the delivery that failed, or the event that could not be processed.
+
+use std::sync::Arc;
+
+use serde::de::IgnoredAny;
+
+use crate::clock::Clock;
+use crate::control::workspace::Workspace;
+use crate::log::partitioner::Placement;
+use crate::model::codec;
+use crate::model::delivery::Delivery;
+use crate::model::event::{Channel, Event};
+use crate::model::failure::Try;
+use crate::model::outcome::Reason;
+use crate::model::record::{Addressed, Headers, Record, Topic, header};
+use crate::model::redrive::{Letter, Shelf};
+use crate::runtime::failure::{Cause, FailureTopic};
+use crate::stages::gateway::request::Facts;
+use crate::stages::gateway::webhook::{Failed, Made, make};
+use crate::stages::gateway::{Along, address};
+use crate::transform::http::Sources;
+
+use super::RedriveError;
+
+/// The stage whose failures are requests of webhook sources.
+const GATEWAY: &str = "gateway";
+
+/// How letters are sent again.
+pub enum Resend {
+    /// To the destination that failed only, in a lane of its own.
+    Deliveries(Placement),
+    /// From the beginning of the flow.
+    Events(Box<Events>),
+}
+
+pub struct Events {
+    /// Of `events`.
+    pub placement: Placement,
+    pub workspace: Arc<Workspace>,
+    /// None: requests of webhook sources cannot be sent.
+    pub sources: Option<Sources>,
+    /// Where such requests go that fail again.
+    pub failures: FailureTopic,
+    pub clock: Clock,
+}
+
+/// Whether a letter holds the whole of what it was made of.
+pub fn is_whole(shelf: Shelf, letter: &Letter) -> bool {
+    let Some(value) = &letter.failure.value else { return false };
+    match shelf {
+        Shelf::DeadLetters => codec::decode::<Delivery>(value).is_ok(),
+        Shelf::ProcErrors if letter.failure.stage == GATEWAY => serde_json::from_slice::<IgnoredAny>(value).is_ok(),
+        Shelf::ProcErrors => codec::decode::<Event>(value).is_ok(),
+    }
+}
+
+impl Resend {
+    pub fn outputs(&self) -> Vec<Topic> {
+        match self {
+            Resend::Deliveries(_) => vec![Topic::DELIVERIES],
+            Resend::Events(_) => vec![Topic::EVENTS, Topic::PROC_ERRORS],
+        }
+    }
+
+    /// The records of a letter, for the plan that sends it. None where it does not hold the whole.
+    ///
+    /// # Errors
+    /// [`RedriveError::Away`], where a service does not answer that is needed for it.
+    pub async fn records(&self, plan: &str, letter: &Letter) -> Result<Option<Vec<Addressed>>, RedriveError> {
+        match self {
+            Resend::Deliveries(placement) => Ok(delivery(*placement, plan, letter).map(|record| vec![record])),
+            Resend::Events(events) if letter.failure.stage == GATEWAY => events.webhook(plan, letter).await,
+            Resend::Events(events) => Ok(events.event(plan, letter).map(|record| vec![record])),
+        }
+    }
+}
+
+/// The original record, where its user's deliveries lie now.
+fn delivery(placement: Placement, plan: &str, letter: &Letter) -> Option<Addressed> {
+    let failure = &letter.failure;
+    let delivery: Delivery = codec::decode(failure.value.as_ref()?).ok()?;
+    let mut headers = Headers::new();
+    for (name, value) in failure.headers.iter().filter(|(name, _)| name != header::REPLAY_ID) {
+        headers.push(name.clone(), value.clone());
+    }
+    headers.push_text(header::REPLAY_ID, plan);
+    Some(Addressed {
+        topic: Topic::DELIVERIES,
+        partition: placement.of_delivery(&delivery),
+        key: failure.key.clone(),
+        value: failure.value.clone(),
+        headers,
+    })
+}
+
+impl Events {
+    /// The event, for the destination whose transform failed, or for all where the whole event did.
+    fn event(&self, plan: &str, letter: &Letter) -> Option<Addressed> {
+        let event: Event = codec::decode(letter.failure.value.as_ref()?).ok()?;
+        let before = letter.original(header::DESTINATION).map(Into::into);
+        let along = Along {
+            traceparent: letter.original(header::TRACEPARENT).map(str::to_owned),
+            only: letter.failure.destination.clone().or(before),
+            replay: Some(plan.to_owned()),
+        };
+        Some(address(self.placement, &event, &along))
+    }
+
+    async fn webhook(&self, plan: &str, letter: &Letter) -> Result<Option<Vec<Addressed>>, RedriveError> {
+        let request = letter.failure.value.as_ref().and_then(|value| String::from_utf8(value.to_vec()).ok());
+        let Some(request) = request else { return Ok(None) };
+        let Some(sources) = &self.sources else {
+            return Err(RedriveError::Away("transformer.url is not set".to_owned()));
+        };
+        let id = letter.original(header::SOURCE).unwrap_or_default();
+        let Some(source) = self.workspace.source(&id.into()) else {
+            let cause = Cause::untried(Reason::UnknownSource, format!("source {id:?} is not configured"), id);
+            return Ok(Some(vec![self.again(letter, cause)]));
+        };
+        let facts = Facts {
+            received_at: letter.failure.timestamp,
+            client_ip: letter.original(header::REQUEST_IP).unwrap_or_default().to_owned(),
+            channel: Channel::Webhook,
+            job_run: None,
+            task_run: None,
+        };
+        match make(sources, source, request, &facts).await {
+            Made::Events(events, _) => {
+                let along = Along { replay: Some(plan.to_owned()), ..Along::default() };
+                Ok(Some(events.iter().map(|event| address(self.placement, event, &along)).collect()))
+            }
+            Made::Full => Err(RedriveError::Away("too much waits for it".to_owned())),
+            Made::Failed(Failed { reason: Reason::TransformerAway, detail, .. }) => Err(RedriveError::Away(detail)),
+            Made::Failed(failed) => {
+                let tried = Try { at: self.clock.now(), code: failed.status, message: failed.detail.clone() };
+                let cause = Cause {
+                    attempts: letter.failure.attempts.saturating_add(1),
+                    first: letter.failure.first.clone(),
+                    last: Some(tried),
+                    source: letter.failure.source.clone(),
+                    ..Cause::untried(failed.reason, failed.detail, source.write_key.as_str())
+                };
+                Ok(Some(vec![self.again(letter, cause)]))
+            }
+        }
+    }
+
+    /// The letter of what has failed again.
+    fn again(&self, letter: &Letter, cause: Cause) -> Addressed {
+        let failure = &letter.failure;
+        let mut headers = Headers::new();
+        failure.headers.iter().for_each(|(name, value)| headers.push(name.clone(), value.clone()));
+        let original = Record {
+            partition: failure.partition,
+            offset: failure.offset,
+            timestamp: failure.timestamp,
+            key: failure.key.clone(),
+            value: failure.value.clone(),
+            headers,
+        };
+        self.failures.record(&original, &cause)
+    }
+}
