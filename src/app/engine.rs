@@ -27,6 +27,7 @@ use crate::runtime::driver;
 use crate::runtime::failure::FailureTopic;
 use crate::runtime::shutdown::Shutdown;
 use crate::runtime::supervisor::Supervisor;
+use crate::runtime::tally::JobTopic;
 use crate::runtime::transform::{Memory, TransformWork};
 use crate::stages::gateway::webhook::Webhooks;
 use crate::stages::gateway::{self, Admission, Gateway, Intake, Limits, Origins, RateLimits, TrustedProxies};
@@ -275,8 +276,10 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
             topic,
             outputs: match stage {
                 Stage::Gateway => Vec::new(),
-                Stage::Processor => vec![Topic::DELIVERIES, Topic::PROC_ERRORS, Topic::EVENTS_SEEN],
-                Stage::Router => vec![Topic::PROGRESS_ROUTER, Topic::DEAD_LETTERS],
+                Stage::Processor => {
+                    vec![Topic::DELIVERIES, Topic::PROC_ERRORS, Topic::EVENTS_SEEN, Topic::JOB_STATUS]
+                }
+                Stage::Router => vec![Topic::PROGRESS_ROUTER, Topic::DEAD_LETTERS, Topic::JOB_STATUS],
             },
             session_timeout: runtime.session_timeout,
             revoke_drain: runtime.revoke_drain,
@@ -317,7 +320,11 @@ fn start_gateway<B: Backend>(
     let limits =
         Limits { window: limits.window, source: limits.source, workspace: limits.workspace, own: limits.own.clone() };
     let gateway = Arc::new(Gateway {
-        admission: Admission::new(parts.log.publisher()?, placements[&Topic::EVENTS]),
+        admission: Admission::new(
+            parts.log.publisher()?,
+            placements[&Topic::EVENTS],
+            JobTopic(placements[&Topic::JOB_STATUS]),
+        ),
         workspace: parts.workspace.clone(),
         clock: parts.clock.clone(),
         proxies: TrustedProxies::new(settings.trusted_proxies.clone()),
@@ -371,6 +378,7 @@ fn start_processor<B: Backend>(
         workspace: parts.workspace.clone(),
         deliveries: placements[&Topic::DELIVERIES],
         failures: failures(&parts.config.log, placements[&Topic::PROC_ERRORS], Stage::Processor, Topic::PROC_ERRORS),
+        jobs: JobTopic(placements[&Topic::JOB_STATUS]),
     };
     let own = &parts.config.processor;
     let remembers = own.dedup_window > std::time::Duration::ZERO;
@@ -424,6 +432,7 @@ fn start_router<B: Backend>(
         input: Topic::DELIVERIES,
         progress: Topic::PROGRESS_ROUTER,
         failures: failures(&parts.config.log, placements[&Topic::DEAD_LETTERS], Stage::Router, Topic::DEAD_LETTERS),
+        jobs: JobTopic(placements[&Topic::JOB_STATUS]),
         bounds: Bounds {
             process_bytes: runtime.process_memory,
             partition_bytes: runtime.partition_memory,

@@ -15,6 +15,7 @@ use crate::log::Backend;
 use crate::log::embedded::Access;
 use crate::model::event::{Channel, Event};
 use crate::model::record::Topic;
+use crate::runtime::tally::JobTopic;
 use crate::stages::gateway::request::{Call, Facts, admit};
 use crate::stages::gateway::{Admission, Along};
 use crate::with_log;
@@ -70,7 +71,8 @@ impl Publish {
                 topics = topics.with_partitions(partitions);
             }
             let spec = topics.get(&Topic::EVENTS).context("events is not declared")?;
-            let admission = Admission::new(log.publisher()?, spec.placement());
+            let jobs = topics.get(&Topic::JOB_STATUS).context("job-status is not declared")?;
+            let admission = Admission::new(log.publisher()?, spec.placement(), JobTopic(jobs.placement()));
             match &self.file {
                 Some(path) => {
                     let file = tokio::fs::File::open(path).await.with_context(|| path.display().to_string())?;

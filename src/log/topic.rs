@@ -68,13 +68,14 @@ pub enum TopicError {
 #[derive(Clone, Debug)]
 pub struct Topics(BTreeMap<String, TopicSpec>);
 
-const COMPILED_IN: [(&str, &str); 7] = [
+const COMPILED_IN: [(&str, &str); 8] = [
     ("events.yaml", include_str!("../../topics/events.yaml")),
     ("seen.yaml", include_str!("../../topics/seen.yaml")),
     ("deliveries.yaml", include_str!("../../topics/deliveries.yaml")),
     ("progress.yaml", include_str!("../../topics/progress.yaml")),
     ("control.yaml", include_str!("../../topics/control.yaml")),
     ("dead-letters.yaml", include_str!("../../topics/dead-letters.yaml")),
+    ("job-status.yaml", include_str!("../../topics/job-status.yaml")),
     ("proc-errors.yaml", include_str!("../../topics/proc-errors.yaml")),
 ];
 

@@ -7,6 +7,7 @@ pub mod delivery;
 pub mod event;
 pub mod failure;
 pub mod id;
+pub mod job_status;
 pub mod json;
 pub mod outcome;
 pub mod progress;

@@ -92,3 +92,12 @@ pub enum Outcome {
     /// It could not be processed: `failure` goes to `proc-errors`.
     Failed { reason: Reason, failure: Addressed },
 }
+
+impl Outcome {
+    pub fn failure(self) -> Option<Addressed> {
+        match self {
+            Outcome::Failed { failure, .. } => Some(failure),
+            Outcome::Produced(_) | Outcome::Filtered(_) => None,
+        }
+    }
+}

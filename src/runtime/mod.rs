@@ -15,4 +15,5 @@ pub mod failure;
 pub mod planted;
 pub mod shutdown;
 pub mod supervisor;
+pub mod tally;
 pub mod transform;

@@ -50,6 +50,12 @@ pub trait Transform: Send + Sync + 'static {
 
     /// A record has come again and is not processed.
     fn duplicate(&self, _record: &Record) {}
+
+    /// What is written about a chunk beside its outputs, in the same commit: its records with their outcomes, and those that
+    /// have come again.
+    fn beside(&self, _records: &[Record], _outcomes: &[Outcome], _known: &[Record]) -> Vec<Addressed> {
+        Vec::new()
+    }
 }
 
 /// Runs a [`Transform`].
@@ -234,13 +240,14 @@ impl<T: Transform> Running<T> {
                 return;
             }
             let come = self.waiting.drain(..).collect();
-            let mut chunks = split(self.unless_known(come));
+            let (new, known) = self.unless_known(come);
+            let mut chunks = split(new);
             // What was left out is passed when what lies before it is done.
             let end = chunks.pop().unwrap_or_default();
             for chunk in chunks {
-                self.spawn(chunk, None);
+                self.spawn(chunk, Vec::new(), None);
             }
-            self.spawn(end, Some(last.just_after()));
+            self.spawn(end, known, Some(last.just_after()));
         }
     }
 
@@ -264,15 +271,16 @@ impl<T: Transform> Running<T> {
             Alone::Run => {
                 let Some(record) = self.waiting.pop_front() else { return false };
                 let upto = record.offset.just_after();
-                let record = self.unless_known(vec![record]);
-                self.spawn(record, Some(upto));
+                let (new, known) = self.unless_known(vec![record]);
+                self.spawn(new, known, Some(upto));
             }
             Alone::Poison => {
                 let Some(record) = self.waiting.pop_front() else { return false };
                 let upto = Some(record.offset.just_after());
                 // Its copies are as deadly: they are known from here on.
-                let Some(record) = self.unless_known(vec![record]).pop() else {
-                    self.finish((Vec::new(), upto, Vec::new()));
+                let (mut new, known) = self.unless_known(vec![record]);
+                let Some(record) = new.pop() else {
+                    self.finish((self.stage.beside(&[], &[], &known), upto, Vec::new()));
                     return true;
                 };
                 let failures = self.stage.failures();
@@ -280,31 +288,32 @@ impl<T: Transform> Running<T> {
                 events::poison(failures.stage, record.partition, &record.offset);
                 let key = record.key.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
                 let failure = failures.record(&record, &Cause::untried(Reason::Panicked, message, &key));
-                self.finish((vec![failure], upto, Vec::new()));
+                let (reason, records) = (Reason::Panicked, [record]);
+                let outcomes = [Outcome::Failed { reason, failure }];
+                let mut outputs = self.stage.beside(&records, &outcomes, &[]);
+                outputs.extend(outcomes.into_iter().filter_map(Outcome::failure));
+                self.finish((outputs, upto, Vec::new()));
             }
         }
         true
     }
 
-    /// Leaves out what has come before.
-    fn unless_known(&mut self, mut records: Vec<Record>) -> Vec<Record> {
-        let Some(remembered) = &mut self.remembered else { return records };
+    /// What is new, and what has come before.
+    fn unless_known(&mut self, records: Vec<Record>) -> (Vec<Record>, Vec<Record>) {
+        let Some(remembered) = &mut self.remembered else { return (records, Vec::new()) };
         let stage = &self.stage;
-        records.retain(|record| {
+        let (new, known): (Vec<Record>, Vec<Record>) = records.into_iter().partition(|record| {
             let identity = stage.identity(record);
-            let is_new = identity.is_none_or(|it| remembered.is_new(it, record.offset, record.timestamp));
-            if !is_new {
-                stage.duplicate(record);
-            }
-            is_new
+            identity.is_none_or(|it| remembered.is_new(it, record.offset, record.timestamp))
         });
-        records
+        known.iter().for_each(|record| stage.duplicate(record));
+        (new, known)
     }
 
     /// Runs a chunk; all below `upto` is done then.
-    fn spawn(&mut self, chunk: Vec<Record>, upto: Option<Offset>) {
+    fn spawn(&mut self, chunk: Vec<Record>, known: Vec<Record>, upto: Option<Offset>) {
         let stage = Arc::clone(&self.stage);
-        self.chunks.push_back(tokio::task::spawn_blocking(move || work(&*stage, &chunk, upto)));
+        self.chunks.push_back(tokio::task::spawn_blocking(move || work(&*stage, &chunk, &known, upto)));
     }
 
     fn add(&mut self, chunk: Result<Worked, tokio::task::JoinError>) -> Result<(), LogError> {
@@ -348,9 +357,11 @@ fn split(batch: Vec<Record>) -> Vec<Vec<Record>> {
 /// Outputs, what is done up to, and which records failed.
 type Worked = (Vec<Addressed>, Option<Offset>, Vec<Offset>);
 
-fn work<T: Transform>(stage: &T, records: &[Record], upto: Option<Offset>) -> Worked {
-    let (mut outputs, mut failed) = (Vec::with_capacity(records.len()), Vec::new());
-    for (record, outcome) in records.iter().zip(process(stage, records)) {
+fn work<T: Transform>(stage: &T, records: &[Record], known: &[Record], upto: Option<Offset>) -> Worked {
+    let outcomes = process(stage, records);
+    let beside = stage.beside(records, &outcomes, known);
+    let (mut outputs, mut failed) = (Vec::with_capacity(records.len() + beside.len()), Vec::new());
+    for (record, outcome) in records.iter().zip(outcomes) {
         match outcome {
             Outcome::Produced(produced) => outputs.extend(produced),
             Outcome::Filtered(_) => {}
@@ -360,6 +371,7 @@ fn work<T: Transform>(stage: &T, records: &[Record], upto: Option<Offset>) -> Wo
             }
         }
     }
+    outputs.extend(beside);
     (outputs, upto.or_else(|| records.last().map(|record| record.offset.just_after())), failed)
 }
 
@@ -553,7 +565,7 @@ mod tests {
                 headers: Headers::new(),
             })
             .collect();
-        let (outputs, position, _) = work(&stage, &records, None);
+        let (outputs, position, _) = work(&stage, &records, &[], None);
         assert_eq!(position, Some(Offset::new(64)));
         assert_eq!(outputs.len(), 64);
         let failed: Vec<usize> = (0..64).filter(|n| outputs[*n].topic == Topic::PROC_ERRORS).collect();

@@ -26,6 +26,7 @@ use laneway::runtime::deliver::{Deliver, DeliverSettings, DeliverWork, Destinati
 use laneway::runtime::driver;
 use laneway::runtime::failure::FailureTopic;
 use laneway::runtime::shutdown::Shutdown;
+use laneway::runtime::tally::JobTopic;
 use laneway::telemetry::server::Readiness;
 
 use crate::gate::{Gate, Gated};
@@ -219,6 +220,7 @@ impl Engine {
                 input_name: "deliveries".into(),
                 group: GROUP.into(),
             },
+            jobs: JobTopic(placement),
             bounds: plan.bounds,
             stage: "router",
             retention: plan.retention,

@@ -15,6 +15,7 @@ mod event;
 #[cfg(test)]
 mod evolution;
 mod failure;
+mod job_status;
 mod progress;
 mod seen;
 
@@ -146,8 +147,8 @@ macro_rules! schemas {
 
 impl KnownSchema {
     /// The current schemas.
-    pub fn all() -> [&'static KnownSchema; 6] {
-        [&EVENT, &DELIVERY, &FAILURE, &PROGRESS, &CONTROL, &SEEN]
+    pub fn all() -> [&'static KnownSchema; 7] {
+        [&EVENT, &DELIVERY, &FAILURE, &PROGRESS, &CONTROL, &SEEN, &JOB_STATUS]
     }
 
     pub fn named(name: &str) -> Option<&'static KnownSchema> {
@@ -171,6 +172,7 @@ schemas! {
     PROGRESS = "progress";
     CONTROL = "control";
     SEEN = "seen";
+    JOB_STATUS = "job_status";
 }
 
 const MAGIC: [u8; 2] = [0xC3, 0x01];
@@ -246,6 +248,7 @@ mod tests {
     use crate::model::delivery::{BodyFormat, Delivery, HttpRequest, Payload, TransformAt};
     use crate::model::event::{Channel, Event};
     use crate::model::failure::{Failure, Try};
+    use crate::model::job_status::{Counts, FailedRow, JobKey, JobStatus};
     use crate::model::outcome::Reason;
     use crate::model::progress::{
         Drain, Head, KeyProgress, Lane, LaneProgress, Ledger, PartitionProgress, Progress, Run, Target,
@@ -447,6 +450,18 @@ mod tests {
         oracle(&SEEN, &round_trip(&seen()));
     }
 
+    fn job_status() -> JobStatus {
+        let key =
+            JobKey { job_run: "r".into(), task_run: "".into(), source: "s".into(), destination: Some("d".into()) };
+        let failed_rows = vec![FailedRow { record: Bytes::from_static(b"{\"id\":1}"), code: 400 }];
+        JobStatus { key, counts: Counts { taken: 3, passed: 300, failed: 1, failed_rows } }
+    }
+
+    #[test]
+    fn job_status_is_what_the_avro_crate_reads() {
+        oracle(&JOB_STATUS, &round_trip(&job_status()));
+    }
+
     /// Golden bytes: stored records must stay readable, so a change here needs a new schema version.
     #[test]
     fn the_bytes_are_the_golden_ones() {
@@ -457,6 +472,7 @@ mod tests {
             ("failure", encode(&failure())),
             ("control", encode(&control())),
             ("seen", encode(&seen())),
+            ("job status", encode(&job_status())),
         ];
         let names = ["progress of a partition", "progress of a lane", "progress of a key", "ledger"];
         found.extend(names.into_iter().zip(progress().iter().map(encode)));

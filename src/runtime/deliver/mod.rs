@@ -80,6 +80,7 @@ use crate::model::id::DestinationId;
 use crate::model::record::{Partition, Record, Topic};
 use crate::runtime::driver::{Inbox, Work};
 use crate::runtime::failure::FailureTopic;
+use crate::runtime::tally::JobTopic;
 use crate::telemetry::events;
 
 pub use backoff::RetryPolicy;
@@ -107,6 +108,7 @@ pub struct DeliverSettings {
     pub input: Topic,
     pub progress: Topic,
     pub failures: FailureTopic,
+    pub jobs: JobTopic,
     pub bounds: Bounds,
     pub stage: &'static str,
     /// How long the log keeps what is on `input`; none: for ever.

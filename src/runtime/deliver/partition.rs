@@ -32,6 +32,7 @@ use rand::rngs::SmallRng;
 
 use crate::clock::Timestamp;
 use crate::model::id::DestinationId;
+use crate::model::job_status::Tally;
 use crate::model::outcome::Reason;
 use crate::model::progress::{Drain, Lane};
 use crate::model::record::{Addressed, Epoch, Headers, Offset, Partition, Record, header};
@@ -118,6 +119,8 @@ pub struct PartitionState {
     dirty: BTreeSet<KeyId>,
     dirty_lanes: BTreeSet<usize>,
     outputs: Vec<Addressed>,
+    /// Of runs of reverse ETL, since the last commit.
+    tally: Tally,
     changed: bool,
     stopped_clean: bool,
     /// Requests under way.
@@ -171,6 +174,7 @@ impl PartitionState {
             dirty: BTreeSet::new(),
             dirty_lanes: BTreeSet::new(),
             outputs: Vec::new(),
+            tally: Tally::default(),
             changed: false,
             stopped_clean: false,
             in_flight: 0,

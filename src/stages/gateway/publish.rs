@@ -7,7 +7,9 @@ use crate::model::codec;
 use crate::model::command::Command;
 use crate::model::event::{Channel, Event};
 use crate::model::id::DestinationId;
+use crate::model::job_status::{Counts, Tally};
 use crate::model::record::{Addressed, Headers, Topic, header};
+use crate::runtime::tally::{JobTopic, key_of_event};
 
 /// What goes along with an event, in its record's headers.
 #[derive(Clone, Debug, Default)]
@@ -25,16 +27,27 @@ pub struct Along {
 pub struct Admission<P> {
     publisher: P,
     placement: Placement,
+    jobs: JobTopic,
 }
 
 impl<P: Publisher> Admission<P> {
-    pub fn new(publisher: P, placement: Placement) -> Self {
-        Self { publisher, placement }
+    pub fn new(publisher: P, placement: Placement, jobs: JobTopic) -> Self {
+        Self { publisher, placement, jobs }
     }
 
-    /// The records of events, in their order.
+    /// The records of events, in their order, and behind them how many each run of reverse ETL has brought.
     pub fn records<'e>(&self, events: impl Iterator<Item = (&'e Event, &'e Along)>) -> Vec<Addressed> {
-        events.map(|(event, along)| address(self.placement, event, along)).collect()
+        let mut tally = Tally::default();
+        let address = |(event, along): (&Event, &Along)| {
+            let is_new = along.replay.is_none() && event.channel != Channel::Replay;
+            if let Some(key) = key_of_event(event).filter(|_| is_new) {
+                tally.add(key, Counts::taken(1));
+            }
+            address(self.placement, event, along)
+        };
+        let mut records: Vec<Addressed> = events.map(address).collect();
+        records.extend(self.jobs.records(&mut tally));
+        records
     }
 
     /// Returns once the log has all of them on all replicas.

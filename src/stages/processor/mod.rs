@@ -9,6 +9,7 @@
 
 mod complete;
 mod fan_out;
+mod jobs;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,11 +23,13 @@ use crate::model::codec;
 use crate::model::delivery::{Delivery, Origin, Payload, TransformAt};
 use crate::model::event::Event;
 use crate::model::id::DeliveryId;
+use crate::model::job_status::Tally;
 use crate::model::json::{Object, string_of};
 use crate::model::outcome::{Outcome, Reason};
 use crate::model::record::{Addressed, Headers, Record, Topic, header};
 use crate::model::seen::Identity;
 use crate::runtime::failure::{Cause, FailureTopic};
+use crate::runtime::tally::JobTopic;
 use crate::runtime::transform::Transform;
 use crate::telemetry::metrics::metrics;
 use crate::transform::builtin::webhook;
@@ -39,6 +42,7 @@ pub struct Processor {
     /// How `deliveries` is placed.
     pub deliveries: Placement,
     pub failures: FailureTopic,
+    pub jobs: JobTopic,
 }
 
 impl Transform for Processor {
@@ -74,6 +78,14 @@ impl Transform for Processor {
 
     fn duplicate(&self, _: &Record) {
         count(&[Outcome::Filtered(Reason::Duplicate)]);
+    }
+
+    fn beside(&self, records: &[Record], outcomes: &[Outcome], known: &[Record]) -> Vec<Addressed> {
+        let mut tally = Tally::default();
+        records.iter().zip(outcomes).for_each(|(record, outcome)| jobs::count(&mut tally, record, outcome));
+        // The one before it has been processed; this one was taken, too.
+        known.iter().for_each(|record| jobs::count(&mut tally, record, &Outcome::Filtered(Reason::Duplicate)));
+        self.jobs.records(&mut tally)
     }
 }
 

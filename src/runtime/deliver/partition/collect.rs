@@ -24,6 +24,7 @@ impl PartitionState {
         self.changed = false;
         self.stopped_clean = clean;
         let mut outputs = std::mem::take(&mut self.outputs);
+        outputs.extend(self.settings.jobs.records(&mut self.tally));
         for id in std::mem::take(&mut self.dirty) {
             outputs.extend(self.key_record(&id));
         }
@@ -64,7 +65,7 @@ impl PartitionState {
     }
 
     /// The oldest record that a detached lane's mark covers, or where its reading goes on.
-    fn lane_tail(&self, index: usize) -> Offset {
+    pub(super) fn lane_tail(&self, index: usize) -> Offset {
         let scan = self.lane_scan(index);
         let Some(detached) = &self.lanes.at(index).detached else { return scan };
         match detached.window.is_empty() {

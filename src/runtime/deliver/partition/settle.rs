@@ -13,6 +13,7 @@ use crate::model::outcome::Reason;
 use crate::model::progress::{Drain, ProgressKey, Target};
 use crate::model::record::{Headers, Offset, Record, header};
 use crate::runtime::failure::Cause;
+use crate::runtime::tally::count_delivery;
 use crate::telemetry::metrics::metrics;
 
 use super::super::destination::Permit;
@@ -34,6 +35,11 @@ pub(super) enum Refusal {
     Unreadable,
 }
 
+/// The code of what failed, as a run of reverse ETL sees it.
+fn failed(outcome: &str, code: u16) -> Option<u16> {
+    (!matches!(outcome, "delivered" | "filtered")).then_some(code)
+}
+
 impl PartitionState {
     /// What came of a request with the first records of a key, one verdict for each in order, up to the first that is not
     /// final.
@@ -49,8 +55,8 @@ impl PartitionState {
         let count = std::mem::take(&mut key.in_flight);
         for verdict in verdicts.into_iter().take(count) {
             match verdict {
-                Verdict::Delivered { .. } => self.finish(id, "delivered"),
-                Verdict::Filtered { .. } => self.finish(id, "filtered"),
+                Verdict::Delivered { .. } => self.finish(id, "delivered", 0),
+                Verdict::Filtered { .. } => self.finish(id, "filtered", 0),
                 Verdict::Abort { reason, code, message } => {
                     self.abort(id, reason, code, message, now);
                     if let Some(key) = self.lanes.key_mut(id) {
@@ -146,8 +152,9 @@ impl PartitionState {
     fn give_up(&mut self, id: &KeyId, reason: Reason, attempts: u32, first: Option<Try>, last: Try) {
         let Some(front) = self.lanes.key(id).and_then(|key| key.queue.front()) else { return };
         let original = front.record.as_deref().cloned().unwrap_or_else(|| self.missing(front.offset));
+        let code = last.code;
         self.dead_letter(id.lane, &original, reason, attempts, first, last);
-        self.finish(id, "aborted");
+        self.finish(id, "aborted", code);
     }
 
     /// What stands for a record that the log has deleted.
@@ -203,6 +210,7 @@ impl PartitionState {
     /// Ends a record that has not come to its key yet, without sending it.
     pub(super) fn refuse(&mut self, lane: usize, record: &Record, refusal: Refusal, now: Timestamp) {
         self.changed = true;
+        count_delivery(&mut self.tally, record, Some(0));
         match refusal {
             Refusal::Drained => self.count(lane, "drained"),
             Refusal::Expired => {
@@ -222,7 +230,7 @@ impl PartitionState {
     /// Ends the front of a key without sending it.
     pub(super) fn give_up_front(&mut self, id: &KeyId, refusal: Refusal, now: Timestamp) {
         match refusal {
-            Refusal::Drained => self.finish(id, "drained"),
+            Refusal::Drained => self.finish(id, "drained", 0),
             Refusal::Expired => self.abort(id, Reason::Retention, 0, EXPIRED.to_owned(), now),
             Refusal::Unreadable => {
                 let message = "the record names no destination (header lw-destination)".to_owned();
@@ -231,8 +239,8 @@ impl PartitionState {
         }
     }
 
-    /// The front of a key is final.
-    pub(super) fn finish(&mut self, id: &KeyId, outcome: &'static str) {
+    /// The front of a key is final. `code`: of the last answer, where it was given up.
+    pub(super) fn finish(&mut self, id: &KeyId, outcome: &'static str, code: u16) {
         let lane = self.lanes.at_mut(id.lane);
         let Some(key) = lane.keys.get_mut(&id.user) else { return };
         let Some(item) = key.pop() else { return };
@@ -241,6 +249,7 @@ impl PartitionState {
         lane.destination.sub_bytes(weight);
         if let Some(record) = &item.record {
             lane.oldest = lane.oldest.max(record.timestamp);
+            count_delivery(&mut self.tally, record, failed(outcome, code));
         }
         self.account.sub(weight);
         let was_failing = key.failing.take().is_some();
@@ -379,10 +388,11 @@ impl PartitionState {
             };
             let is_read = self.lanes.key(id).and_then(|key| key.queue.front()).is_some_and(|it| it.record.is_some());
             match refusal {
-                Some(Refusal::Drained) => self.finish(id, "drained"),
-                Some(Refusal::Expired) if is_read => self.give_up_front(id, Refusal::Expired, now),
-                Some(Refusal::Expired) => {
-                    // A dead letter holds the whole record.
+                Some(refusal @ (Refusal::Drained | Refusal::Expired)) if is_read => {
+                    self.give_up_front(id, refusal, now)
+                }
+                Some(Refusal::Drained | Refusal::Expired) => {
+                    // A dead letter holds the whole record, and what is drained is counted for its run.
                     if let Some(key) = self.lanes.key_mut(id) {
                         key.activity = Activity::Fetching;
                     }

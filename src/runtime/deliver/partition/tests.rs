@@ -21,6 +21,7 @@ use crate::model::record::Topic;
 use crate::runtime::deliver::backoff::RetryPolicy;
 use crate::runtime::deliver::restore::{Found, judge};
 use crate::runtime::failure::FailureTopic;
+use crate::runtime::tally::JobTopic;
 
 use cover::{Cover, describe};
 
@@ -40,6 +41,7 @@ fn settings(bounds: Bounds) -> DeliverSettings {
             input_name: "deliveries".into(),
             group: "g".into(),
         },
+        jobs: JobTopic(placement),
         bounds,
         stage: "router",
         retention: None,
@@ -357,19 +359,12 @@ impl World {
         for index in 0..state.lanes.len() {
             let lane = state.lanes.at(index);
             if let Some(detached) = &lane.detached {
-                lanes.insert(
-                    lane.lane.clone(),
-                    (state.lane_scan(index), detached.window.base(), detached.window.runs()),
-                );
+                lanes.insert(lane.lane.clone(), (state.lane_tail(index), detached.window.runs()));
             }
             for (user, key) in lane.keys.iter().filter(|(_, key)| key.held) {
                 keys.insert((lane.lane.clone(), user.to_string()), key.mark());
             }
         }
-        let lanes = lanes
-            .into_iter()
-            .map(|(lane, (scan, base, done))| (lane, (scan.min(base).max(base.min(scan)), done)))
-            .collect();
         let cover = Cover { base: memory, runs, lanes, keys };
         self.log
             .iter()
@@ -391,9 +386,10 @@ impl World {
         }
         for output in std::mem::take(&mut self.pending) {
             let key = output.key.expect("everything that is written has a key");
-            match output.topic == Topic::PROGRESS_ROUTER {
-                false => self.dead_letters += 1,
-                true => self.store(key, output.value),
+            if output.topic == Topic::PROGRESS_ROUTER {
+                self.store(key, output.value);
+            } else {
+                self.dead_letters += usize::from(output.topic == Topic::DEAD_LETTERS);
             }
         }
         if let Some(position) = self.position.take() {

@@ -1,0 +1,57 @@
+//! What became of the rows of reverse ETL, counted for their runs.
+
+use bytes::Bytes;
+
+use crate::model::codec;
+use crate::model::event::Event;
+use crate::model::failure::Failure;
+use crate::model::job_status::{Counts, JobKey, Tally};
+use crate::model::json::Object;
+use crate::model::outcome::Outcome;
+use crate::model::record::{Record, Topic, header};
+use crate::runtime::tally::{counts, key_of_event};
+
+/// What a row is told that the engine itself refused.
+const REFUSED: u16 = 400;
+
+/// Counts an event of a run: what became of it at the source, and what each destination gets to do.
+pub fn count(tally: &mut Tally, record: &Record, outcome: &Outcome) {
+    if !counts(record) {
+        return;
+    }
+    let event = record.value.as_ref().and_then(|value| codec::decode::<Event>(value).ok());
+    let Some(key) = event.as_ref().map_or_else(|| said(record), key_of_event) else { return };
+    let row = || event.as_ref().and_then(record_id);
+    let outputs = match outcome {
+        Outcome::Failed { .. } => return tally.add(key, Counts::failed(row(), REFUSED)),
+        Outcome::Filtered(_) => return tally.add(key, Counts::passed()),
+        Outcome::Produced(outputs) => outputs,
+    };
+    tally.add(key.clone(), Counts::passed());
+    for output in outputs {
+        let is_delivery = output.topic == Topic::DELIVERIES;
+        let named = || output.headers.text(header::DESTINATION).map(Into::into);
+        let failed = || codec::decode::<Failure>(output.value.as_ref()?).ok()?.destination;
+        let Some(destination) = (if is_delivery { named() } else { failed() }) else { continue };
+        let mut counted = Counts::taken(1);
+        if !is_delivery {
+            counted.add(Counts::failed(row(), REFUSED));
+        }
+        tally.add(JobKey { destination: Some(destination), ..key.clone() }, counted);
+    }
+}
+
+/// Of a record that cannot be read.
+fn said(record: &Record) -> Option<JobKey> {
+    Some(JobKey {
+        job_run: record.headers.text(header::JOB_RUN)?.into(),
+        task_run: "".into(),
+        source: record.headers.text(header::SOURCE)?.into(),
+        destination: None,
+    })
+}
+
+fn record_id(event: &Event) -> Option<Bytes> {
+    let payload = std::str::from_utf8(&event.payload).ok()?;
+    Some(Object::parse(payload).ok()?.get("recordId")?.to_owned().into())
+}
