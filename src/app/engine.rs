@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicUsize;
 use anyhow::{Context, bail};
 use axum::Router as HttpRouter;
 use tokio::net::TcpListener;
+use tokio_util::task::TaskTracker;
 
 use super::serve::{Admittance, serve};
 use super::{open, placement, retention};
@@ -277,7 +278,8 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
             outputs: match stage {
                 Stage::Gateway => Vec::new(),
                 Stage::Processor => {
-                    vec![Topic::DELIVERIES, Topic::PROC_ERRORS, Topic::EVENTS_SEEN, Topic::JOB_STATUS]
+                    // Redrives write to `events` and end; who reads it watches over what they leave.
+                    vec![Topic::EVENTS, Topic::DELIVERIES, Topic::PROC_ERRORS, Topic::EVENTS_SEEN, Topic::JOB_STATUS]
                 }
                 Stage::Router => vec![Topic::PROGRESS_ROUTER, Topic::DEAD_LETTERS, Topic::JOB_STATUS],
             },
@@ -336,23 +338,29 @@ fn start_gateway<B: Backend>(
         open: AtomicUsize::new(0),
         webhooks: webhooks(parts, placements)?,
     });
+    let tasks = gateway.webhooks.as_ref().map(|webhooks| webhooks.tasks.clone());
     let public = gateway::public(Arc::clone(&gateway));
     let routes = internal.map(|listener| (listener, "internal gateway", gateway::internal(gateway)));
     for (listener, name, routes) in [(listener, "gateway", public)].into_iter().chain(routes) {
         let mut ready = readiness.part();
         let served = serve(listener, routes, admittance(settings), parts.shutdown.clone());
-        let stop = parts.shutdown.clone();
+        let (stop, tasks) = (parts.shutdown.clone(), tasks.clone());
         supervisor.start(name, async move {
             ready.set(true);
             tokio::pin!(served);
-            tokio::select! {
+            let ended = tokio::select! {
                 ended = &mut served => ended,
                 () = stop.begun() => {
                     // Nobody is to come any more, while those who are here are served.
                     ready.set(false);
                     served.await
                 }
+            };
+            if let Some(tasks) = tasks {
+                tasks.close();
+                tasks.wait().await;
             }
+            ended
         });
     }
     Ok(())
@@ -365,6 +373,9 @@ fn webhooks<B>(parts: &Parts<B>, placements: &Placements) -> anyhow::Result<Opti
         sources: Sources::new(service),
         by_get: parts.config.gateway.webhooks_by_get.clone(),
         failures: failures(&parts.config.log, placement, Stage::Gateway, Topic::PROC_ERRORS),
+        tasks: TaskTracker::new(),
+        shutdown: parts.shutdown.clone(),
+        clock: parts.clock.clone(),
     }))
 }
 

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::output::{Output, line, table};
 use super::stage::when;
 use super::{Common, Usage};
+use crate::app::engine::Stage;
 use crate::app::letters;
 use crate::app::open::AnyLog;
 use crate::clock::{Clock, Timestamp};
@@ -240,18 +241,25 @@ async fn show<B: Backend>(log: &B, shelf: Shelf, letter: &str, output: Output) -
 fn original(whole: &mut Value, shelf: Shelf, letter: &Letter) {
     let value = letter.failure.value.clone().unwrap_or_default();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    if shelf == Shelf::ProcErrors {
-        match (serde_json::from_slice::<Value>(&value), codec::decode::<Event>(&value)) {
-            (Ok(mut request), _) => {
-                hide(&mut request["request"]["headers"]);
+    let unreadable = |error: String| json!({"error": error, "value": text(&value)});
+    if shelf == Shelf::ProcErrors && letter.failure.stage == Stage::Gateway.as_str() {
+        match serde_json::from_slice::<Value>(&value) {
+            Ok(mut request) => {
+                secrets(&mut request);
                 whole["webhook"] = request;
             }
-            (_, Ok(event)) => {
+            Err(error) => whole["unreadable"] = unreadable(error.to_string()),
+        }
+        return;
+    }
+    if shelf == Shelf::ProcErrors {
+        match codec::decode::<Event>(&value) {
+            Ok(event) => {
                 whole["type"] = json!(event.event_type);
                 whole["received_at"] = json!(event.received_at.to_string());
                 whole["event"] = json!(text(&event.payload));
             }
-            (_, Err(error)) => whole["unreadable"] = json!({"error": error.to_string(), "value": text(&value)}),
+            Err(error) => whole["unreadable"] = unreadable(error.to_string()),
         }
         return;
     }
@@ -271,11 +279,26 @@ fn original(whole: &mut Value, shelf: Shelf, letter: &Letter) {
                 Payload::Event(event) => whole["event"] = json!(text(&event)),
             }
         }
-        Err(error) => whole["unreadable"] = json!({"error": error.to_string(), "value": text(&value)}),
+        Err(error) => whole["unreadable"] = unreadable(error.to_string()),
     }
 }
 
-/// Of headers by name, what lets somebody in.
+/// Hides what lets somebody in: tools put it into headers and the query, and a source's settings hold it.
+fn secrets(request: &mut Value) {
+    for place in ["/request/headers", "/request/query_parameters"] {
+        request.pointer_mut(place).map(hide);
+    }
+    if let Some(Value::String(url)) = request.pointer_mut("/request/url") {
+        url.truncate(url.find('?').unwrap_or(url.len()));
+    }
+    for place in ["/source/Config", "/source/SourceDefinition/Options", "/source/WriteKey"] {
+        if let Some(found) = request.pointer_mut(place).filter(|found| !found.is_null()) {
+            *found = HIDDEN.into();
+        }
+    }
+}
+
+/// Of values by name, what lets somebody in.
 fn hide(headers: &mut Value) {
     let Some(headers) = headers.as_object_mut() else { return };
     headers.iter_mut().filter(|(name, _)| shown(name, "") == HIDDEN).for_each(|(_, value)| *value = HIDDEN.into());

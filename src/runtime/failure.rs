@@ -12,7 +12,7 @@ use crate::model::record::{Addressed, Headers, Record, Topic, header};
 
 /// Of an original value so much is kept. What the gateway takes is far smaller; a foreign producer's record may be as large as
 /// the topic allows, and with everything around it the failure would not fit any more.
-const ORIGINAL: usize = 4 << 20;
+pub const ORIGINAL: usize = 4 << 20;
 
 /// Where failures of a stage go, and what it is called.
 #[derive(Clone, Debug)]

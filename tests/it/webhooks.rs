@@ -19,23 +19,38 @@ const TYPES: [&str; 7] = ["webhook", "segment", "customerio", "slack", "auth0", 
 const FINE: u8 = 0;
 const FAILING: u8 = 1;
 const BABBLING: u8 = 2;
+/// It keeps everybody waiting until it is fine again.
+const HANGING: u8 = 3;
 
 /// A transformer service that answers what the real one was seen to answer.
 struct Transformer {
     state: AtomicU8,
     calls: AtomicUsize,
+    /// Requests in one call.
+    largest: AtomicUsize,
+    thawed: tokio::sync::Notify,
     port: u16,
 }
 
 impl Transformer {
     async fn start() -> Arc<Self> {
-        let this = Arc::new(Self { state: AtomicU8::new(FINE), calls: AtomicUsize::new(0), port: free_port() });
+        let this = Arc::new(Self {
+            state: AtomicU8::new(FINE),
+            calls: AtomicUsize::new(0),
+            largest: AtomicUsize::new(0),
+            thawed: tokio::sync::Notify::new(),
+            port: free_port(),
+        });
         let known: Value =
             serde_json::from_str(include_str!("../fixtures/source_transform.json")).expect("a fixture of JSON");
         let service = Arc::clone(&this);
         let take = async move |Path(kind): Path<String>, body: String| {
             service.calls.fetch_add(1, Ordering::Relaxed);
             let requests: Vec<Value> = serde_json::from_str(&body).expect("a list");
+            service.largest.fetch_max(requests.len(), Ordering::Relaxed);
+            while service.state.load(Ordering::Relaxed) == HANGING {
+                service.thawed.notified().await;
+            }
             match service.state.load(Ordering::Relaxed) {
                 FAILING => return (StatusCode::SERVICE_UNAVAILABLE, "busy".to_owned()),
                 BABBLING => return (StatusCode::OK, "{}".to_owned()),
@@ -57,9 +72,27 @@ impl Transformer {
             (StatusCode::OK, Value::from_iter(requests.iter().map(answer)).to_string())
         };
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", this.port)).await.expect("a listener");
-        let routes = axum::Router::new().route("/v2/sources/{kind}", axum::routing::post(take));
+        let service = Arc::clone(&this);
+        let features = async move || match service.state.load(Ordering::Relaxed) {
+            FAILING => (StatusCode::SERVICE_UNAVAILABLE, "busy"),
+            _ => (StatusCode::OK, r#"{"upgradedToSourceTransformV2":true}"#),
+        };
+        let routes = axum::Router::new()
+            .route("/v2/sources/{kind}", axum::routing::post(take))
+            .route("/features", axum::routing::get(features));
         tokio::spawn(async move { axum::serve(listener, routes).await });
         this
+    }
+}
+
+impl Transformer {
+    fn thaw(&self) {
+        self.state.store(FINE, Ordering::Relaxed);
+        self.thawed.notify_waiters();
+    }
+
+    async fn is_asked(&self, calls: usize) {
+        eventually("it is asked", SOON, async || self.calls.load(Ordering::Relaxed) >= calls).await;
     }
 }
 
@@ -139,7 +172,8 @@ async fn each_answer_of_the_service_reaches_the_caller() {
     assert_eq!((&one["source"], &one["last"]["code"]), (&json!("src-shopify"), &json!(400)), "{one}");
     let shown = failures(&flow, &["show", one["letter"].as_str().expect("a name")]);
     assert_eq!(shown["webhook"]["request"]["body"], r#"{"hello":1.0}"#, "{shown}");
-    assert_eq!(shown["webhook"]["source"]["WriteKey"], "wk-shopify", "{shown}");
+    assert_eq!(shown["webhook"]["source"]["ID"], "src-shopify", "{shown}");
+    assert!(!shown.to_string().contains("wk-shopify"), "what lets somebody in is not shown: {shown}");
 
     // Forms, the other way to name the source, and what is refused.
     assert_eq!(post(&flow, "wk-webhook", "application/x-www-form-urlencoded", "x=1&x=2").await.status(), 200);
@@ -209,8 +243,15 @@ async fn what_became_nothing_is_kept_and_sent_again() {
     assert_eq!((&plan["letters"], &plan["unsendable"]), (&json!(10), &json!(0)), "{plan}");
 
     // What fails again is kept again; while the service is away the plan waits.
-    let again = failures(&flow, &["redrive", "--reason", "transformer_away", "--execute"]);
-    assert_eq!((&again["sent"], &again["finished"]), (&json!(1), &json!(true)), "{again}");
+    let args = ["proc-errors", "redrive", "--reason", "transformer_away", "--execute", "--output", "json"];
+    let again = flow.command(&args);
+    assert_eq!(again.status.code(), Some(3), "it is told that it failed again: {again:?}");
+    let again: Value = serde_json::from_slice(&again.stdout).expect("JSON");
+    assert_eq!(
+        (&again["sent"], &again["failed_again"], &again["finished"]),
+        (&json!(1), &json!(1), &json!(true)),
+        "{again}"
+    );
     let kept = failures(&flow, &["list", "--reason", "source_transform"]);
     assert_eq!((&kept["count"], &kept["letters"][0]["attempts"]), (&json!(10), &json!(2)), "{kept}");
     transformer.state.store(FAILING, Ordering::Relaxed);
@@ -241,18 +282,66 @@ async fn what_became_nothing_is_kept_and_sent_again() {
 async fn a_poisonous_request_costs_no_other() {
     let transformer = Transformer::start().await;
     let flow = flow(&transformer);
-    let _running = start(&flow).await;
+    let running = start(&flow).await;
     let flow = &flow;
-    let requests = (0..60).map(async |n| {
+    transformer.state.store(HANGING, Ordering::Relaxed);
+    let requests = (0..100).map(async |n| {
         let body = if n == 30 { r#"{"poison":1}"#.to_owned() } else { format!("{{\"n\":{n}}}") };
         (n, said(post(flow, "wk-webhook", "application/json", body).await).await)
     });
-    for (n, (code, _)) in futures_util::future::join_all(requests).await {
+    let thaw = async {
+        // All calls that it takes are under way, so the others wait for a call together.
+        transformer.is_asked(8).await;
+        eventually("all wait", SOON, async || running[0].metric("laneway_gateway_open_requests").await == Some(100.0))
+            .await;
+        transformer.thaw();
+    };
+    for (n, (code, _)) in futures_util::future::join(futures_util::future::join_all(requests), thaw).await.0 {
         assert_eq!(code, if n == 30 { 503 } else { 200 }, "{n}");
     }
+    assert!(transformer.largest.load(Ordering::Relaxed) > 8, "they went together");
     let kept = failures(flow, &["list"]);
     assert_eq!((&kept["count"], &kept["letters"][0]["reason"]), (&json!(1), &json!("transformer_away")), "{kept}");
     assert!(kept["letters"][0]["last"]["message"].as_str().is_some_and(|it| it.contains("poisoned")), "{kept}");
+
+    // Nor does it stand in the way of a redrive.
+    transformer.state.store(BABBLING, Ordering::Relaxed);
+    for n in 0..3 {
+        assert_eq!(post(flow, "wk-webhook", "application/json", format!("{{\"n\":{n}}}")).await.status(), 500);
+    }
+    transformer.thaw();
+    let redriven = flow.command(&["proc-errors", "redrive", "--execute", "--output", "json"]);
+    let redriven: Value = serde_json::from_slice(&redriven.stdout).expect("JSON");
+    assert_eq!((&redriven["sent"], &redriven["failed_again"]), (&json!(4), &json!(1)), "{redriven}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_hangs_up_and_a_stop_lose_nothing() {
+    let transformer = Transformer::start().await;
+    let mut flow = flow(&transformer);
+    flow.set("LANEWAY_RUNTIME__DRAIN_TIMEOUT", "4s");
+    let mut running = start(&flow).await;
+    let gives_up = async |body: &'static str| {
+        let request = Client::new().post(format!("{}/v1/webhook?writeKey=wk-webhook", flow.url())).body(body);
+        assert!(request.timeout(Duration::from_millis(300)).send().await.is_err(), "no answer in time");
+    };
+    transformer.state.store(HANGING, Ordering::Relaxed);
+    gives_up(r#"{"hung_up":1}"#).await;
+    transformer.thaw();
+    let stored = async || {
+        let tail = flow.command(&["tail", "events", "--from-start", "--until-end", "--output", "json"]);
+        String::from_utf8_lossy(&tail.stdout).contains("hung_up")
+    };
+    eventually("its event is stored", SOON, stored).await;
+
+    transformer.state.store(HANGING, Ordering::Relaxed);
+    let asked = transformer.calls.load(Ordering::Relaxed);
+    gives_up(r#"{"stopped":1}"#).await;
+    transformer.is_asked(asked + 1).await;
+    running[0].terminate();
+    assert!(running[0].ended(SOON).await.success(), "{}", running[0].said());
+    let kept = failures(&flow, &["list", "--reason", "transformer_away"]);
+    assert_eq!(kept["count"], 1, "{kept}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -262,9 +351,13 @@ async fn an_event_is_sent_again_to_the_destination_that_had_none_of_it() {
     configure(&flow, "UNHEARD_OF");
     let mut arrivals = sink(flow.sink).await;
     let running = start(&flow).await;
-    let track =
-        Client::new().post(format!("{}/v1/track", flow.url())).header("authorization", "Basic d2stZXZlbnRzOg==");
-    assert_eq!(track.body(r#"{"userId":"u","event":"e"}"#).send().await.expect("an answer").status(), 200);
+    let track = |n: u32| {
+        let request = Client::new().post(format!("{}/v1/track", flow.url()));
+        request
+            .header("authorization", "Basic d2stZXZlbnRzOg==")
+            .body(format!(r#"{{"userId":"u","event":"e","n":{n}}}"#))
+    };
+    assert_eq!(track(1).send().await.expect("an answer").status(), 200);
     assert_eq!(arrivals.recv().await.expect("an arrival").0, "/hook");
     eventually("the failure is there", SOON, async || failures(&flow, &["list"])["count"] == 1).await;
     let loads = async || running[0].metric("laneway_control_workspace_loads_total").await.expect("a number");
@@ -274,5 +367,10 @@ async fn an_event_is_sent_again_to_the_destination_that_had_none_of_it() {
     let done = failures(&flow, &["redrive", "--destination", "other", "--execute"]);
     assert_eq!((&done["sent"], &done["finished"]), (&json!(1), &json!(true)), "{done}");
     assert_eq!(arrivals.recv().await.expect("an arrival").0, "/other");
-    assert!(arrivals.try_recv().is_err(), "the other had it already");
+    // What comes behind it is next: the other had it already.
+    assert_eq!(track(2).send().await.expect("an answer").status(), 200);
+    for _ in 0..2 {
+        let (path, body) = arrivals.recv().await.expect("an arrival");
+        assert!(body.contains("\"n\":2"), "{path} {body}");
+    }
 }

@@ -7,11 +7,11 @@ use std::time::Duration;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::time::Instant;
 
-use super::{Resend, group, store};
+use super::{Resend, group, resend, store};
 use crate::clock::Clock;
 use crate::log::{Admin, Assignment, Backend, Commit, Committed, Limit, LogError, Member, Polled, Session};
 use crate::model::record::{Addressed, Epoch, Offset, Partition, Record, Topic};
-use crate::model::redrive::{Letter, Plan};
+use crate::model::redrive::{Letter, Plan, Shelf};
 use crate::runtime::shutdown::Shutdown;
 
 /// Letters in one commit.
@@ -31,6 +31,8 @@ const POSITIONS_LAST: Duration = Duration::from_secs(6 * 24 * 3_600);
 pub struct Sent {
     /// By this start and by earlier ones.
     pub letters: u64,
+    /// Of those by this start: became nothing once more, and lie in `proc-errors` anew.
+    pub failed_again: u64,
     pub is_finished: bool,
 }
 
@@ -71,17 +73,19 @@ struct Part {
     next: Offset,
     until: Offset,
     sent: u64,
+    failed_again: u64,
 }
 
 /// By the place of the letter.
-type Outputs = BTreeMap<(Partition, Offset), Vec<Addressed>>;
+type Outputs = BTreeMap<(Partition, Offset), resend::Sent>;
 
 /// What goes into one commit.
 #[derive(Default)]
 struct Batch {
     commit: Commit,
-    /// Records that were passed.
+    /// Records that were passed, and letters that were sent.
     passed: usize,
+    letters: usize,
 }
 
 impl<B: Backend> Redrive<'_, B> {
@@ -108,7 +112,12 @@ impl<B: Backend> Redrive<'_, B> {
             }
             // No more than what is sent in a moment, so that the session is polled often enough; much more where hardly
             // anything is meant.
-            let records = if is_dense { self.burst() } else { (self.plan.rate as usize * 60).min(MOST) };
+            let records = match (is_dense, self.plan.shelf) {
+                (true, _) => self.burst(),
+                (false, Shelf::DeadLetters) => (self.plan.rate as usize * 60).min(MOST),
+                // Each of them may need another service, which may be slow.
+                (false, Shelf::ProcErrors) => AT_A_TIME * 2,
+            };
             let polled = tokio::select! {
                 polled = session.poll(Limit { records, bytes: POLL_BYTES }) => polled.map_err(replaced)?,
                 () = self.shutdown.begun() => continue,
@@ -124,12 +133,17 @@ impl<B: Backend> Redrive<'_, B> {
 
     /// Letters in one commit: a tenth of a second's.
     fn burst(&self) -> usize {
-        (self.plan.rate as usize / 10).clamp(1, MOST)
+        let most = if self.plan.shelf == Shelf::ProcErrors { AT_A_TIME * 2 } else { MOST };
+        (self.plan.rate as usize / 10).clamp(1, most)
     }
 
     fn sent(&self, parts: &BTreeMap<Partition, Part>) -> Sent {
         let is_done = |partition: &Partition| parts.get(partition).is_some_and(|part| part.next >= part.until);
-        Sent { letters: parts.values().map(|part| part.sent).sum(), is_finished: self.plan.spans.keys().all(is_done) }
+        Sent {
+            letters: parts.values().map(|part| part.sent).sum(),
+            failed_again: parts.values().map(|part| part.failed_again).sum(),
+            is_finished: self.plan.spans.keys().all(is_done),
+        }
     }
 
     /// Begins where the last start has ended.
@@ -154,7 +168,7 @@ impl<B: Backend> Redrive<'_, B> {
             }
             let sent = committed.as_ref().and_then(|it| it.metadata.parse().ok()).unwrap_or(0);
             let next = committed.map_or(span.first, |committed| committed.offset);
-            parts.insert(partition, Part { epoch, next, until: span.until, sent });
+            parts.insert(partition, Part { epoch, next, until: span.until, sent, failed_again: 0 });
             if next < span.until {
                 session.seek(partition, next)?;
                 session.resume(&[partition])?;
@@ -172,16 +186,20 @@ impl<B: Backend> Redrive<'_, B> {
         parts: &mut BTreeMap<Partition, Part>,
         due: &mut Instant,
     ) -> Result<bool, RedriveError> {
-        let mut meant = self.outputs(records, parts).await?;
+        let mut meant = tokio::select! {
+            meant = self.outputs(records, parts) => meant?,
+            () = self.shutdown.begun() => return Ok(true),
+        };
         let (mut batch, mut count, mut done) = (Batch::default(), 0, Vec::new());
         for record in records {
             let Some(part) = parts.get_mut(&record.partition).filter(|part| part.next < part.until) else { continue };
             part.next = record.offset.just_after();
             batch.passed += 1;
             if record.offset < part.until
-                && let Some(outputs) = meant.remove(&(record.partition, record.offset))
+                && let Some(outputs) = self.sent_as(meant.remove(&(record.partition, record.offset)), part)
             {
                 batch.commit.outputs.extend(outputs);
+                batch.letters += 1;
                 part.sent += 1;
                 count += 1;
             }
@@ -189,7 +207,7 @@ impl<B: Backend> Redrive<'_, B> {
                 done.push(record.partition);
             }
             batch.commit.offsets.insert(record.partition, (part.epoch, position(part.next, part.sent)));
-            if batch.commit.outputs.len() >= self.burst() {
+            if batch.letters >= self.burst() || batch.commit.outputs.len() >= MOST {
                 self.pace(session, std::mem::take(&mut batch), due).await?;
                 if self.shutdown.has_begun() {
                     return Ok(true);
@@ -204,7 +222,7 @@ impl<B: Backend> Redrive<'_, B> {
     }
 
     async fn pace(&self, session: &mut B::Session, batch: Batch, due: &mut Instant) -> Result<(), RedriveError> {
-        let count = batch.commit.outputs.len();
+        let count = batch.letters;
         self.commit(session, batch.commit).await?;
         // A rate that was not reached is not made up for later.
         *due = (*due).max(self.clock.instant()) + Duration::from_secs_f64(count as f64 / f64::from(self.plan.rate));
@@ -229,6 +247,18 @@ impl<B: Backend> Redrive<'_, B> {
         }
     }
 
+    /// The records to write for a letter; none where it is not sent.
+    fn sent_as(&self, sent: Option<resend::Sent>, part: &mut Part) -> Option<Vec<Addressed>> {
+        match sent? {
+            resend::Sent::Again(records) => Some(records),
+            resend::Sent::Failed(letter) => {
+                part.failed_again += 1;
+                Some(vec![letter])
+            }
+            resend::Sent::Not => None,
+        }
+    }
+
     /// What becomes of those of these records that are meant, by their places.
     async fn outputs(&self, records: &[Record], parts: &BTreeMap<Partition, Part>) -> Result<Outputs, RedriveError> {
         let is_open = |record: &&Record| {
@@ -237,10 +267,10 @@ impl<B: Backend> Redrive<'_, B> {
         let letters = records.iter().filter(is_open).filter_map(|record| Letter::of(record).ok());
         let meant = letters.filter(|letter| self.plan.sends(letter, self.known));
         let made = meant.map(async |letter| {
-            let outputs = self.resend.records(&self.plan.id, &letter).await?;
-            Ok(outputs.map(|outputs| ((letter.partition, letter.offset), outputs)))
+            let sent = self.resend.records(&self.plan.id, &letter).await?;
+            Ok(((letter.partition, letter.offset), sent))
         });
-        stream::iter(made).buffered(AT_A_TIME).try_filter_map(async |it| Ok(it)).try_collect().await
+        stream::iter(made).buffered(AT_A_TIME).try_collect().await
     }
 
     /// What the log deleted meanwhile never comes.

@@ -16,7 +16,7 @@ use crate::model::record::{Addressed, Headers, Record, Topic, header};
 use crate::model::redrive::{Letter, Shelf};
 use crate::runtime::failure::{Cause, FailureTopic};
 use crate::stages::gateway::request::Facts;
-use crate::stages::gateway::webhook::{Failed, Made, make};
+use crate::stages::gateway::webhook::{Failed, Made, make, renewed};
 use crate::stages::gateway::{Along, address};
 use crate::transform::http::Sources;
 
@@ -24,6 +24,15 @@ use super::RedriveError;
 
 /// The stage whose failures are requests of webhook sources.
 const GATEWAY: &str = "gateway";
+
+/// What became of a letter.
+pub enum Sent {
+    Again(Vec<Addressed>),
+    /// It failed as before: a new letter.
+    Failed(Addressed),
+    /// It does not hold the whole.
+    Not,
+}
 
 /// How letters are sent again.
 pub enum Resend {
@@ -62,15 +71,16 @@ impl Resend {
         }
     }
 
-    /// The records of a letter, for the plan that sends it. None where it does not hold the whole.
+    /// The records of a letter, for the plan that sends it.
     ///
     /// # Errors
     /// [`RedriveError::Away`], where a service does not answer that is needed for it.
-    pub async fn records(&self, plan: &str, letter: &Letter) -> Result<Option<Vec<Addressed>>, RedriveError> {
+    pub async fn records(&self, plan: &str, letter: &Letter) -> Result<Sent, RedriveError> {
+        let whole = |record: Option<Addressed>| record.map_or(Sent::Not, |record| Sent::Again(vec![record]));
         match self {
-            Resend::Deliveries(placement) => Ok(delivery(*placement, plan, letter).map(|record| vec![record])),
+            Resend::Deliveries(placement) => Ok(whole(delivery(*placement, plan, letter))),
             Resend::Events(events) if letter.failure.stage == GATEWAY => events.webhook(plan, letter).await,
-            Resend::Events(events) => Ok(events.event(plan, letter).map(|record| vec![record])),
+            Resend::Events(events) => Ok(whole(events.event(plan, letter))),
         }
     }
 }
@@ -106,17 +116,18 @@ impl Events {
         Some(address(self.placement, &event, &along))
     }
 
-    async fn webhook(&self, plan: &str, letter: &Letter) -> Result<Option<Vec<Addressed>>, RedriveError> {
-        let request = letter.failure.value.as_ref().and_then(|value| String::from_utf8(value.to_vec()).ok());
-        let Some(request) = request else { return Ok(None) };
+    async fn webhook(&self, plan: &str, letter: &Letter) -> Result<Sent, RedriveError> {
         let Some(sources) = &self.sources else {
             return Err(RedriveError::Away("transformer.url is not set".to_owned()));
         };
         let id = letter.original(header::SOURCE).unwrap_or_default();
         let Some(source) = self.workspace.source(&id.into()) else {
-            let cause = Cause::untried(Reason::UnknownSource, format!("source {id:?} is not configured"), id);
-            return Ok(Some(vec![self.again(letter, cause)]));
+            let why = format!("source {id:?} is not configured");
+            return Ok(self.again(letter, Reason::UnknownSource, 0, why));
         };
+        let kept = letter.failure.value.as_ref().and_then(|value| std::str::from_utf8(value).ok());
+        // Its settings may be what was mended.
+        let Some(request) = kept.and_then(|kept| renewed(kept, source).ok()) else { return Ok(Sent::Not) };
         let facts = Facts {
             received_at: letter.failure.timestamp,
             client_ip: letter.original(header::REQUEST_IP).unwrap_or_default().to_owned(),
@@ -127,26 +138,19 @@ impl Events {
         match make(sources, source, request, &facts).await {
             Made::Events(events, _) => {
                 let along = Along { replay: Some(plan.to_owned()), ..Along::default() };
-                Ok(Some(events.iter().map(|event| address(self.placement, event, &along)).collect()))
+                Ok(Sent::Again(events.iter().map(|event| address(self.placement, event, &along)).collect()))
             }
             Made::Full => Err(RedriveError::Away("too much waits for it".to_owned())),
-            Made::Failed(Failed { reason: Reason::TransformerAway, detail, .. }) => Err(RedriveError::Away(detail)),
-            Made::Failed(failed) => {
-                let tried = Try { at: self.clock.now(), code: failed.status, message: failed.detail.clone() };
-                let cause = Cause {
-                    attempts: letter.failure.attempts.saturating_add(1),
-                    first: letter.failure.first.clone(),
-                    last: Some(tried),
-                    source: letter.failure.source.clone(),
-                    ..Cause::untried(failed.reason, failed.detail, source.write_key.as_str())
-                };
-                Ok(Some(vec![self.again(letter, cause)]))
+            // One that makes the service fail must not stand in the way of the others.
+            Made::Failed(Failed { reason: Reason::TransformerAway, detail, .. }) if !sources.is_there().await => {
+                Err(RedriveError::Away(detail))
             }
+            Made::Failed(failed) => Ok(self.again(letter, failed.reason, failed.status, failed.detail)),
         }
     }
 
-    /// The letter of what has failed again.
-    fn again(&self, letter: &Letter, cause: Cause) -> Addressed {
+    /// What has failed again.
+    fn again(&self, letter: &Letter, reason: Reason, code: u16, detail: String) -> Sent {
         let failure = &letter.failure;
         let mut headers = Headers::new();
         failure.headers.iter().for_each(|(name, value)| headers.push(name.clone(), value.clone()));
@@ -158,6 +162,14 @@ impl Events {
             value: failure.value.clone(),
             headers,
         };
-        self.failures.record(&original, &cause)
+        let key = failure.key.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
+        let cause = Cause {
+            attempts: failure.attempts.saturating_add(1),
+            first: failure.first.clone(),
+            last: Some(Try { at: self.clock.now(), code, message: detail.clone() }),
+            source: failure.source.clone(),
+            ..Cause::untried(reason, detail, &key)
+        };
+        Sent::Failed(self.failures.record(&original, &cause))
     }
 }

@@ -135,7 +135,7 @@ async fn each_letter_is_sent_by_the_first_plan_that_means_it() {
     let open = || Shutdown::new(Duration::from_secs(1));
     for it in [&second, &first, &first] {
         let sent = run(&log, &topics, it, open()).await.expect("sent");
-        assert_eq!(sent, Sent { letters: it.letters, is_finished: true }, "{}", it.id);
+        assert_eq!(sent, Sent { letters: it.letters, failed_again: 0, is_finished: true }, "{}", it.id);
     }
     let mut found = deliveries(&log).await;
     found.sort();
@@ -196,7 +196,7 @@ async fn what_the_log_has_deleted_is_not_waited_for() {
         clock.sleep(Duration::from_secs(10)).await;
     }
     let sent = run(&log, &topics, &it, Shutdown::new(Duration::from_secs(1))).await.expect("finished");
-    assert_eq!(sent, Sent { letters: 0, is_finished: true });
+    assert_eq!(sent, Sent { letters: 0, failed_again: 0, is_finished: true });
     forget(&log, &[Plan { finished_at: Some(clock.now()), ..it }]).await.expect("forgotten");
     assert!(plans(&log, Shelf::DeadLetters).await.expect("plans").is_empty(), "it excludes nothing any more");
 }

@@ -242,7 +242,7 @@ async fn carry_out<B: Backend>(
         Output::Json => drop(line(
             &json!({
                 "plan": plan.id, "letters": plan.letters, "sent": sent.letters, "finished": sent.is_finished,
-                "seconds": seconds, "executed": true,
+                "failed_again": sent.failed_again, "seconds": seconds, "executed": true,
             })
             .to_string(),
         )),
@@ -255,6 +255,9 @@ async fn carry_out<B: Backend>(
         anyhow::bail!("stopped before everything was sent");
     }
     match plan.letters.saturating_sub(sent.letters) {
+        0 if sent.failed_again > 0 => {
+            anyhow::bail!(Found(format!("{} of them failed again; they lie in proc-errors anew", sent.failed_again)))
+        }
         0 => Ok(()),
         gone => {
             anyhow::bail!(Found(format!("{gone} letters of the plan were there no more: the log had deleted them")))

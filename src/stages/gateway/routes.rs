@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{ConnectInfo, Path, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method, StatusCode, header};
@@ -33,7 +34,7 @@ use super::limit::RateLimits;
 use super::publish::Along;
 use super::reply::{self, Verdict};
 use super::request::{Call, Facts, Refusal, admit, admit_each};
-use super::webhook::{Failed, Made, Webhooks, make, request_of};
+use super::webhook::{Failed, Made, Webhooks, request_of};
 use super::{Admission, messages, openapi, pixel, source_config};
 
 /// Bodies above it are parsed off the async threads: it would take longer than half a millisecond.
@@ -208,12 +209,14 @@ async fn take<P: Publisher>(gateway: &Gateway<P>, ingest: Ingest, request: Reque
             });
             good.extend(it);
         }
-        store(gateway, &source, good, held, &along, is_exempt).await?;
+        let charged = if is_exempt { 0 } else { good.len() };
+        store(gateway, &source, good, held, &along, charged).await?;
         return Ok(reply::verdicts(&verdicts));
     }
     let own = Arc::clone(&source);
     let (events, held) = worked(gateway, held, body.len(), move || admit(&own, ingest.call, &body, &facts)).await?;
-    store(gateway, &source, events, held, &along, is_exempt).await?;
+    let charged = if is_exempt { 0 } else { events.len() };
+    store(gateway, &source, events, held, &along, charged).await?;
     Ok(reply::ok())
 }
 
@@ -230,21 +233,21 @@ async fn worked<P, T: Send + 'static>(
     }
 }
 
-/// Gives events to the log. Their records are held as long as it takes.
+/// Gives events to the log. Their records are held as long as it takes. `charged`: so many of them count for the limits.
 async fn store<P: Publisher>(
     gateway: &Gateway<P>,
     source: &Source,
     events: Vec<Event>,
     mut held: Held,
     along: &Along,
-    is_exempt: bool,
+    charged: usize,
 ) -> Result<(), Refusal> {
     if events.is_empty() {
         return Ok(());
     }
     let count = events.len();
-    if !is_exempt {
-        gateway.limits.admit(source, count)?;
+    if charged > 0 {
+        gateway.limits.admit(source, charged)?;
     }
     let records = gateway.admission.records(events.iter().map(|event| (event, along)));
     drop(events);
@@ -278,7 +281,7 @@ async fn look<P: Publisher>(gateway: &Gateway<P>, kind: &'static str, request: R
     let facts = facts(gateway, &parts, Channel::Pixel);
     let events = admit(&speaker.source, Call::Typed(kind), body.as_bytes(), &facts)?;
     let along = along(&parts.headers, &speaker);
-    store(gateway, &speaker.source, events, gateway.intake.hold(), &along, false).await?;
+    store(gateway, &speaker.source, events, gateway.intake.hold(), &along, 1).await?;
     Ok(reply::ok())
 }
 
@@ -296,43 +299,71 @@ async fn take_messages<P: Publisher>(gateway: &Gateway<P>, request: Request) -> 
     Ok(reply::ok())
 }
 
-async fn take_webhook<P: Publisher>(gateway: &Gateway<P>, request: Request) -> Result<Response, Refusal> {
+async fn take_webhook<P: Publisher>(gateway: &Arc<Gateway<P>>, request: Request) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
     let speaker = Auth::AnyKey.speaker(&parts, &gateway.workspace.get());
-    let speaker =
-        match speaker.and_then(|it| if it.source.is_webhook() { Ok(it) } else { Err(Refusal::InvalidWriteKey) }) {
-            Ok(speaker) => speaker,
-            Err(refusal) => {
-                gateway.intake.discard(body).await;
-                return Err(refusal);
+    let is_webhook = |it: Speaker| if it.source.is_webhook() { Ok(it) } else { Err(Refusal::InvalidWriteKey) };
+    let refusal = match (speaker.and_then(is_webhook), &gateway.webhooks) {
+        (Ok(speaker), Some(webhooks)) => return take_of_webhook(gateway, webhooks, speaker, parts, body).await,
+        (Ok(speaker), None) => {
+            if let Some(left_out) = seldom::due("no transformer", speaker.source.id.as_str()) {
+                let source = speaker.source.id.as_str();
+                tracing::error!(source, left_out, "a webhook cannot be taken: transformer.url is not set");
             }
-        };
-    let source = &speaker.source;
-    let Some(webhooks) = &gateway.webhooks else {
-        if let Some(left_out) = seldom::due("no transformer", source.id.as_str()) {
-            tracing::error!(source = %source.id, left_out, "a webhook cannot be taken: transformer.url is not set");
+            Refusal::Unavailable
         }
-        gateway.intake.discard(body).await;
-        return Err(Refusal::Unavailable);
+        (Err(refusal), _) => refusal,
     };
+    gateway.intake.discard(body).await;
+    Err(refusal)
+}
+
+async fn take_of_webhook<P: Publisher>(
+    gateway: &Arc<Gateway<P>>,
+    webhooks: &Webhooks,
+    speaker: Speaker,
+    parts: Parts,
+    body: Body,
+) -> Result<Response, Refusal> {
     // Tools look whether somebody is there.
-    if parts.method != Method::POST && !(parts.method == Method::GET && webhooks.takes_get(source)) {
+    if parts.method != Method::POST && !(parts.method == Method::GET && webhooks.takes_get(&speaker.source)) {
         return Ok(StatusCode::OK.into_response());
     }
-    let (body, mut held) = gateway.intake.take(body, &parts.headers, false).await?;
-    let request = request_of(&parts, body, source).await?;
+    // They wait for another service with their bodies: what does not is to have its half of the memory.
+    let (body, held) = gateway.intake.take(body, &parts.headers, true).await?;
+    gateway.limits.admit(&speaker.source, 1)?;
+    let (facts, along) = (facts(gateway, &parts, Channel::Webhook), along(&parts.headers, &speaker));
+    let (source, bytes) = (Arc::clone(&speaker.source), body.len());
+    let (request, mut held) = worked(gateway, held, bytes, move || request_of(&parts, body, &source)).await?;
     held.grow(request.len())?;
-    let facts = facts(gateway, &parts, Channel::Webhook);
-    match make(&webhooks.sources, source, request.clone(), &facts).await {
+    // Goes on where the tool has hung up: it may never come again.
+    let own = Arc::clone(gateway);
+    let settling =
+        webhooks.tasks.spawn(async move { settle_webhook(&own, &speaker.source, request, &facts, &along, held).await });
+    settling.await.unwrap_or(Err(Refusal::Unavailable))
+}
+
+async fn settle_webhook<P: Publisher>(
+    gateway: &Gateway<P>,
+    source: &Arc<Source>,
+    request: String,
+    facts: &Facts,
+    along: &Along,
+    held: Held,
+) -> Result<Response, Refusal> {
+    let Some(webhooks) = &gateway.webhooks else { return Err(Refusal::Unavailable) };
+    match webhooks.make(source, request.clone(), facts).await {
         Made::Full => Err(Refusal::Unavailable),
         Made::Failed(failed) => {
-            let record = webhooks.failure(source, request, &facts.client_ip, &failed, gateway.clock.now());
+            let record = webhooks.failure(source, request, facts, &failed);
             keep(gateway, source, &failed, record).await?;
             let status = StatusCode::from_u16(failed.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             Ok(reply::text(status, &failed.message))
         }
         Made::Events(events, said) => {
-            store(gateway, source, events, held, &along(&parts.headers, &speaker), false).await?;
+            // The first was counted before.
+            let charged = events.len().saturating_sub(1);
+            store(gateway, source, events, held, along, charged).await?;
             Ok(said.map_or_else(reply::ok, |said| reply::raw(said.body, &said.content_type)))
         }
     }
@@ -345,12 +376,13 @@ async fn keep<P: Publisher>(
     failed: &Failed,
     record: Addressed,
 ) -> Result<(), Refusal> {
+    stored(gateway.admission.publish(vec![record]).await)?;
     metrics().gateway_webhook_failures.with_label_values(&[source.id.as_str(), failed.reason.as_str()]).inc();
     if let Some(left_out) = seldom::due("webhook failed", source.id.as_str()) {
         let (source, reason, error) = (source.id.as_str(), failed.reason.as_str(), failed.detail.as_str());
         tracing::warn!(source, reason, error, left_out, "a webhook request became nothing, it is kept in proc-errors");
     }
-    stored(gateway.admission.publish(vec![record]).await)
+    Ok(())
 }
 
 async fn drain_job<P: Publisher>(State(gateway): State<Arc<Gateway<P>>>, Path(run): Path<String>) -> Response {

@@ -18,7 +18,7 @@ use crate::clock::Clock;
 pub use source::{Answer, Reply, Sources};
 
 /// An answer's body; a batch of webhook requests is far smaller.
-const MAX_ANSWER: usize = 64 << 20;
+const MAX_ANSWER: usize = 32 << 20;
 /// And so much of an error's.
 const WORDS: usize = 512;
 /// Tries after the first; the waits between them grow from the first by half, up to the last.
@@ -39,8 +39,9 @@ pub struct Service {
 /// Why there is no service to call.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    #[error("transformer.url: {0:?} is not an address such as http://localhost:9090")]
-    Address(String),
+    /// It may hold a password, so it is not shown.
+    #[error("transformer.url is not an address such as http://localhost:9090")]
+    Address,
     #[error("the HTTP client does not start: {0}")]
     Client(#[from] reqwest::Error),
 }
@@ -48,10 +49,10 @@ pub enum ServiceError {
 /// Why a call brought nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// No answer, after all tries.
+    /// No answer, or one that asks to come later, after all tries.
     #[error("{0}")]
     Away(String),
-    /// An error of its own, after all tries: soon it may be over, or it is what was asked that makes it fail.
+    /// It failed (500), after all tries: soon it may be over, or it is what was asked that makes it fail.
     #[error("{0}")]
     Failing(String),
     /// An answer that would be the same again.
@@ -64,7 +65,7 @@ impl Service {
     /// [`ServiceError`], where the address is none.
     pub fn new(url: &str, timeout: Duration, clock: Clock) -> Result<Self, ServiceError> {
         let base = Url::parse(url).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
-        let base = base.ok_or_else(|| ServiceError::Address(url.to_owned()))?;
+        let base = base.ok_or(ServiceError::Address)?;
         let http = reqwest::Client::builder()
             .user_agent(concat!("Laneway/", env!("CARGO_PKG_VERSION")))
             .timeout(timeout)
@@ -104,17 +105,18 @@ impl Service {
     }
 
     async fn once(&self, request: reqwest::RequestBuilder) -> Result<Bytes, CallError> {
-        let answer = request.send().await.map_err(|error| CallError::Away(silence(&error)))?;
+        let answer = request.send().await.map_err(|error| CallError::Away(silence(error)))?;
         let status = answer.status();
         if status == StatusCode::OK {
             return read(answer, MAX_ANSWER).await;
         }
         let words = read(answer, WORDS).await.unwrap_or_default();
         let said = format!("answered {}: {}", status.as_u16(), String::from_utf8_lossy(&words));
-        let is_passing = status == StatusCode::TOO_MANY_REQUESTS
-            || status == StatusCode::REQUEST_TIMEOUT
-            || (status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED);
-        Err(if is_passing { CallError::Failing(said) } else { CallError::Refused(said) })
+        Err(match status.as_u16() {
+            500 => CallError::Failing(said),
+            408 | 429 | 502..=599 => CallError::Away(said),
+            _ => CallError::Refused(said),
+        })
     }
 
     fn at(&self, path: &[&str]) -> Url {
@@ -138,14 +140,15 @@ async fn read(mut answer: Response, most: usize) -> Result<Bytes, CallError> {
                 return Ok(body.into());
             }
             Ok(Some(_)) => return Err(CallError::Refused(format!("the answer has more than {most} bytes"))),
-            Err(error) => return Err(CallError::Away(silence(&error))),
+            Err(error) => return Err(CallError::Away(silence(error))),
         }
     }
 }
 
 /// What went wrong, without the address: whoever hears it need not know where the service is.
-fn silence(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
+fn silence(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let mut cause: &dyn std::error::Error = &error;
     while let Some(next) = cause.source() {
         cause = next;
     }

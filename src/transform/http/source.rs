@@ -2,7 +2,7 @@
 //!
 //! Requests of one type of source go together: whoever comes while the service is busy waits for the next call, so a call is as
 //! large as it has to be and nobody waits for company. Each type has its own calls: a slow one delays no other. A call that is
-//! refused is made again with each half of it, until the request that is refused stands alone.
+//! refused is made again with each half of it, one after the other, until the request that is refused stands alone.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
-use futures_util::future::{BoxFuture, FutureExt, join};
+use futures_util::future::{BoxFuture, FutureExt};
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -25,6 +25,9 @@ const MOST_BYTES: usize = 8 << 20;
 const CALLS: usize = 8;
 /// Requests of one type that wait for a call; what comes then is turned away.
 const WAITING: usize = 1_000;
+
+/// Answers above it are read off the async threads.
+const LARGE: usize = 128 * 1024;
 
 /// What became of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +65,11 @@ struct Waiting {
 impl Sources {
     pub fn new(service: Service) -> Self {
         Self { service, lines: Mutex::default() }
+    }
+
+    /// Whether the service says anything at all.
+    pub async fn is_there(&self) -> bool {
+        self.service.features().await.is_ok()
     }
 
     /// Hands a request in: an element of the service's input, as JSON. `kind` is the source's type.
@@ -125,16 +133,21 @@ fn call<'a>(service: &'a Service, kind: &'a str, requests: &'a [String], patient
     async move {
         let body = format!("[{}]", requests.join(","));
         let said = service.post(&["v2", "sources", kind], body.into(), patient).await;
-        let error = match said.and_then(|body| read(&body, requests.len())) {
+        let read = match said {
+            Ok(body) => read_apart(body, requests.len()).await,
+            Err(error) => Err(error),
+        };
+        let error = match read {
             Ok(answers) => return answers,
             Err(error) => error,
         };
         // One that makes the service fail is not told from a service that fails, so it is looked for in either case.
+        // One that is away, or has too much to do, is left alone.
         if requests.len() > 1 && !matches!(error, CallError::Away(_)) {
             let (left, right) = requests.split_at(requests.len() / 2);
-            let (mut left, right) = join(call(service, kind, left, false), call(service, kind, right, false)).await;
-            left.extend(right);
-            return left;
+            let mut answers = call(service, kind, left, false).await;
+            answers.extend(call(service, kind, right, false).await);
+            return answers;
         }
         let answer = match error {
             CallError::Away(error) | CallError::Failing(error) => Answer::Away(error),
@@ -161,6 +174,15 @@ struct Element {
 struct RawReply {
     body: String,
     content_type: String,
+}
+
+/// Off the async threads, where it takes long.
+async fn read_apart(body: Bytes, count: usize) -> Result<Vec<Answer>, CallError> {
+    if body.len() <= LARGE {
+        return read(&body, count);
+    }
+    let reading = tokio::task::spawn_blocking(move || read(&body, count)).await;
+    reading.unwrap_or_else(|error| Err(CallError::Away(error.to_string())))
 }
 
 fn read(body: &[u8], count: usize) -> Result<Vec<Answer>, CallError> {
