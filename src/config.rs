@@ -28,6 +28,8 @@ pub struct Config {
     pub transformer: Transformer,
     pub processor: Processor,
     pub router: Router,
+    pub reporter: Reporter,
+    pub store: Store,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -228,6 +230,25 @@ pub struct Processor {
     pub dedup_window: Duration,
     #[serde(deserialize_with = "size")]
     pub dedup_memory: usize,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Reporter {
+    #[serde(deserialize_with = "some_time")]
+    pub job_retention: Duration,
+}
+
+#[derive(Clone, Deserialize)]
+pub struct Store {
+    /// Empty: a file beside the embedded log.
+    pub url: String,
+}
+
+impl std::fmt::Debug for Store {
+    /// The URL holds a password.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").finish_non_exhaustive()
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -1,14 +1,15 @@
 //! Laneway moves customer events from the apps where they happen to the tools that need them, over partitioned topics.
 //!
 //! ```text
-//!  SDKs ──HTTP──► gateway ──► events ──► processor ──► deliveries ──► router ──HTTP──► destinations
-//!                                            │                          │
-//!                                            └──► proc-errors           ├──► dead-letters
-//!                                                                       └──► progress.router
+//!  SDKs, webhooks ──HTTP──► gateway ──► events ──► processor ──► deliveries ──► router ──HTTP──► destinations
+//!                             │                      │                          │
+//!                             └──► proc-errors ◄─────┤                          ├──► dead-letters, progress.router
+//!                                                    └──► job-status ◄──────────┘
+//!                                                             └──► reporter ──► store
 //! ```
 //!
 //! Layers, lowest first; an import goes to a lower one only:
-//! [`clock`] | [`model`] | [`telemetry`] | [`log`] | [`control`], [`transform`], [`delivery`] | [`runtime`] | [`stages`] | [`config`] |
+//! [`clock`] | [`model`] | [`telemetry`] | [`log`], [`store`] | [`control`], [`transform`], [`delivery`] | [`runtime`] | [`stages`] | [`config`] |
 //! [`app`] | [`cli`].
 //!
 //! Words. *workspace*: a tenant. *source*: where events come from; it has a write key. *destination*: one configured place that
@@ -27,5 +28,6 @@ pub mod log;
 pub mod model;
 pub mod runtime;
 pub mod stages;
+pub mod store;
 pub mod telemetry;
 pub mod transform;

@@ -69,6 +69,7 @@ pub async fn run(config: &Config, clock: &Clock) -> Vec<Finding> {
     }
     found.extend(workspace(config).await);
     found.extend(transformer(config, clock).await);
+    found.push(store(config).await);
     match open::topics(config) {
         Ok(topics) => {
             found.extend(limits(config, &topics));
@@ -121,6 +122,30 @@ async fn transformer(config: &Config, clock: &Clock) -> Vec<Finding> {
         }
         // Everything but webhooks goes on without it.
         Err(error) => vec![Finding::warning(subject, error.to_string(), remedy)],
+    }
+}
+
+/// Whether the store is there, with its tables.
+async fn store(config: &Config) -> Finding {
+    let subject = "store";
+    let remedy =
+        "is it up, reachable from here, and is store.url right? Events are delivered without it; job status waits";
+    let file = open::store_file(&open::store_url(config));
+    if file.is_some_and(|file| !file.exists()) {
+        return Finding::ok(subject, "the reporter makes it at its start");
+    }
+    let store = match open::job_status(config) {
+        Ok(store) => store,
+        Err(error) => return Finding::problem(subject, format!("{error:#}"), "mend store.url"),
+    };
+    match store.pending().await {
+        Ok(missing) if missing.is_empty() => Finding::ok(subject, "answers"),
+        Ok(_) if store.store().is_sqlite() => Finding::ok(subject, "the reporter makes it at its start"),
+        Ok(missing) => {
+            let says = format!("migrations are missing: {}", missing.join(", "));
+            Finding::problem(subject, says, "`laneway migrate` applies them")
+        }
+        Err(error) => Finding::warning(subject, error.to_string(), remedy),
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 use tokio_util::task::TaskTracker;
 
 use super::serve::{Admittance, serve};
-use super::{open, placement, retention};
+use super::{job_status, open, placement, retention};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config};
 use crate::control::follow::{self, FollowError};
@@ -26,14 +26,19 @@ use crate::model::record::Topic;
 use crate::runtime::deliver::{Bounds, Deliver, DeliverSettings, DeliverWork, Destinations, RetryPolicy, Rules};
 use crate::runtime::driver;
 use crate::runtime::failure::FailureTopic;
+use crate::runtime::project;
 use crate::runtime::shutdown::Shutdown;
 use crate::runtime::supervisor::Supervisor;
 use crate::runtime::tally::JobTopic;
 use crate::runtime::transform::{Memory, TransformWork};
 use crate::stages::gateway::webhook::Webhooks;
-use crate::stages::gateway::{self, Admission, Gateway, Intake, Limits, Origins, RateLimits, TrustedProxies};
+use crate::stages::gateway::{
+    self, Admission, Gateway, Intake, JobStatusApi, Limits, Origins, RateLimits, TrustedProxies,
+};
 use crate::stages::processor::Processor;
+use crate::stages::reporter::Reporter;
 use crate::stages::router::{Configured, Router};
+use crate::store::job_status::JobStatusStore;
 use crate::telemetry::server::{self, Readiness};
 use crate::transform::http::Sources;
 
@@ -43,16 +48,18 @@ pub enum Stage {
     Gateway,
     Processor,
     Router,
+    Reporter,
 }
 
 impl Stage {
-    pub const ALL: [Stage; 3] = [Stage::Gateway, Stage::Processor, Stage::Router];
+    pub const ALL: [Stage; 4] = [Stage::Gateway, Stage::Processor, Stage::Router, Stage::Reporter];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Stage::Gateway => "gateway",
             Stage::Processor => "processor",
             Stage::Router => "router",
+            Stage::Reporter => "reporter",
         }
     }
 
@@ -67,6 +74,7 @@ impl Stage {
             Stage::Gateway => None,
             Stage::Processor => Some(Topic::EVENTS),
             Stage::Router => Some(Topic::DELIVERIES),
+            Stage::Reporter => Some(Topic::JOB_STATUS),
         }
     }
 }
@@ -103,6 +111,11 @@ const TURNING_AWAY: std::time::Duration = std::time::Duration::from_secs(1);
 fn admittance(gateway: &crate::config::Gateway) -> Admittance {
     Admittance { idle: gateway.idle_timeout, connections: gateway.max_requests.saturating_mul(SEATS).clamp(1, 1 << 20) }
 }
+
+/// What the reporter has written it tells the log so often.
+const TOLD: std::time::Duration = std::time::Duration::from_secs(1);
+/// Runs of which nothing has changed for so long are looked for so often.
+const EXPIRE: std::time::Duration = std::time::Duration::from_secs(3_600);
 
 /// Listeners, bound before anything else starts: a taken port is told at once.
 pub struct Listeners {
@@ -168,6 +181,7 @@ pub async fn run<B: Backend>(
         }
         None => (None, None),
     };
+    let store = open::job_status(&parts.config)?;
     let Some(placements) = answered(&parts, async || placements(&parts).await).await? else { return Ok(()) };
     if let Some(settings) = &parts.control_plane {
         let followed = async || match follow::follow(&parts.log, settings, parts.clock.clone()).await {
@@ -190,13 +204,17 @@ pub async fn run<B: Backend>(
         let _ = served.await;
     }
     if let Some(listener) = gateway {
-        start_gateway(&parts, &placements, (listener, listeners.internal), &readiness, &mut supervisor)?;
+        let listeners = (listener, listeners.internal);
+        start_gateway(&parts, &placements, store.clone(), listeners, &readiness, &mut supervisor)?;
     }
     if stages.contains(&Stage::Processor) {
         start_processor(&parts, &placements, &readiness, &mut supervisor);
     }
     if let Some(standing) = router {
         start_router(&parts, &placements, standing, &readiness, &mut supervisor)?;
+    }
+    if stages.contains(&Stage::Reporter) {
+        start_reporter(&parts, store, &readiness, &mut supervisor);
     }
     starting.set(true);
     let ended = supervisor.join().await;
@@ -276,7 +294,7 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
             instance: InstanceId::from(parts.instance.as_str()),
             topic,
             outputs: match stage {
-                Stage::Gateway => Vec::new(),
+                Stage::Gateway | Stage::Reporter => Vec::new(),
                 Stage::Processor => {
                     // Redrives write to `events` and end; who reads it watches over what they leave.
                     vec![Topic::EVENTS, Topic::DELIVERIES, Topic::PROC_ERRORS, Topic::EVENTS_SEEN, Topic::JOB_STATUS]
@@ -288,6 +306,7 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
         },
         commit_interval: match stage {
             Stage::Router => runtime.deliver_commit_interval,
+            Stage::Reporter => TOLD,
             _ => runtime.transform_commit_interval,
         },
         stage: stage.as_str(),
@@ -313,6 +332,7 @@ pub fn failures(log: &crate::config::Log, placement: Placement, stage: Stage, to
 fn start_gateway<B: Backend>(
     parts: &Parts<B>,
     placements: &Placements,
+    store: JobStatusStore,
     (listener, internal): (TcpListener, Option<TcpListener>),
     readiness: &Readiness,
     supervisor: &mut Supervisor,
@@ -337,6 +357,7 @@ fn start_gateway<B: Backend>(
         token: settings.internal.token.clone(),
         open: AtomicUsize::new(0),
         webhooks: webhooks(parts, placements)?,
+        jobs: job_status_api(parts, placements, store),
     });
     let tasks = gateway.webhooks.as_ref().map(|webhooks| webhooks.tasks.clone());
     let public = gateway::public(Arc::clone(&gateway));
@@ -377,6 +398,42 @@ fn webhooks<B>(parts: &Parts<B>, placements: &Placements) -> anyhow::Result<Opti
         shutdown: parts.shutdown.clone(),
         clock: parts.clock.clone(),
     }))
+}
+
+fn job_status_api<B: Backend>(parts: &Parts<B>, placements: &Placements, store: JobStatusStore) -> JobStatusApi {
+    let placement = placements[&Topic::JOB_STATUS];
+    let caught_up = job_status::caught_up(parts.log.clone(), store.clone(), placement, parts.clock.clone());
+    JobStatusApi { store, caught_up }
+}
+
+fn start_reporter<B: Backend>(
+    parts: &Parts<B>,
+    store: JobStatusStore,
+    readiness: &Readiness,
+    supervisor: &mut Supervisor,
+) {
+    let (stop, clock, keep) = (parts.shutdown.clone(), parts.clock.clone(), parts.config.reporter.job_retention);
+    let (log, settings) = (parts.log.clone(), settings(parts, Stage::Reporter, Topic::JOB_STATUS));
+    let part = readiness.part();
+    supervisor.start("reporter", async move {
+        tokio::select! {
+            () = open::prepare(&store, &clock) => {}
+            () = stop.begun() => return Ok(()),
+        }
+        let expiring = async {
+            loop {
+                if let Err(error) = store.expire(clock.now().minus(keep)).await {
+                    tracing::warn!(%error, "old job status is not forgotten yet");
+                }
+                clock.sleep(EXPIRE).await;
+            }
+        };
+        let reporter = Reporter { store: store.clone(), group: job_status::group(), clock: clock.clone() };
+        tokio::select! {
+            ended = project::run(log, Arc::new(reporter), settings, clock.clone(), stop, part) => ended,
+            () = expiring => Ok(()),
+        }
+    });
 }
 
 fn start_processor<B: Backend>(

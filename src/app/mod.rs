@@ -4,6 +4,7 @@ pub mod check;
 pub mod drift;
 pub mod engine;
 pub mod inbox;
+pub mod job_status;
 pub mod lag;
 pub mod letters;
 pub mod offsets;

@@ -1,5 +1,6 @@
 //! From configuration to a log.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -20,6 +21,7 @@ use crate::log::registry::{Registered, RegistryConfig};
 use crate::log::topic::Topics;
 #[cfg(feature = "kafka")]
 use crate::model::codec::KnownSchema;
+use crate::store::job_status::JobStatusStore;
 use crate::transform::http::{Service, ServiceError};
 
 /// The control plane to follow. None: there is a file.
@@ -137,6 +139,48 @@ pub fn transformer(config: &Config, clock: &Clock) -> Result<Option<Service>, Se
         url => Service::new(url, settings.timeout, clock.clone()).map(Some),
     }
 }
+
+/// The store of job status. SQLite's file has the folder that it needs.
+///
+/// # Errors
+/// Where `store.url` is none of a store, or the folder cannot be made.
+pub fn job_status(config: &Config) -> anyhow::Result<JobStatusStore> {
+    let url = store_url(config);
+    let file = store_file(&url);
+    if let Some(folder) = file.as_deref().and_then(Path::parent).filter(|folder| !folder.as_os_str().is_empty()) {
+        std::fs::create_dir_all(folder).with_context(|| format!("store.url: {}", folder.display()))?;
+    }
+    Ok(JobStatusStore::new(&url)?)
+}
+
+/// Where the store is.
+pub fn store_url(config: &Config) -> String {
+    match config.store.url.as_str() {
+        "" if config.log.backend == BackendKind::Memory => "sqlite::memory:".to_owned(),
+        "" => format!("sqlite:{}", config.log.embedded.data_dir.join("store.sqlite").display()),
+        url => url.to_owned(),
+    }
+}
+
+/// The file of a store that is one.
+pub fn store_file(url: &str) -> Option<PathBuf> {
+    let file = url.strip_prefix("sqlite:").filter(|file| !file.starts_with(':'))?;
+    Some(PathBuf::from(file.split('?').next()?))
+}
+
+/// Prepares a store that is a file of this machine; another one is its operator's affair.
+pub async fn prepare(store: &JobStatusStore, clock: &Clock) {
+    while store.store().is_sqlite() {
+        match store.migrate().await {
+            Ok(_) => return,
+            Err(error) => tracing::warn!(%error, "the store is not prepared yet"),
+        }
+        clock.sleep(AGAIN).await;
+    }
+}
+
+/// A store that could not be prepared is tried again after so long.
+const AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// The declared topics, with the configured overrides.
 ///

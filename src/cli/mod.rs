@@ -8,6 +8,7 @@ mod lanes;
 mod letters;
 mod load;
 mod metrics;
+mod migrate;
 mod offsets;
 mod output;
 mod publish;
@@ -62,6 +63,8 @@ enum Command {
     DeadLetters(letters::Letters),
     /// Events that could not be processed, and webhook requests that became none: look at them, send them again.
     ProcErrors(letters::Letters),
+    /// Prepare the store of job status: create or change its tables.
+    Migrate(migrate::Migrate),
     /// Send a realistic load to a gateway and, with --sink, be the destination and judge what arrives.
     Load(load::Load),
     /// The configuration: what is in force and from where; its schema.
@@ -178,6 +181,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Lanes(lanes) => lanes.run().await,
         Command::DeadLetters(letters) => letters.run(Shelf::DeadLetters).await,
         Command::ProcErrors(letters) => letters.run(Shelf::ProcErrors).await,
+        Command::Migrate(migrate) => migrate.run().await,
         Command::Load(load) => load.run().await,
         Command::Config(config) => config.run(),
         Command::Metrics(metrics) => metrics.run(),

@@ -184,6 +184,9 @@ async fn list<B: Backend>(log: &B, stages: &[Consumer], output: Output) -> anyho
 impl Reset {
     async fn run<B: Backend>(&self, log: &B, prefix: &str, output: Output, clock: &Clock) -> anyhow::Result<()> {
         let stage = Stage::from(self.stage);
+        if stage == Stage::Reporter {
+            anyhow::bail!(Usage("the reporter's positions lie in the store, with what it has counted".into()));
+        }
         let (topic, mut places) = look(log, stage).await?;
         let target = self.target.read(&[topic.as_str(), &format!("{prefix}{topic}")], clock.now())?;
         let named = match &target {

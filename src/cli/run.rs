@@ -20,7 +20,7 @@ use crate::with_log;
 
 #[derive(Args)]
 pub struct Run {
-    /// gateway, processor, router; several separated by commas; or all.
+    /// gateway, processor, router, reporter; several separated by commas; or all.
     #[arg(value_name = "STAGE[,STAGE…]")]
     stages: String,
     /// Start with another placement of users (partitions, isolate_by, spread) than the one in force, although deliveries wait:

@@ -13,6 +13,7 @@ use crate::clock::Timestamp;
 pub enum Consumer {
     Processor,
     Router,
+    Reporter,
 }
 
 impl Consumer {
@@ -28,6 +29,7 @@ impl From<Consumer> for Stage {
         match consumer {
             Consumer::Processor => Stage::Processor,
             Consumer::Router => Stage::Router,
+            Consumer::Reporter => Stage::Reporter,
         }
     }
 }

@@ -89,17 +89,54 @@ pub struct Settings {
     pub stage: &'static str,
 }
 
-/// Runs a stage's session until shutdown, building a new one whenever it has to.
+/// What is done with a session as long as it lasts.
+pub trait Serve<S>: Send {
+    /// Ends without an error when the shutdown has begun.
+    fn serve(&mut self, session: S, ready: &mut Ready) -> impl Future<Output = Result<(), LogError>> + Send;
+}
+
+/// Runs a stage's partitions, each by a worker, until shutdown.
 ///
 /// # Errors
-/// [`LogError::Fatal`], with what a person has to mend.
+/// As [`keep`].
 pub async fn run<B: Backend, W: Work>(
     backend: B,
     work: Arc<W>,
     settings: Settings,
     clock: Clock,
     shutdown: Shutdown,
+    ready: Ready,
+) -> Result<(), LogError> {
+    let drive = Drive { backend: &backend, work, settings: &settings, clock: &clock, shutdown: &shutdown };
+    keep(&backend, &settings, &clock, &shutdown, ready, drive).await
+}
+
+struct Drive<'a, B, W> {
+    backend: &'a B,
+    work: Arc<W>,
+    settings: &'a Settings,
+    clock: &'a Clock,
+    shutdown: &'a Shutdown,
+}
+
+impl<B: Backend, W: Work> Serve<B::Session> for Drive<'_, B, W> {
+    async fn serve(&mut self, session: B::Session, ready: &mut Ready) -> Result<(), LogError> {
+        let work = Arc::clone(&self.work);
+        own::Driver::new(self.backend.clone(), session, work, self.settings, self.clock, self.shutdown).run(ready).await
+    }
+}
+
+/// Keeps a stage's session until shutdown, building a new one whenever it has to.
+///
+/// # Errors
+/// [`LogError::Fatal`], with what a person has to mend.
+pub async fn keep<B: Backend>(
+    backend: &B,
+    settings: &Settings,
+    clock: &Clock,
+    shutdown: &Shutdown,
     mut ready: Ready,
+    mut serve: impl Serve<B::Session>,
 ) -> Result<(), LogError> {
     let (mut fenced, mut cause) = (0, "start");
     while !shutdown.has_begun() {
@@ -111,11 +148,7 @@ pub async fn run<B: Backend, W: Work>(
         };
         let joined_at = clock.instant();
         let ended = match opened {
-            Ok(session) => {
-                let driver =
-                    own::Driver::new(backend.clone(), session, Arc::clone(&work), &settings, &clock, &shutdown);
-                driver.run(&mut ready).await
-            }
+            Ok(session) => serve.serve(session, &mut ready).await,
             Err(error) => Err(error),
         };
         ready.set(false);

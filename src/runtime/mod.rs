@@ -13,6 +13,7 @@ pub mod deliver;
 pub mod driver;
 pub mod failure;
 pub mod planted;
+pub mod project;
 pub mod shutdown;
 pub mod supervisor;
 pub mod tally;

@@ -2,10 +2,12 @@
 //!
 //! | stage | reads | writes | record key | guarantee |
 //! |---|---|---|---|---|
-//! | [`gateway`] | HTTP | `events` | writeKey | 200 only when the log has it |
-//! | [`processor`] | `events` | `deliveries`, `proc-errors` | destination id | exactly once |
-//! | [`router`] | `deliveries` | HTTP, `dead-letters`, `progress.router` | | at least once, with a stable delivery id; in order per user |
+//! | [`gateway`] | HTTP | `events`, `proc-errors`, `job-status` | writeKey | 200 only when the log has it |
+//! | [`processor`] | `events` | `deliveries`, `proc-errors`, `job-status` | destination id | exactly once |
+//! | [`router`] | `deliveries` | HTTP, `dead-letters`, `progress.router`, `job-status` | | at least once, with a stable delivery id; in order per user |
+//! | [`reporter`] | `job-status` | the store | | exactly once |
 
 pub mod gateway;
 pub mod processor;
+pub mod reporter;
 pub mod router;

@@ -52,6 +52,7 @@ catalogue! {
     processor_reasons: IntCounterVec "laneway_processor_reasons_total" ["outcome", "reason"] "Why events were filtered or failed.";
     processor_deliveries: IntCounterVec "laneway_processor_deliveries_total" ["destination"] "Deliveries made ready.";
     forgotten: IntCounterVec "laneway_processor_forgotten_events_total" [] "Events that would not be known if they came again within processor.dedup_window: processor.dedup_memory is too small.";
+    reporter_unreadable: IntCounterVec "laneway_reporter_unreadable_records_total" [] "Records of job status that say nothing that can be counted.";
     router_outcomes: IntCounterVec "laneway_router_outcomes_total" ["destination", "outcome"] "Final outcomes: delivered, filtered, aborted, drained.";
     router_aborted: IntCounterVec "laneway_router_aborted_total" ["destination", "reason"] "Deliveries given up, by reason.";
     router_attempts: IntCounterVec "laneway_router_attempts_total" ["destination", "code"] "Requests sent, by status code (0: no answer).";
@@ -82,6 +83,8 @@ catalogue! {
     hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Transactions found that the broker left undecided and that no instance here can end: offsets that were passed over, records that readers stand before.";
     unclean_stops: IntCounterVec "laneway_runtime_unclean_stops_total" ["stage"] "Partitions whose last owner ended while records were under way.";
     schema_lookups: IntCounterVec "laneway_schema_registry_lookups_total" ["what", "outcome"] "Questions to the schema registry: of an id or a subject; ok, refused or failed.";
+    projected: IntCounterVec "laneway_runtime_projected_records_total" ["stage"] "Records written into the store.";
+    store_failures: IntCounterVec "laneway_store_failures_total" ["stage"] "Tries to write into the store that failed, and are made again.";
     publishers: IntCounterVec "laneway_runtime_publishers_replaced_total" [] "Kafka producers replaced because their records timed out and nothing was acknowledged meanwhile.";
     config_loads: IntCounterVec "laneway_control_workspace_loads_total" ["result"] "Workspace configurations looked at: applied, unchanged, refused, kept (from the log, at a start), or unreachable (the control plane).";
 }

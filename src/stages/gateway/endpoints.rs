@@ -1,6 +1,7 @@
 //! Every route, once: the router is built from this table, and so is what `/docs` and `/openapi.json` say.
 
 use super::auth::Auth;
+use super::job_status::About;
 use super::request::Call;
 
 /// What a route does.
@@ -16,6 +17,8 @@ pub enum Action {
     Messages,
     /// Ends what is pending of a run of reverse ETL.
     DrainJob,
+    /// Tells what became of its rows, or forgets it.
+    JobStatus(About),
     SourceConfig,
     Health,
     Version,
@@ -101,8 +104,11 @@ pub const PUBLIC: [Endpoint; 22] = [
     at("get", "/openapi.json", Action::OpenApi, "This list, as OpenAPI 3.1."),
 ];
 
+const STATUS: &str = "/internal/v2/job-status/{job_run_id}";
+const FAILED: &str = "/internal/v2/job-status/{job_run_id}/failed-records";
+
 /// On the internal listener, for who has its token.
-pub const INTERNAL: [Endpoint; 6] = [
+pub const INTERNAL: [Endpoint; 10] = [
     ingest(
         "/internal/v1/extract",
         Call::Typed("extract"),
@@ -143,4 +149,13 @@ pub const INTERNAL: [Endpoint; 6] = [
         Action::DrainJob,
         "Ends what is pending of a run of reverse ETL, without sending it.",
     ),
+    at(
+        "get",
+        STATUS,
+        Action::JobStatus(About::Status),
+        "What became of a run's rows: in, out and failed, and whether that is all.",
+    ),
+    at("delete", STATUS, Action::JobStatus(About::Status), "Forgets the counts of a run that is completed."),
+    at("get", FAILED, Action::JobStatus(About::FailedRecords), "Rows of a run that failed for good."),
+    at("delete", FAILED, Action::JobStatus(About::FailedRecords), "Forgets the failed rows of a run."),
 ];

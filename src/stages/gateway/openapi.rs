@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::auth::Auth;
 use super::endpoints::{Action, Endpoint, INTERNAL, Ingest, PUBLIC};
+use super::job_status::About;
 use super::request::{Call, Refusal};
 
 /// Refusals that a client may get from a route that takes events.
@@ -93,6 +94,23 @@ fn operation(endpoint: &Endpoint, is_internal: bool) -> Value {
             operation["parameters"] =
                 json!([{"name": "job_run_id", "in": "path", "required": true, "schema": {"type": "string"}}]);
             operation["responses"] = json!({"201": {"description": "It is being drained."}});
+        }
+        Action::JobStatus(about) => {
+            let text = |name: &str, place: &str, kind: &str| json!({"name": name, "in": place, "required": place == "path", "schema": {"type": kind}});
+            let mut parameters = vec![text("job_run_id", "path", "string")];
+            parameters.extend(["task_run_id", "source_id"].map(|name| text(name, "query", "string")));
+            if about == About::FailedRecords {
+                parameters.extend([text("pageSize", "query", "integer"), text("pageToken", "query", "string")]);
+            }
+            operation["parameters"] = Value::from(parameters);
+            operation["responses"] = match endpoint.method {
+                "get" => {
+                    json!({"200": answer("What is known.", "application/json"), "404": answer("`status not found`", "text/plain")})
+                }
+                _ => {
+                    json!({"204": {"description": "Forgotten."}, "400": answer("`source not completed`", "text/plain")})
+                }
+            };
         }
         Action::SourceConfig => {
             needed.insert("queryKey".into(), json!([]));

@@ -12,7 +12,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get, post, put};
+use axum::routing::{MethodRouter, delete, get, post, put};
 
 use crate::clock::Clock;
 use crate::control::Current;
@@ -30,6 +30,7 @@ use super::client::TrustedProxies;
 use super::cors::{self, Origins};
 use super::endpoints::{Action, Endpoint, INTERNAL, Ingest, Kind, PUBLIC};
 use super::intake::{Held, Intake};
+use super::job_status::JobStatusApi;
 use super::limit::RateLimits;
 use super::publish::Along;
 use super::reply::{self, Verdict};
@@ -59,6 +60,7 @@ pub struct Gateway<P> {
     pub open: AtomicUsize,
     /// None: there is no service that knows what webhooks mean.
     pub webhooks: Option<Webhooks>,
+    pub jobs: JobStatusApi,
 }
 
 /// What is answered while the log cannot be had yet: whoever connects is told to come back, instead of waiting.
@@ -130,6 +132,13 @@ fn route<P: Publisher>(endpoint: &Endpoint) -> MethodRouter<Arc<Gateway<P>>> {
             counted(&gateway, request, async |request| take_messages(&gateway, request).await).await
         }),
         Action::DrainJob => put(drain_job::<P>),
+        Action::JobStatus(about) => {
+            let tell = move |State(gateway): At<P>, Path(run): Path<String>, request: Request| async move {
+                let is_delete = request.method() == Method::DELETE;
+                gateway.jobs.answer(about, is_delete, &run, request.uri().query().unwrap_or_default()).await
+            };
+            if endpoint.method == "delete" { delete(tell) } else { get(tell) }
+        }
         Action::SourceConfig => get(config::<P>),
         Action::Health => get(health::<P>),
         Action::Version => get(|| async { reply::json(StatusCode::OK, &version()) }),

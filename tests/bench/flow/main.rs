@@ -27,6 +27,7 @@ use laneway::log::kafka::{Kafka, KafkaConfig};
 use laneway::log::topic::Topics;
 use laneway::log::{Admin, Backend, Publisher};
 use laneway::model::record::{Addressed, Headers, Partition, Topic};
+use laneway::runtime::tally::JobTopic;
 use laneway::stages::gateway::request::{Call, Facts, admit};
 use laneway::stages::gateway::{Admission, Along};
 use serde_json::{Value, json};
@@ -156,7 +157,7 @@ async fn fill(log: &Kafka, count: u64) {
     let source = workspace.by_write_key("wk-1").expect("a source");
     let topics = Topics::load(None).expect("topics");
     let placement = topics.get(&Topic::EVENTS).expect("declared").placement();
-    let admission = Admission::new(log.publisher().expect("a publisher"), placement);
+    let admission = Admission::new(log.publisher().expect("a publisher"), placement, JobTopic(placement));
     let along = Along::default();
     let clock = Clock::system();
     for first in (0..count).step_by(500) {

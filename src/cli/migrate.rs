@@ -1,0 +1,35 @@
+//! `laneway migrate`: prepares the store.
+
+use clap::Args;
+use serde_json::json;
+
+use super::Common;
+use super::output::{Output, line};
+use crate::app::open;
+
+#[derive(Args)]
+pub struct Migrate {
+    /// Show what would be done.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Migrate {
+    pub async fn run(&self) -> anyhow::Result<()> {
+        let store = open::job_status(&self.common.config.load(&[], &[])?)?;
+        let done = if self.dry_run { store.pending().await? } else { store.migrate().await? };
+        match self.common.output {
+            Output::Json => drop(line(&json!({"job_status": done, "executed": !self.dry_run}).to_string())),
+            Output::Table if done.is_empty() => drop(line("job_status: nothing to do")),
+            Output::Table => {
+                let verb = if self.dry_run { "would apply" } else { "applied" };
+                for name in done {
+                    line(&format!("job_status: {verb} {name}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,337 @@
+//! From a topic into a store, exactly once: what records mean is written together with the positions behind them, in one
+//! transaction of the store, and a partition is read from where the store says.
+//!
+//! Whoever gets a partition takes it over in the store first: what an earlier owner has under way is refused there, however
+//! late it wakes up. The log's committed offsets follow for tools that show lag; nothing is ever read from them.
+//!
+//! The store may be away for as long as it likes: what was read waits in bounded memory, the rest in the log.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::{AbortHandle, JoinSet};
+
+use crate::clock::Clock;
+use crate::log::{Admin, Backend, Commit, Committed, Limit, LogError, Polled, Session};
+use crate::model::record::{Epoch, Offset, Partition, Record, Topic};
+use crate::runtime::driver::{self, Serve, Settings};
+use crate::runtime::shutdown::Shutdown;
+use crate::store::{Move, StoreError};
+use crate::telemetry::metrics::metrics;
+use crate::telemetry::seldom;
+use crate::telemetry::server::Ready;
+
+/// One poll.
+const READ: Limit = Limit { records: 2_000, bytes: 4 << 20 };
+/// What is read and not written yet, of all partitions. Beyond it nothing more is read.
+const WAITING: usize = 16 << 20;
+/// A store that is away is asked again after this.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// A stage's logic.
+pub trait Project: Send + Sync + 'static {
+    /// Makes this process the owner of a partition, as far as the store goes: its epoch there, and where it goes on.
+    fn take_over(&self, partition: Partition)
+    -> impl Future<Output = Result<(i64, Option<Offset>), StoreError>> + Send;
+
+    /// Writes what records mean, and moves their partitions on: both or nothing.
+    fn write(&self, moves: &[Move], records: &[Record]) -> impl Future<Output = Result<(), StoreError>> + Send;
+}
+
+/// Runs a stage until shutdown. The log's offsets are committed at the settings' interval.
+///
+/// # Errors
+/// As [`driver::keep`].
+pub async fn run<B: Backend, P: Project>(
+    backend: B,
+    project: Arc<P>,
+    settings: Settings,
+    clock: Clock,
+    shutdown: Shutdown,
+    ready: Ready,
+) -> Result<(), LogError> {
+    let serve = Projecting {
+        backend: backend.clone(),
+        project,
+        stage: settings.stage,
+        topic: settings.member.topic.clone(),
+        interval: settings.commit_interval,
+        clock: clock.clone(),
+        shutdown: shutdown.clone(),
+    };
+    driver::keep(&backend, &settings, &clock, &shutdown, ready, serve).await
+}
+
+struct Projecting<B, P> {
+    backend: B,
+    project: Arc<P>,
+    stage: &'static str,
+    topic: Topic,
+    interval: Duration,
+    clock: Clock,
+    shutdown: Shutdown,
+}
+
+/// A partition of this process.
+struct Part {
+    epoch: Epoch,
+    /// In the store. None: it is being taken over.
+    owner: Option<i64>,
+    taking_over: Option<AbortHandle>,
+    /// As the store has it. None: nothing was written yet.
+    written: Option<Offset>,
+    records: Vec<Record>,
+    bytes: usize,
+    /// The log has not been told.
+    is_news: bool,
+}
+
+/// What a task of this session has done.
+enum Done {
+    TookOver { partition: Partition, epoch: Epoch, owner: i64, next: Option<Offset>, start: Offset },
+    Wrote { moves: Vec<(Epoch, Move)>, result: Result<(), StoreError> },
+}
+
+/// The state of one session.
+struct Parts {
+    all: BTreeMap<Partition, Part>,
+    tasks: JoinSet<Done>,
+    /// Records are being written.
+    is_writing: bool,
+    /// Nothing more is read.
+    is_full: bool,
+}
+
+impl<B: Backend, P: Project> Serve<B::Session> for Projecting<B, P> {
+    async fn serve(&mut self, mut session: B::Session, ready: &mut Ready) -> Result<(), LogError> {
+        ready.set(true);
+        let mut parts = Parts { all: BTreeMap::new(), tasks: JoinSet::new(), is_writing: false, is_full: false };
+        let ended = self.go(&mut session, &mut parts).await;
+        // A transaction that is cut off has either been committed, or not: the next owner sees.
+        parts.tasks.shutdown().await;
+        session.close().await;
+        ended
+    }
+}
+
+impl<B: Backend, P: Project> Projecting<B, P> {
+    async fn go(&self, session: &mut B::Session, parts: &mut Parts) -> Result<(), LogError> {
+        let mut tell_at = self.clock.instant() + self.interval;
+        loop {
+            self.write(parts);
+            self.bound(session, parts)?;
+            if self.clock.instant() >= tell_at {
+                self.tell(session, parts).await?;
+                tell_at = self.clock.instant() + self.interval;
+            }
+            if self.shutdown.has_begun() {
+                return self.stop(session, parts).await;
+            }
+            tokio::select! {
+                biased;
+                () = self.shutdown.begun() => {}
+                Some(done) = parts.tasks.join_next() => self.done(session, parts, done)?,
+                polled = session.poll(READ) => self.polled(parts, polled?),
+                () = self.clock.sleep_until(tell_at) => {}
+            }
+        }
+    }
+
+    fn polled(&self, parts: &mut Parts, polled: Polled) {
+        match polled {
+            Polled::Assigned(given) => {
+                for assignment in given {
+                    self.take_over(parts, assignment.partition, assignment.epoch);
+                }
+            }
+            Polled::Records(records) => {
+                for record in records {
+                    let Some(part) = parts.all.get_mut(&record.partition) else { continue };
+                    part.bytes += record.weight();
+                    part.records.push(record);
+                }
+            }
+            // What is being written ends by itself, or is refused.
+            Polled::Revoked(gone) | Polled::Lost(gone) => {
+                for partition in gone {
+                    let part = parts.all.remove(&partition);
+                    part.and_then(|part| part.taking_over).iter().for_each(AbortHandle::abort);
+                }
+            }
+            Polled::Idle => {}
+        }
+    }
+
+    fn take_over(&self, parts: &mut Parts, partition: Partition, epoch: Epoch) {
+        let (project, backend) = (Arc::clone(&self.project), self.backend.clone());
+        let (topic, clock, stage) = (self.topic.clone(), self.clock.clone(), self.stage);
+        let handle = parts.tasks.spawn(async move {
+            loop {
+                let taken = match project.take_over(partition).await {
+                    // What is in the log since before the store was there counts, too.
+                    Ok((owner, None)) => start(&backend, &topic, partition).await.map(|start| (owner, None, start)),
+                    Ok((owner, Some(next))) => Ok((owner, Some(next), next)),
+                    Err(error) => Err(error),
+                };
+                match taken {
+                    Ok((owner, next, start)) => return Done::TookOver { partition, epoch, owner, next, start },
+                    Err(error) => complain(stage, &error),
+                }
+                clock.sleep(AGAIN).await;
+            }
+        });
+        let part = Part {
+            epoch,
+            owner: None,
+            taking_over: Some(handle),
+            written: None,
+            records: Vec::new(),
+            bytes: 0,
+            is_news: false,
+        };
+        parts.all.insert(partition, part);
+    }
+
+    /// Writes what has come, unless something is being written.
+    fn write(&self, parts: &mut Parts) {
+        if parts.is_writing {
+            return;
+        }
+        let (mut moves, mut records) = (Vec::new(), Vec::new());
+        for (partition, part) in &mut parts.all {
+            let (Some(owner), Some(last)) = (part.owner, part.records.last()) else { continue };
+            let to = last.offset.just_after();
+            moves.push((part.epoch, Move { partition: *partition, epoch: owner, from: part.written, to }));
+            records.append(&mut part.records);
+        }
+        if moves.is_empty() {
+            return;
+        }
+        parts.is_writing = true;
+        let (project, clock, stage) = (Arc::clone(&self.project), self.clock.clone(), self.stage);
+        parts.tasks.spawn(async move {
+            let positions: Vec<Move> = moves.iter().map(|(_, it)| it.clone()).collect();
+            loop {
+                match project.write(&positions, &records).await {
+                    Err(StoreError::Stale) => return Done::Wrote { moves, result: Err(StoreError::Stale) },
+                    Err(error) => complain(stage, &error),
+                    Ok(()) => {
+                        metrics().projected.with_label_values(&[stage]).inc_by(records.len() as u64);
+                        return Done::Wrote { moves, result: Ok(()) };
+                    }
+                }
+                clock.sleep(AGAIN).await;
+            }
+        });
+    }
+
+    fn done(
+        &self,
+        session: &mut B::Session,
+        parts: &mut Parts,
+        done: Result<Done, tokio::task::JoinError>,
+    ) -> Result<(), LogError> {
+        match done {
+            Ok(Done::TookOver { partition, epoch, owner, next, start }) => {
+                let Some(part) = parts.all.get_mut(&partition).filter(|part| part.epoch == epoch) else {
+                    return Ok(());
+                };
+                (part.owner, part.written, part.taking_over) = (Some(owner), next, None);
+                session.seek(partition, start)?;
+                if !parts.is_full {
+                    session.resume(&[partition])?;
+                }
+            }
+            Ok(Done::Wrote { moves, result }) => {
+                parts.is_writing = false;
+                let is_written = result.is_ok();
+                for (epoch, it) in moves {
+                    let Some(part) = parts.all.get_mut(&it.partition).filter(|part| part.epoch == epoch) else {
+                        continue;
+                    };
+                    if is_written {
+                        part.bytes = part.records.iter().map(Record::weight).sum();
+                        (part.written, part.is_news) = (Some(it.to), true);
+                    } else {
+                        // Somebody else has it, and the log will say so; or the answer to a commit was lost.
+                        session.pause(&[it.partition])?;
+                        self.take_over(parts, it.partition, epoch);
+                    }
+                }
+            }
+            // A partition that was lost.
+            Err(error) if error.is_cancelled() => {}
+            Err(error) => return Err(LogError::transient(format!("a write crashed: {error}"))),
+        }
+        Ok(())
+    }
+
+    /// Reads on, or no further.
+    fn bound(&self, session: &mut B::Session, parts: &mut Parts) -> Result<(), LogError> {
+        let bytes: usize = parts.all.values().map(|part| part.bytes).sum();
+        let owned = parts.all.iter().filter(|(_, part)| part.owner.is_some());
+        let owned: Vec<Partition> = owned.map(|(partition, _)| *partition).collect();
+        match (bytes > WAITING, parts.is_full) {
+            (true, false) => session.pause(&owned)?,
+            (false, true) => session.resume(&owned)?,
+            _ => return Ok(()),
+        }
+        parts.is_full = !parts.is_full;
+        Ok(())
+    }
+
+    /// Tells the log how far it is.
+    async fn tell(&self, session: &mut B::Session, parts: &mut Parts) -> Result<(), LogError> {
+        let mut commit = Commit::default();
+        for (partition, part) in parts.all.iter_mut().filter(|(_, part)| part.is_news) {
+            let Some(offset) = part.written else { continue };
+            let position = Committed { offset, metadata: String::new() };
+            commit.offsets.insert(*partition, (part.epoch, position));
+        }
+        if commit.offsets.is_empty() {
+            return Ok(());
+        }
+        match session.commit(Arc::new(commit)).await {
+            // It is only for others to see.
+            Err(LogError::Transient(_)) => {}
+            told => {
+                told?;
+                parts.all.values_mut().for_each(|part| part.is_news = false);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for what is being written, within the budget.
+    async fn stop(&self, session: &mut B::Session, parts: &mut Parts) -> Result<(), LogError> {
+        let until = self.clock.instant() + self.shutdown.budget;
+        parts.all.values().filter_map(|part| part.taking_over.as_ref()).for_each(AbortHandle::abort);
+        while parts.is_writing && self.clock.instant() < until {
+            tokio::select! {
+                Some(done) = parts.tasks.join_next() => self.done(session, parts, done)?,
+                () = self.clock.sleep_until(until) => {}
+            }
+        }
+        self.tell(session, parts).await
+    }
+}
+
+/// Where a partition of the log begins.
+async fn start<B: Backend>(backend: &B, topic: &Topic, partition: Partition) -> Result<Offset, StoreError> {
+    let marks = async { backend.admin()?.watermarks(topic, partition).await };
+    marks.await.map(|marks| marks.start).map_err(|error| StoreError::Away(error.to_string()))
+}
+
+fn complain(stage: &'static str, error: &StoreError) {
+    metrics().store_failures.with_label_values(&[stage]).inc();
+    if let Some(left_out) = seldom::due("the store does not take it", &error.to_string()) {
+        match error {
+            StoreError::Away(_) => {
+                tracing::warn!(stage, %error, left_out, "the store is away, what is to be written waits")
+            }
+            _ => tracing::error!(stage, %error, left_out, "the store does not take it, what is to be written waits"),
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! What is kept in a database: job status. Postgres for a cluster, a SQLite file for one machine, by the same statements.
+//!
+//! No queue, no retry state and no configuration lies here: events are delivered with the database away, and what is counted
+//! catches up when it is back.
+
+pub mod job_status;
+
+use std::borrow::Cow;
+use std::sync::Once;
+use std::time::Duration;
+
+use sqlx::any::{AnyPoolOptions, install_default_drivers};
+use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Executor, SqlSafeStr};
+
+use crate::model::record::{Offset, Partition, Topic};
+
+/// Connections at a time of one process.
+const CONNECTIONS: u32 = 4;
+/// Whoever wants one waits so long.
+const PATIENCE: Duration = Duration::from_secs(5);
+const MIGRATIONS: &str = "_migrations";
+
+/// What the caller of a store does next.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Come again: it does not answer, or could not do it now. Nothing was changed.
+    #[error("{0}")]
+    Away(String),
+    /// Its tables are not those of this version.
+    #[error("{0}")]
+    Unmigrated(String),
+    /// Somebody else has written meanwhile, or the answer to the last write was lost. Take over again.
+    #[error("another owner has written")]
+    Stale,
+    /// It cannot be done, now or later.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::Database(refused) => {
+                let code = refused.code().unwrap_or_default();
+                // Connections, resources, operators, transactions that were in each other's way; SQLite's are numbers: busy, full.
+                let is_passing =
+                    ["08", "53", "57", "58", "40"].iter().any(|class| code.starts_with(class) && code.len() == 5)
+                        || matches!(code.as_ref(), "5" | "6" | "13" | "261" | "517");
+                match code.as_ref() {
+                    "42P01" | "42703" | "3F000" => StoreError::Unmigrated(unmigrated(refused.message())),
+                    "1" if refused.message().contains("no such table") => {
+                        StoreError::Unmigrated(unmigrated(refused.message()))
+                    }
+                    _ if is_passing => StoreError::Away(error.to_string()),
+                    _ => StoreError::Refused(error.to_string()),
+                }
+            }
+            sqlx::Error::Configuration(_) => StoreError::Refused("store.url cannot be used".to_owned()),
+            _ => StoreError::Away(error.to_string()),
+        }
+    }
+}
+
+fn unmigrated(why: &str) -> String {
+    format!("{why}: `laneway migrate` prepares the store")
+}
+
+/// Number, name and text of each.
+type Migrations = [(i64, &'static str, &'static str)];
+
+/// How far a partition is written, from one place to the next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Move {
+    pub partition: Partition,
+    /// Of whoever writes.
+    pub epoch: i64,
+    /// Where the last write ended. None: it is the first.
+    pub from: Option<Offset>,
+    pub to: Offset,
+}
+
+/// Whose positions are meant.
+#[derive(Clone, Debug)]
+pub struct Group {
+    pub name: String,
+    pub topic: Topic,
+}
+
+/// One database. Clones share their connections.
+#[derive(Clone)]
+pub struct Store {
+    pool: AnyPool,
+    is_sqlite: bool,
+    /// Where Postgres has its tables.
+    schema: &'static str,
+}
+
+impl Store {
+    /// A store by its URL, `postgres://…` or `sqlite:FILE`, with its tables in a schema of their own. Nothing is asked yet.
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`], where it is neither.
+    fn new(url: &str, schema: &'static str) -> Result<Self, StoreError> {
+        static DRIVERS: Once = Once::new();
+        DRIVERS.call_once(install_default_drivers);
+        let is_sqlite = url.starts_with("sqlite:");
+        if !is_sqlite && !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+            return Err(StoreError::Refused("store.url is neither postgres://… nor sqlite:FILE".to_owned()));
+        }
+        let is_memory = url.starts_with("sqlite::memory:");
+        let url = match is_sqlite && !url.contains('?') && !is_memory {
+            true => Cow::Owned(format!("{url}?mode=rwc")),
+            false => Cow::Borrowed(url),
+        };
+        let first = match is_sqlite {
+            true => "pragma journal_mode = wal; pragma synchronous = full; pragma busy_timeout = 5000".to_owned(),
+            false => format!("set search_path to {schema}"),
+        };
+        let mut options = AnyPoolOptions::new().acquire_timeout(PATIENCE).max_connections(CONNECTIONS);
+        if is_memory {
+            // Each connection would be a database of its own, gone with it.
+            options = options.max_connections(1).idle_timeout(None).max_lifetime(None);
+        }
+        let options = options.after_connect(move |connection, _| {
+            let first = AssertSqlSafe(first.clone());
+            Box::pin(async move { connection.execute(first).await.map(drop) })
+        });
+        // What is wrong with it may hold a password.
+        let pool = options
+            .connect_lazy(&url)
+            .map_err(|_| StoreError::Refused("store.url is not an address of a database".to_owned()))?;
+        Ok(Self { pool, is_sqlite, schema })
+    }
+
+    /// Brings the tables to what this version needs, and says what was done.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    async fn migrate(&self, all: &Migrations) -> Result<Vec<String>, StoreError> {
+        let pending = self.pending(all).await?;
+        let mut connection = self.pool.acquire().await?;
+        if !self.is_sqlite {
+            let create = AssertSqlSafe(format!("create schema if not exists {}", self.schema));
+            connection.execute(create).await?;
+        }
+        migrator(all).run_direct(None, &mut *connection, false).await.map_err(refused)?;
+        Ok(pending)
+    }
+
+    /// The migrations that are missing. Nothing is changed.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    async fn pending(&self, all: &Migrations) -> Result<Vec<String>, StoreError> {
+        let found = sqlx::query_as("select version from _migrations where success").fetch_all(&self.pool).await;
+        let applied: Vec<(i64,)> = match found.map_err(StoreError::from) {
+            // There is no table of them yet.
+            Err(StoreError::Unmigrated(_)) => Vec::new(),
+            found => found?,
+        };
+        let missing = all.iter().filter(|(version, ..)| !applied.contains(&(*version,)));
+        Ok(missing.map(|(_, name, _)| (*name).to_owned()).collect())
+    }
+
+    /// A transaction that writes.
+    async fn begin(&self) -> Result<sqlx::Transaction<'static, sqlx::Any>, StoreError> {
+        match self.is_sqlite {
+            // A read that becomes a write would be refused where another one writes.
+            true => Ok(self.pool.begin_with("begin immediate").await?),
+            false => Ok(self.pool.begin().await?),
+        }
+    }
+
+    /// Makes the caller the owner of a partition: who was it before writes nothing more. Its epoch, and where it goes on.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn take_over(&self, group: &Group, partition: Partition) -> Result<(i64, Option<Offset>), StoreError> {
+        let row: (i64, String) = sqlx::query_as(
+            "insert into positions (group_id, topic, number, next_offset, epoch) values ($1, $2, $3, '', 1) \
+             on conflict (group_id, topic, number) do update set epoch = positions.epoch + 1 \
+             returning epoch, next_offset",
+        )
+        .bind(group.name.as_str())
+        .bind(group.topic.as_str().to_owned())
+        .bind(i64::from(partition.0))
+        .fetch_one(&self.pool)
+        .await?;
+        Ok((row.0, Offset::parse(&row.1)))
+    }
+
+    /// How far a partition is written.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn position(&self, group: &Group, partition: Partition) -> Result<Option<Offset>, StoreError> {
+        let row: Option<(String,)> =
+            sqlx::query_as("select next_offset from positions where group_id = $1 and topic = $2 and number = $3")
+                .bind(group.name.as_str())
+                .bind(group.topic.as_str().to_owned())
+                .bind(i64::from(partition.0))
+                .fetch_optional(&self.pool)
+                .await?;
+        Ok(row.and_then(|(next,)| Offset::parse(&next)))
+    }
+
+    /// A file, not a server.
+    pub fn is_sqlite(&self) -> bool {
+        self.is_sqlite
+    }
+
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+/// Moves positions on, within a transaction: nothing of it holds where one of them has another owner, or has moved.
+async fn advance(connection: &mut AnyConnection, group: &Group, moves: &[Move]) -> Result<(), StoreError> {
+    for it in moves {
+        let from = it.from.map_or_else(String::new, |from| from.to_string());
+        let moved = sqlx::query(
+            "update positions set next_offset = $1 \
+             where group_id = $2 and topic = $3 and number = $4 and epoch = $5 and next_offset = $6",
+        )
+        .bind(it.to.to_string())
+        .bind(group.name.clone())
+        .bind(group.topic.as_str().to_owned())
+        .bind(i64::from(it.partition.0))
+        .bind(it.epoch)
+        .bind(from)
+        .execute(&mut *connection)
+        .await?;
+        if moved.rows_affected() != 1 {
+            return Err(StoreError::Stale);
+        }
+    }
+    Ok(())
+}
+
+fn migrator(all: &Migrations) -> Migrator {
+    let migration = |(version, name, text): &(i64, &'static str, &'static str)| {
+        Migration::new(*version, Cow::Borrowed(*name), MigrationType::Simple, text.into_sql_str(), false)
+    };
+    let mut migrator = Migrator::with_migrations(all.iter().map(migration).collect());
+    migrator.dangerous_set_table_name(MIGRATIONS);
+    // A version that is newer than this one knows more.
+    migrator.set_ignore_missing(true);
+    migrator
+}
+
+fn refused(error: sqlx::migrate::MigrateError) -> StoreError {
+    match error {
+        sqlx::migrate::MigrateError::Execute(error) => error.into(),
+        other => StoreError::Refused(other.to_string()),
+    }
+}

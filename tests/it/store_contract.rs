@@ -1,0 +1,193 @@
+//! What every store promises, on each of them.
+
+use std::collections::BTreeMap;
+
+use laneway::clock::Timestamp;
+use laneway::model::job_status::{Counts, FailedRow, JobKey, JobStatus};
+use laneway::model::record::{Offset, Partition, Topic};
+use laneway::store::job_status::{JobStatusStore, Place};
+use laneway::store::{Group, Move, StoreError};
+
+fn group() -> Group {
+    Group { name: "laneway.reporter".into(), topic: Topic::JOB_STATUS }
+}
+
+fn at(seconds: i64) -> Timestamp {
+    Timestamp::from_millis(seconds * 1_000)
+}
+
+fn key(run: &str, source: &str, destination: Option<&str>) -> JobKey {
+    JobKey {
+        job_run: run.into(),
+        task_run: "t".into(),
+        source: source.into(),
+        destination: destination.map(Into::into),
+    }
+}
+
+fn failed(records: &[&str]) -> Counts {
+    let failed_rows: Vec<FailedRow> =
+        records.iter().map(|record| FailedRow { record: (*record).to_owned().into(), code: 400 }).collect();
+    Counts { failed: records.len() as u64, failed_rows, ..Counts::default() }
+}
+
+fn status(key: JobKey, counts: Counts) -> JobStatus {
+    JobStatus { key, counts }
+}
+
+fn step(epoch: i64, from: Option<u128>, to: u128) -> [Move; 1] {
+    [Move { partition: Partition(3), epoch, from: from.map(Offset::new), to: Offset::new(to) }]
+}
+
+async fn prepared(url: &str) -> JobStatusStore {
+    let store = JobStatusStore::new(url).expect("a URL of a store");
+    store.migrate().await.expect("migrated");
+    store
+}
+
+async fn tables_are_made_once(url: &str) {
+    let store = JobStatusStore::new(url).expect("a URL of a store");
+    assert!(matches!(store.counts(&"r".into()).await, Err(StoreError::Unmigrated(_))), "there is nothing yet");
+    assert_eq!(store.pending().await.expect("known"), ["counts"]);
+    assert_eq!(store.migrate().await.expect("migrated"), ["counts"]);
+    assert!(store.migrate().await.expect("migrated").is_empty() && store.pending().await.expect("known").is_empty());
+    assert_eq!(store.counts(&"r".into()).await.expect("counts"), BTreeMap::new());
+}
+
+async fn counts_and_positions_move_together(url: &str) {
+    let store = prepared(url).await;
+    let (group, run) = (group(), "run".into());
+    let (first, next) = store.store().take_over(&group, Partition(3)).await.expect("taken over");
+    assert_eq!(next, None);
+    let both =
+        || vec![status(key("run", "s", None), Counts::taken(5)), status(key("run", "s", Some("d")), Counts::passed())];
+    store.add(&group, &step(first, None, 7), both(), at(1)).await.expect("added");
+    // The same again has no effect, and neither has what does not follow.
+    for wrong in [step(first, None, 7), step(first, Some(6), 9), step(first + 1, Some(7), 9)] {
+        let added = store.add(&group, &wrong, both(), at(1)).await;
+        assert!(matches!(added, Err(StoreError::Stale)), "{wrong:?}");
+    }
+    store.add(&group, &step(first, Some(7), 9), both(), at(2)).await.expect("added");
+    let counts = store.counts(&run).await.expect("counts");
+    assert_eq!(counts[&key("run", "s", None)], Counts { taken: 10, ..Counts::default() });
+    assert_eq!(counts[&key("run", "s", Some("d"))], Counts { passed: 2, ..Counts::default() });
+    assert_eq!(store.store().position(&group, Partition(3)).await.expect("known"), Some(Offset::new(9)));
+
+    // Who had it before writes nothing more, and another partition or group has nothing to do with it.
+    let (second, next) = store.store().take_over(&group, Partition(3)).await.expect("taken over");
+    assert_eq!((second > first, next), (true, Some(Offset::new(9))));
+    assert!(matches!(store.add(&group, &step(first, Some(9), 10), both(), at(3)).await, Err(StoreError::Stale)));
+    store.add(&group, &step(second, Some(9), 10), Vec::new(), at(3)).await.expect("added");
+    assert_eq!(store.store().position(&group, Partition(4)).await.expect("known"), None);
+    assert_eq!(store.counts(&run).await.expect("counts"), counts);
+}
+
+async fn two_owners_at_once_count_once(url: &str) {
+    let store = prepared(url).await;
+    let group = group();
+    let (epoch, _) = store.store().take_over(&group, Partition(3)).await.expect("taken over");
+    let (group, store) = (&group, &store);
+    let tries = (0..8).map(|_| async move {
+        let one = vec![status(key("run", "s", None), Counts::taken(1))];
+        store.add(group, &step(epoch, None, 1), one, at(1)).await
+    });
+    let all = futures_util::future::join_all(tries).await;
+    assert_eq!(all.iter().filter(|added| added.is_ok()).count(), 1, "{all:?}");
+    assert!(all.iter().all(|added| matches!(added, Ok(()) | Err(StoreError::Stale | StoreError::Away(_)))), "{all:?}");
+    assert_eq!(store.counts(&"run".into()).await.expect("counts")[&key("run", "s", None)].taken, 1);
+}
+
+async fn failed_rows_are_kept_once_and_told_in_pages(url: &str) {
+    let store = prepared(url).await;
+    let (group, run) = (group(), "run".into());
+    let (epoch, _) = store.store().take_over(&group, Partition(3)).await.expect("taken over");
+    let long = format!("\"{}\"", "x".repeat(4_000));
+    let all = vec![
+        status(key("run", "s", Some("d")), failed(&["1", "2", "2", &long])),
+        status(key("run", "s", None), failed(&["\"a\0b\""])),
+        status(key("run", "r", Some("d")), failed(&["3", "{\"id\":1}"])),
+        status(key("other", "s", Some("d")), failed(&["9"])),
+    ];
+    store.add(&group, &step(epoch, None, 1), all, at(1)).await.expect("added");
+    let again = Counts { failed_rows: vec![FailedRow { record: "1".into(), code: 500 }], ..Counts::default() };
+    store
+        .add(&group, &step(epoch, Some(1), 2), vec![status(key("run", "s", Some("d")), again)], at(2))
+        .await
+        .expect("added");
+    let (mut behind, mut seen) = (Place::default(), Vec::new());
+    loop {
+        let page = store.failed_rows(&run, &behind, 2).await.expect("rows");
+        let Some(last) = page.last() else { break };
+        assert!(page.len() <= 2);
+        behind = last.place.clone();
+        seen.extend(page.into_iter().map(|row| {
+            let to = row.key.destination.map_or_else(String::new, |id| id.to_string());
+            (row.key.source.to_string(), to, String::from_utf8_lossy(&row.row.record).into_owned(), row.row.code)
+        }));
+    }
+    let sources: Vec<(&str, &str)> = seen.iter().map(|row| (row.0.as_str(), row.1.as_str())).collect();
+    assert_eq!(sources, [("r", "d"), ("r", "d"), ("s", ""), ("s", "d"), ("s", "d"), ("s", "d")], "{seen:?}");
+    seen.sort();
+    let records: Vec<&str> = seen.iter().map(|row| row.2.as_str()).collect();
+    assert_eq!(records, ["3", "{\"id\":1}", "\"a\u{FFFD}b\"", long.as_str(), "1", "2"]);
+    assert!(seen.iter().all(|row| row.3 == 400), "the first code stays: {seen:?}");
+
+    assert_eq!(store.keys_of_failed_rows(&run).await.expect("keys").len(), 3);
+    store.forget_rows(&run, &[key("run", "s", Some("d"))]).await.expect("forgotten");
+    assert_eq!(store.failed_rows(&run, &Place::default(), 10).await.expect("rows").len(), 3);
+    store.forget(&[key("run", "s", Some("d"))]).await.expect("forgotten");
+    let left: Vec<JobKey> = store.counts(&run).await.expect("counts").into_keys().collect();
+    assert_eq!(left, [key("run", "r", Some("d")), key("run", "s", None)]);
+    assert_eq!(store.counts(&"other".into()).await.expect("counts").len(), 1);
+}
+
+async fn old_runs_are_forgotten_as_a_whole(url: &str) {
+    let store = prepared(url).await;
+    let group = group();
+    let (epoch, _) = store.store().take_over(&group, Partition(3)).await.expect("taken over");
+    let all = |run: &str| {
+        vec![status(key(run, "s", None), Counts::taken(1)), status(key(run, "s", Some("d")), failed(&["1"]))]
+    };
+    store.add(&group, &step(epoch, None, 1), all("old"), at(10)).await.expect("added");
+    store.add(&group, &step(epoch, Some(1), 2), all("young"), at(10)).await.expect("added");
+    let news = vec![status(key("young", "s", None), Counts::passed())];
+    store.add(&group, &step(epoch, Some(2), 3), news, at(20)).await.expect("added");
+    // The young one's failed row is as old as the other's; its counts are not.
+    assert_eq!(store.expire(at(15)).await.expect("expired"), 4);
+    assert!(store.counts(&"old".into()).await.expect("counts").is_empty());
+    assert_eq!(store.counts(&"young".into()).await.expect("counts").len(), 2);
+    assert!(store.failed_rows(&"young".into(), &Place::default(), 9).await.expect("rows").is_empty());
+}
+
+macro_rules! contract {
+    ($($name:ident)*) => {
+        mod on_sqlite {
+            $(
+                #[tokio::test(flavor = "multi_thread")]
+                async fn $name() {
+                    let folder = tempfile::tempdir().expect("a folder");
+                    super::$name(&format!("sqlite:{}", folder.path().join("store.sqlite").display())).await;
+                }
+            )*
+        }
+
+        mod on_postgres {
+            use crate::support::postgres;
+
+            $(
+                #[tokio::test(flavor = "multi_thread")]
+                async fn $name() {
+                    super::$name(&postgres::database().await).await;
+                }
+            )*
+        }
+    };
+}
+
+contract! {
+    tables_are_made_once
+    counts_and_positions_move_together
+    two_owners_at_once_count_once
+    failed_rows_are_kept_once_and_told_in_pages
+    old_runs_are_forgotten_as_a_whole
+}
