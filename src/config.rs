@@ -110,6 +110,16 @@ pub struct Control {
     pub region: String,
     #[serde(deserialize_with = "some_time")]
     pub poll_interval: Duration,
+    pub suppression: Suppression,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Suppression {
+    /// Empty: nobody is suppressed.
+    pub url: String,
+    #[serde(deserialize_with = "some_time")]
+    pub poll_interval: Duration,
+    pub page_size: usize,
 }
 
 impl std::fmt::Debug for Control {

@@ -1,14 +1,14 @@
 //! The stages of one process, running.
 
+mod edge;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 
 use anyhow::{Context, bail};
 use axum::Router as HttpRouter;
 use tokio::net::TcpListener;
-use tokio_util::task::TaskTracker;
 
 use super::serve::{Admittance, serve};
 use super::{job_status, open, placement, retention};
@@ -31,16 +31,12 @@ use crate::runtime::shutdown::Shutdown;
 use crate::runtime::supervisor::Supervisor;
 use crate::runtime::tally::JobTopic;
 use crate::runtime::transform::{Memory, TransformWork};
-use crate::stages::gateway::webhook::Webhooks;
-use crate::stages::gateway::{
-    self, Admission, Gateway, Intake, JobStatusApi, Limits, Origins, RateLimits, TrustedProxies,
-};
+use crate::stages::gateway::{self, Origins};
 use crate::stages::processor::Processor;
 use crate::stages::reporter::Reporter;
 use crate::stages::router::{Configured, Router};
 use crate::store::job_status::JobStatusStore;
 use crate::telemetry::server::{self, Readiness};
-use crate::transform::http::Sources;
 
 /// A part of the flow that a process can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -199,13 +195,14 @@ pub async fn run<B: Backend>(
             return Ok(());
         }
     }
+    let Some(suppressed) = edge::suppressed(&parts, gateway.is_some()).await? else { return Ok(()) };
     if let Some((until, served)) = waiting {
         until.begin();
         let _ = served.await;
     }
     if let Some(listener) = gateway {
         let listeners = (listener, listeners.internal);
-        start_gateway(&parts, &placements, store.clone(), listeners, &readiness, &mut supervisor)?;
+        edge::start(&parts, &placements, (store.clone(), suppressed), listeners, &readiness, &mut supervisor)?;
     }
     if stages.contains(&Stage::Processor) {
         start_processor(&parts, &placements, &readiness, &mut supervisor);
@@ -327,83 +324,6 @@ pub fn failures(log: &crate::config::Log, placement: Placement, stage: Stage, to
         input,
         group: format!("{prefix}{}", stage.group()),
     }
-}
-
-fn start_gateway<B: Backend>(
-    parts: &Parts<B>,
-    placements: &Placements,
-    store: JobStatusStore,
-    (listener, internal): (TcpListener, Option<TcpListener>),
-    readiness: &Readiness,
-    supervisor: &mut Supervisor,
-) -> anyhow::Result<()> {
-    let settings = &parts.config.gateway;
-    let limits = &settings.limits;
-    let limits =
-        Limits { window: limits.window, source: limits.source, workspace: limits.workspace, own: limits.own.clone() };
-    let gateway = Arc::new(Gateway {
-        admission: Admission::new(
-            parts.log.publisher()?,
-            placements[&Topic::EVENTS],
-            JobTopic(placements[&Topic::JOB_STATUS]),
-        ),
-        workspace: parts.workspace.clone(),
-        clock: parts.clock.clone(),
-        proxies: TrustedProxies::new(settings.trusted_proxies.clone()),
-        origins: Origins::parse(&settings.cors_origins),
-        intake: Intake::new(settings.body_memory, settings.body_timeout),
-        limits: RateLimits::new(limits),
-        most: settings.max_requests,
-        token: settings.internal.token.clone(),
-        open: AtomicUsize::new(0),
-        webhooks: webhooks(parts, placements)?,
-        jobs: job_status_api(parts, placements, store),
-    });
-    let tasks = gateway.webhooks.as_ref().map(|webhooks| webhooks.tasks.clone());
-    let public = gateway::public(Arc::clone(&gateway));
-    let routes = internal.map(|listener| (listener, "internal gateway", gateway::internal(gateway)));
-    for (listener, name, routes) in [(listener, "gateway", public)].into_iter().chain(routes) {
-        let mut ready = readiness.part();
-        let served = serve(listener, routes, admittance(settings), parts.shutdown.clone());
-        let (stop, tasks) = (parts.shutdown.clone(), tasks.clone());
-        supervisor.start(name, async move {
-            ready.set(true);
-            tokio::pin!(served);
-            let ended = tokio::select! {
-                ended = &mut served => ended,
-                () = stop.begun() => {
-                    // Nobody is to come any more, while those who are here are served.
-                    ready.set(false);
-                    served.await
-                }
-            };
-            if let Some(tasks) = tasks {
-                tasks.close();
-                tasks.wait().await;
-            }
-            ended
-        });
-    }
-    Ok(())
-}
-
-fn webhooks<B>(parts: &Parts<B>, placements: &Placements) -> anyhow::Result<Option<Webhooks>> {
-    let Some(service) = open::transformer(&parts.config, &parts.clock)? else { return Ok(None) };
-    let placement = placements[&Topic::PROC_ERRORS];
-    Ok(Some(Webhooks {
-        sources: Sources::new(service),
-        by_get: parts.config.gateway.webhooks_by_get.clone(),
-        failures: failures(&parts.config.log, placement, Stage::Gateway, Topic::PROC_ERRORS),
-        tasks: TaskTracker::new(),
-        shutdown: parts.shutdown.clone(),
-        clock: parts.clock.clone(),
-    }))
-}
-
-fn job_status_api<B: Backend>(parts: &Parts<B>, placements: &Placements, store: JobStatusStore) -> JobStatusApi {
-    let placement = placements[&Topic::JOB_STATUS];
-    let caught_up = job_status::caught_up(parts.log.clone(), store.clone(), placement, parts.clock.clone());
-    JobStatusApi { store, caught_up }
 }
 
 fn start_reporter<B: Backend>(

@@ -4,7 +4,9 @@ pub mod commands;
 pub mod file;
 pub mod follow;
 pub mod kept;
+pub mod regulations;
 pub mod remote;
+pub mod suppression;
 pub mod workspace;
 
 use std::sync::Arc;

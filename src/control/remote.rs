@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use reqwest::header::{ETAG, HeaderMap, HeaderValue, IF_MODIFIED_SINCE, IF_NONE_MATCH, LAST_MODIFIED};
-use reqwest::{Client, StatusCode, Url};
+use reqwest::{Client, RequestBuilder, StatusCode, Url};
 
 /// One answer, whole.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -39,6 +39,39 @@ pub enum RemoteError {
     TooLarge,
     #[error("the control plane's answer is not UTF-8")]
     NotText,
+    #[error("the control plane's answer cannot be used: {0}")]
+    Unusable(String),
+}
+
+/// A client, and the address that a setting names.
+pub(super) fn base(url: &str) -> Result<(Client, Url), RemoteError> {
+    let mut url = Url::parse(url.trim_end_matches('/')).map_err(|_| RemoteError::Address)?;
+    if !["http", "https"].contains(&url.scheme()) || !url.username().is_empty() || url.password().is_some() {
+        return Err(RemoteError::Address);
+    }
+    url.path_segments_mut().map_err(|()| RemoteError::Address)?.pop_if_empty();
+    let client = Client::builder().timeout(PATIENCE).build().map_err(|error| RemoteError::Silent(error.to_string()))?;
+    Ok((client, url))
+}
+
+/// An answer with its body; none of it where it is not that of a success, or of nothing new.
+pub(super) async fn whole(request: RequestBuilder) -> Result<(StatusCode, Vec<u8>, HeaderMap), RemoteError> {
+    // The address may hold a password.
+    let silent = |error: reqwest::Error| RemoteError::Silent(why(&error.without_url()));
+    let mut answer = request.send().await.map_err(silent)?;
+    let (status, headers) = (answer.status(), answer.headers().clone());
+    let mut body = Vec::new();
+    while let Some(chunk) = answer.chunk().await.map_err(silent)? {
+        if body.len() + chunk.len() > MAX_BODY {
+            return Err(RemoteError::TooLarge);
+        }
+        body.extend_from_slice(&chunk);
+    }
+    if !status.is_success() && status != StatusCode::NOT_MODIFIED {
+        let said = String::from_utf8_lossy(&body).chars().take(QUOTED).collect();
+        return Err(RemoteError::Refused(status, said));
+    }
+    Ok((status, body, headers))
 }
 
 /// Asks a control plane. Remembers what it was told last.
@@ -54,13 +87,9 @@ impl Remote {
     /// # Errors
     /// [`RemoteError::Address`].
     pub fn new(settings: &RemoteSettings) -> Result<Self, RemoteError> {
-        let mut url = Url::parse(settings.url.trim_end_matches('/')).map_err(|_| RemoteError::Address)?;
-        if !["http", "https"].contains(&url.scheme()) || !url.username().is_empty() || url.password().is_some() {
-            return Err(RemoteError::Address);
-        }
+        let (client, mut url) = base(&settings.url)?;
         {
             let mut path = url.path_segments_mut().map_err(|()| RemoteError::Address)?;
-            path.pop_if_empty();
             match settings.namespace.as_str() {
                 "" => path.push("workspaceConfig"),
                 namespace => path.extend(["data-plane", "v1", "namespaces", namespace, "config"]),
@@ -72,8 +101,6 @@ impl Remote {
         if !settings.region.is_empty() {
             url.query_pairs_mut().append_pair("region", &settings.region);
         }
-        let client =
-            Client::builder().timeout(PATIENCE).build().map_err(|error| RemoteError::Silent(error.to_string()))?;
         Ok(Self { client, url, token: settings.token.clone(), known: HeaderMap::new() })
     }
 
@@ -82,28 +109,13 @@ impl Remote {
     /// # Errors
     /// [`RemoteError`], without any secret.
     pub async fn fetch(&mut self) -> Result<Option<String>, RemoteError> {
-        // The address may hold a password.
-        let silent = |error: reqwest::Error| RemoteError::Silent(why(&error.without_url()));
         let request = self.client.get(self.url.clone()).basic_auth(&self.token, Some("")).headers(self.known.clone());
-        let mut answer = request.header("content-type", "application/json").send().await.map_err(silent)?;
-        let status = answer.status();
+        let (status, body, headers) = whole(request.header("content-type", "application/json")).await?;
         if status == StatusCode::NOT_MODIFIED {
             return Ok(None);
         }
-        let known = conditions(answer.headers());
-        let mut body = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(silent)? {
-            if body.len() + chunk.len() > MAX_BODY {
-                return Err(RemoteError::TooLarge);
-            }
-            body.extend_from_slice(&chunk);
-        }
-        if !status.is_success() {
-            let said = String::from_utf8_lossy(&body).chars().take(QUOTED).collect();
-            return Err(RemoteError::Refused(status, said));
-        }
         let text = String::from_utf8(body).map_err(|_| RemoteError::NotText)?;
-        self.known = known;
+        self.known = conditions(&headers);
         Ok(Some(text))
     }
 }

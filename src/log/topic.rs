@@ -68,7 +68,7 @@ pub enum TopicError {
 #[derive(Clone, Debug)]
 pub struct Topics(BTreeMap<String, TopicSpec>);
 
-const COMPILED_IN: [(&str, &str); 8] = [
+const COMPILED_IN: [(&str, &str); 9] = [
     ("events.yaml", include_str!("../../topics/events.yaml")),
     ("seen.yaml", include_str!("../../topics/seen.yaml")),
     ("deliveries.yaml", include_str!("../../topics/deliveries.yaml")),
@@ -76,6 +76,7 @@ const COMPILED_IN: [(&str, &str); 8] = [
     ("control.yaml", include_str!("../../topics/control.yaml")),
     ("dead-letters.yaml", include_str!("../../topics/dead-letters.yaml")),
     ("job-status.yaml", include_str!("../../topics/job-status.yaml")),
+    ("suppressions.yaml", include_str!("../../topics/suppressions.yaml")),
     ("proc-errors.yaml", include_str!("../../topics/proc-errors.yaml")),
 ];
 

@@ -19,6 +19,7 @@ impl Topic {
     pub const PROGRESS_ROUTER: Topic = Topic(Cow::Borrowed("progress.router"));
     pub const CONTROL: Topic = Topic(Cow::Borrowed("control"));
     pub const PROC_ERRORS: Topic = Topic(Cow::Borrowed("proc-errors"));
+    pub const SUPPRESSIONS: Topic = Topic(Cow::Borrowed("suppressions"));
     pub const JOB_STATUS: Topic = Topic(Cow::Borrowed("job-status"));
     pub const DEAD_LETTERS: Topic = Topic(Cow::Borrowed("dead-letters"));
 

@@ -47,6 +47,7 @@ catalogue! {
     gateway_events: IntCounterVec "laneway_gateway_events_total" ["source"] "Events that the log has taken.";
     gateway_seconds: HistogramVec "laneway_gateway_request_seconds" [] "Time to answer a request to an ingest endpoint, in seconds.";
     gateway_open: IntGaugeVec "laneway_gateway_open_requests" [] "Requests that are being answered.";
+    gateway_suppressed: IntCounterVec "laneway_gateway_suppressed_events_total" ["source"] "Events of suppressed users, which are not taken.";
     gateway_webhook_failures: IntCounterVec "laneway_gateway_webhook_failures_total" ["source", "reason"] "Webhook requests that became nothing and were kept in proc-errors.";
     processor_events: IntCounterVec "laneway_processor_events_total" ["outcome"] "Events processed: produced, filtered or failed.";
     processor_reasons: IntCounterVec "laneway_processor_reasons_total" ["outcome", "reason"] "Why events were filtered or failed.";
@@ -86,6 +87,8 @@ catalogue! {
     projected: IntCounterVec "laneway_runtime_projected_records_total" ["stage"] "Records written into the store.";
     store_failures: IntCounterVec "laneway_store_failures_total" ["stage"] "Tries to write into the store that failed, and are made again.";
     publishers: IntCounterVec "laneway_runtime_publishers_replaced_total" [] "Kafka producers replaced because their records timed out and nothing was acknowledged meanwhile.";
+    suppressed_users: IntGaugeVec "laneway_control_suppressed_users" [] "Users whose events are not taken: one for each source, or one for all.";
+    suppression_asks: IntCounterVec "laneway_control_suppression_asks_total" ["result"] "Pages of the list of suppressed users asked for: done or failed.";
     config_loads: IntCounterVec "laneway_control_workspace_loads_total" ["result"] "Workspace configurations looked at: applied, unchanged, refused, kept (from the log, at a start), or unreachable (the control plane).";
 }
 

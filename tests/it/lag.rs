@@ -62,7 +62,7 @@ async fn what_waits_is_told_where_it_waits_on_kafka() {
     is_pending(&flow, 7).await;
     let told = flow.command(&["lag", "--over", "1", "--partitions"]);
     let table = String::from_utf8_lossy(&told.stdout).into_owned();
-    assert_eq!(table.lines().count(), 1 + 2 + 24, "a head, two stages, their partitions:\n{table}");
+    assert_eq!(table.lines().count(), 1 + 3 + 36, "a head, three stages, their partitions:\n{table}");
     let whole = table.lines().find(|line| line.starts_with("router") && line.contains(" all ")).expect("the router");
     assert!(whole.contains("+0/s") && whole.ends_with("never, at this rate"), "{table}");
     drains(&flow).await;

@@ -25,5 +25,6 @@ mod sdks;
 mod security;
 mod store_contract;
 mod support;
+mod suppression;
 mod tidy;
 mod webhooks;

@@ -16,10 +16,12 @@ use axum::routing::{MethodRouter, delete, get, post, put};
 
 use crate::clock::Clock;
 use crate::control::Current;
+use crate::control::suppression::Suppressed;
 use crate::control::workspace::Source;
 use crate::log::{LogError, Publisher};
 use crate::model::command::{Action as Wanted, Command};
 use crate::model::event::{Channel, Event};
+use crate::model::json::Object;
 use crate::model::progress::Target;
 use crate::model::record::Addressed;
 use crate::telemetry::metrics::metrics;
@@ -36,7 +38,7 @@ use super::publish::Along;
 use super::reply::{self, Verdict};
 use super::request::{Call, Facts, Refusal, admit, admit_each};
 use super::webhook::{Failed, Made, Webhooks, request_of};
-use super::{Admission, messages, openapi, pixel, source_config};
+use super::{Admission, identity, messages, openapi, pixel, source_config};
 
 /// Bodies above it are parsed off the async threads: it would take longer than half a millisecond.
 const LARGE: usize = 128 * 1024;
@@ -61,6 +63,7 @@ pub struct Gateway<P> {
     /// None: there is no service that knows what webhooks mean.
     pub webhooks: Option<Webhooks>,
     pub jobs: JobStatusApi,
+    pub suppressed: Suppressed,
 }
 
 /// What is answered while the log cannot be had yet: whoever connects is told to come back, instead of waiting.
@@ -251,6 +254,7 @@ async fn store<P: Publisher>(
     along: &Along,
     charged: usize,
 ) -> Result<(), Refusal> {
+    let events = without_suppressed(&gateway.suppressed, events);
     if events.is_empty() {
         return Ok(());
     }
@@ -264,6 +268,24 @@ async fn store<P: Publisher>(
     stored(gateway.admission.publish(records).await)?;
     metrics().gateway_events.with_label_values(&[source.id.as_str()]).inc_by(count as u64);
     Ok(())
+}
+
+/// Without the events of users who are not to be known. Their clients are told nothing of it.
+fn without_suppressed(suppressed: &Suppressed, mut events: Vec<Event>) -> Vec<Event> {
+    if !suppressed.is_empty() {
+        events.retain(|event| !is_suppressed(suppressed, event));
+    }
+    events
+}
+
+fn is_suppressed(suppressed: &Suppressed, event: &Event) -> bool {
+    let object = std::str::from_utf8(&event.payload).ok().and_then(|text| Object::parse(text).ok());
+    let user = object.as_ref().map(|object| object.text_of("userId")).unwrap_or_default();
+    let is_suppressed = suppressed.covers(&event.workspace, &event.source, &identity::clean(&user));
+    if is_suppressed {
+        metrics().gateway_suppressed.with_label_values(&[event.source.as_str()]).inc();
+    }
+    is_suppressed
 }
 
 /// What the client is told of trouble with the log.
@@ -298,7 +320,8 @@ async fn take_messages<P: Publisher>(gateway: &Gateway<P>, request: Request) -> 
     let (parts, body) = request.into_parts();
     let (body, held) = gateway.intake.take(body, &parts.headers, false).await?;
     let workspace = gateway.workspace.get();
-    let (events, mut held) = gateway.intake.work(held, move || messages::admit(&workspace, &body)).await?;
+    let (mut events, mut held) = gateway.intake.work(held, move || messages::admit(&workspace, &body)).await?;
+    events.retain(|(event, _)| gateway.suppressed.is_empty() || !is_suppressed(&gateway.suppressed, event));
     let records = gateway.admission.records(events.iter().map(|(event, along)| (event, along)));
     held.grow(records.iter().map(Addressed::size).sum())?;
     stored(gateway.admission.publish(records).await)?;

@@ -1,0 +1,145 @@
+//! The gateway of a process: what it is made of, and its listeners.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+
+use anyhow::{Context, bail};
+use tokio::net::TcpListener;
+use tokio_util::task::TaskTracker;
+
+use super::{Parts, Placements, Stage, admittance, answered, failures};
+use crate::app::serve::serve;
+use crate::app::{job_status, open};
+use crate::control::regulations::{RegulationSettings, Regulations};
+use crate::control::suppression::{self, Suppressed};
+use crate::log::{Backend, Member};
+use crate::model::id::InstanceId;
+use crate::model::record::Topic;
+use crate::runtime::supervisor::Supervisor;
+use crate::runtime::tally::JobTopic;
+use crate::stages::gateway::webhook::Webhooks;
+use crate::stages::gateway::{
+    self, Admission, Gateway, Intake, JobStatusApi, Limits, Origins, RateLimits, TrustedProxies,
+};
+use crate::store::job_status::JobStatusStore;
+use crate::telemetry::server::Readiness;
+use crate::transform::http::Sources;
+
+pub fn start<B: Backend>(
+    parts: &Parts<B>,
+    placements: &Placements,
+    (store, suppressed): (JobStatusStore, Suppressed),
+    (listener, internal): (TcpListener, Option<TcpListener>),
+    readiness: &Readiness,
+    supervisor: &mut Supervisor,
+) -> anyhow::Result<()> {
+    let settings = &parts.config.gateway;
+    let limits = &settings.limits;
+    let limits =
+        Limits { window: limits.window, source: limits.source, workspace: limits.workspace, own: limits.own.clone() };
+    let gateway = Arc::new(Gateway {
+        admission: Admission::new(
+            parts.log.publisher()?,
+            placements[&Topic::EVENTS],
+            JobTopic(placements[&Topic::JOB_STATUS]),
+        ),
+        workspace: parts.workspace.clone(),
+        clock: parts.clock.clone(),
+        proxies: TrustedProxies::new(settings.trusted_proxies.clone()),
+        origins: Origins::parse(&settings.cors_origins),
+        intake: Intake::new(settings.body_memory, settings.body_timeout),
+        limits: RateLimits::new(limits),
+        most: settings.max_requests,
+        token: settings.internal.token.clone(),
+        open: AtomicUsize::new(0),
+        webhooks: webhooks(parts, placements)?,
+        jobs: job_status_api(parts, placements, store),
+        suppressed,
+    });
+    let tasks = gateway.webhooks.as_ref().map(|webhooks| webhooks.tasks.clone());
+    let public = gateway::public(Arc::clone(&gateway));
+    let routes = internal.map(|listener| (listener, "internal gateway", gateway::internal(gateway)));
+    for (listener, name, routes) in [(listener, "gateway", public)].into_iter().chain(routes) {
+        let mut ready = readiness.part();
+        let served = serve(listener, routes, admittance(settings), parts.shutdown.clone());
+        let (stop, tasks) = (parts.shutdown.clone(), tasks.clone());
+        supervisor.start(name, async move {
+            ready.set(true);
+            tokio::pin!(served);
+            let ended = tokio::select! {
+                ended = &mut served => ended,
+                () = stop.begun() => {
+                    // Nobody is to come any more, while those who are here are served.
+                    ready.set(false);
+                    served.await
+                }
+            };
+            if let Some(tasks) = tasks {
+                tasks.close();
+                tasks.wait().await;
+            }
+            ended
+        });
+    }
+    Ok(())
+}
+
+fn webhooks<B>(parts: &Parts<B>, placements: &Placements) -> anyhow::Result<Option<Webhooks>> {
+    let Some(service) = open::transformer(&parts.config, &parts.clock)? else { return Ok(None) };
+    let placement = placements[&Topic::PROC_ERRORS];
+    Ok(Some(Webhooks {
+        sources: Sources::new(service),
+        by_get: parts.config.gateway.webhooks_by_get.clone(),
+        failures: failures(&parts.config.log, placement, Stage::Gateway, Topic::PROC_ERRORS),
+        tasks: TaskTracker::new(),
+        shutdown: parts.shutdown.clone(),
+        clock: parts.clock.clone(),
+    }))
+}
+
+/// The users whose events are not taken, once there is a list. None: the process was told to stop meanwhile.
+pub async fn suppressed<B: Backend>(parts: &Parts<B>, is_gateway: bool) -> anyhow::Result<Option<Suppressed>> {
+    if !is_gateway || parts.config.control.suppression.url.is_empty() {
+        return Ok(Some(Suppressed::default()));
+    }
+    let list = async || {
+        let (log, clock) = (&parts.log, parts.clock.clone());
+        Ok(suppression::follow(log, regulations(parts)?, asker(parts), clock).await?)
+    };
+    answered(parts, list).await
+}
+
+fn regulations<B>(parts: &Parts<B>) -> anyhow::Result<Regulations> {
+    let (control, own) = (&parts.config.control, &parts.config.control.suppression);
+    let workspace = parts.workspace.get().id.to_string();
+    if control.namespace.is_empty() && workspace.is_empty() {
+        bail!("control.suppression: the workspace configuration has no workspaceId");
+    }
+    let settings = RegulationSettings {
+        url: own.url.clone(),
+        token: control.token.clone(),
+        namespace: control.namespace.clone(),
+        workspace,
+        page_size: own.page_size.max(1),
+        poll_interval: own.poll_interval,
+    };
+    Regulations::new(settings, parts.clock.clone()).context("control.suppression.url")
+}
+
+/// The member that asks for suppressed users.
+fn asker<B>(parts: &Parts<B>) -> Member {
+    Member {
+        group: "laneway.suppressions".into(),
+        instance: InstanceId::from(parts.instance.as_str()),
+        topic: Topic::SUPPRESSIONS,
+        outputs: vec![Topic::SUPPRESSIONS],
+        session_timeout: parts.config.runtime.session_timeout,
+        revoke_drain: parts.config.runtime.revoke_drain,
+    }
+}
+
+fn job_status_api<B: Backend>(parts: &Parts<B>, placements: &Placements, store: JobStatusStore) -> JobStatusApi {
+    let placement = placements[&Topic::JOB_STATUS];
+    let caught_up = job_status::caught_up(parts.log.clone(), store.clone(), placement, parts.clock.clone());
+    JobStatusApi { store, caught_up }
+}

@@ -1,0 +1,284 @@
+//! Users whose events are not taken: asked for at a control plane ([`super::regulations`]), kept in the topic `suppressions`, and in force
+//! from there, so that all gateways have the same list, and start with it when the control plane is away.
+//!
+//! One gateway asks and writes: the one that has the topic's partition as a member of a group. What it writes and how far it has asked go
+//! together, in one commit. Until the list was asked for to its end once, nobody has it, and no gateway takes events.
+//!
+//! A digest of workspace, user and source stands for them, in the topic and in memory: 16 bytes each, and no names.
+
+use std::collections::HashSet;
+use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use md5::{Digest, Md5};
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Clock;
+use crate::log::{Backend, Commit, Committed, Limit, LogError, Member, Polled, Read, Reader, Session};
+use crate::model::codec;
+use crate::model::command::Control;
+use crate::model::id::{SourceId, WorkspaceId};
+use crate::model::record::{Addressed, Epoch, Headers, Offset, Partition, Record, Topic, header};
+use crate::telemetry::metrics::metrics;
+
+use super::regulations::{Item, Page, Regulations};
+
+const PARTITION: Partition = Partition(0);
+const READ: Limit = Limit { records: 5_000, bytes: 4 << 20 };
+const KIND: &str = "suppression";
+/// The key of the record that says how far the list was asked for.
+const ASKED: &str = "asked";
+const AGAIN: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The list. Clones see the same one.
+#[derive(Clone, Default)]
+pub struct Suppressed(Arc<RwLock<List>>);
+
+#[derive(Default)]
+struct List {
+    users: HashSet<u128>,
+    asked: Asked,
+}
+
+/// How far the list was asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Asked {
+    /// None: not at all.
+    token: Option<String>,
+    /// To its end, once.
+    is_whole: bool,
+}
+
+impl Suppressed {
+    /// Nobody at all: nothing is to be looked up.
+    pub fn is_empty(&self) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).users.is_empty()
+    }
+
+    /// Whether this user's events are not taken from this source. `user`: the event's `userId`, cleaned.
+    pub fn covers(&self, workspace: &WorkspaceId, source: &SourceId, user: &str) -> bool {
+        let list = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let is_there = |source: &str| list.users.contains(&digest(workspace.as_str(), user, source));
+        !user.is_empty() && (is_there("") || is_there(source.as_str()))
+    }
+
+    fn asked(&self) -> Asked {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).asked.clone()
+    }
+}
+
+impl List {
+    fn take(&mut self, record: &Record) {
+        let key = record.key.as_deref().unwrap_or_default();
+        let key = std::str::from_utf8(key).unwrap_or_default();
+        if key == ASKED {
+            let said = record.value.as_ref().and_then(|value| codec::decode::<Control>(value).ok());
+            match said.and_then(|control| serde_json::from_slice(&control.payload).ok()) {
+                Some(asked) => self.asked = asked,
+                None => tracing::error!(offset = %record.offset, "how far the list was asked for cannot be read"),
+            }
+            return;
+        }
+        match (u128::from_str_radix(key, 16), record.value.is_some()) {
+            (Ok(user), true) => drop(self.users.insert(user)),
+            (Ok(user), false) => drop(self.users.remove(&user)),
+            (Err(_), _) => tracing::error!(offset = %record.offset, "a suppressed user's record has another key"),
+        }
+        metrics().suppressed_users.with_label_values::<&str>(&[]).set(self.users.len() as i64);
+    }
+}
+
+/// `source` is empty for all of them.
+fn digest(workspace: &str, user: &str, source: &str) -> u128 {
+    let mut digest = Md5::new();
+    for part in [workspace, user, source] {
+        digest.update((part.len() as u32).to_le_bytes());
+        digest.update(part);
+    }
+    u128::from_be_bytes(digest.finalize().into())
+}
+
+/// Returns when there is a list, and goes on following it, and asking for it, as long as somebody has it.
+///
+/// # Errors
+/// A log that cannot be read. A control plane that does not answer is waited for, where nothing is kept yet.
+pub async fn follow<B: Backend>(
+    log: &B,
+    regulations: Regulations,
+    member: Member,
+    clock: Clock,
+) -> Result<Suppressed, LogError> {
+    let mut reader = log.reader(&Topic::SUPPRESSIONS, PARTITION, Offset::START).await?;
+    let mut list = List::default();
+    while let Read::Records(records) = reader.read(READ).await? {
+        records.iter().for_each(|record| list.take(record));
+    }
+    let suppressed = Suppressed(Arc::new(RwLock::new(list)));
+    tokio::spawn(read_on(reader, Arc::downgrade(&suppressed.0), clock.clone()));
+    tokio::spawn(ask_on(log.clone(), regulations, member, Arc::downgrade(&suppressed.0), clock.clone()));
+    while !suppressed.asked().is_whole {
+        clock.sleep(LOOK).await;
+    }
+    Ok(suppressed)
+}
+
+async fn read_on<R: Reader>(mut reader: R, list: Weak<RwLock<List>>, clock: Clock) {
+    loop {
+        let read = reader.read(READ).await;
+        let Some(list) = list.upgrade() else { return };
+        match read {
+            Ok(Read::Records(records)) => {
+                let mut list = list.write().unwrap_or_else(PoisonError::into_inner);
+                records.iter().for_each(|record| list.take(record));
+            }
+            Ok(Read::End) => {}
+            Err(error) => {
+                tracing::warn!(%error, "suppressed users cannot be read, trying again");
+                clock.sleep(AGAIN).await;
+            }
+        }
+    }
+}
+
+/// Asks whenever this process is the one that does.
+async fn ask_on<B: Backend>(log: B, regulations: Regulations, member: Member, list: Weak<RwLock<List>>, clock: Clock) {
+    while list.strong_count() > 0 {
+        let ended = match log.session(member.clone()).await {
+            Ok(mut session) => {
+                let ended = own(&mut session, &regulations, &list, &clock).await;
+                session.close().await;
+                ended
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::warn!(%error, "the session of suppressed users ended, building a new one");
+        }
+        clock.sleep(AGAIN).await;
+    }
+}
+
+async fn own<S: Session>(
+    session: &mut S,
+    regulations: &Regulations,
+    list: &Weak<RwLock<List>>,
+    clock: &Clock,
+) -> Result<(), LogError> {
+    let (mut owner, mut asked, mut due) = (None, Asked::default(), clock.instant());
+    while let Some(current) = list.upgrade().map(Suppressed) {
+        let polled = tokio::select! {
+            polled = session.poll(Limit { records: 1, bytes: 1 }) => polled?,
+            () = clock.sleep_until(due), if owner.is_some() => Polled::Idle,
+        };
+        match polled {
+            Polled::Assigned(given) => {
+                // What the last owner has committed is read by now, or is asked for again, in the same order.
+                (owner, asked, due) = (given.first().map(|it| it.epoch), current.asked(), clock.instant());
+            }
+            Polled::Revoked(_) | Polled::Lost(_) => owner = None,
+            Polled::Records(_) | Polled::Idle => {}
+        }
+        drop(current);
+        let Some(epoch) = owner.filter(|_| clock.instant() >= due) else { continue };
+        match regulations.page(asked.token.as_deref()).await {
+            Err(error) => {
+                count("failed");
+                tracing::warn!(%error, "suppressed users cannot be asked for, the list that is kept stays in force");
+                // Nobody takes events before there is one.
+                due = clock.instant() + if asked.is_whole { regulations.settings().poll_interval } else { AGAIN };
+            }
+            Ok(page) => {
+                let is_last = page.items.len() < regulations.settings().page_size;
+                asked = Asked { token: Some(page.token.clone()), is_whole: asked.is_whole || is_last };
+                session.commit(Arc::new(commit(&page, &asked, epoch))).await?;
+                count("done");
+                due = clock.instant() + if is_last { regulations.settings().poll_interval } else { Duration::ZERO };
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A page, and how far the list was asked for with it.
+fn commit(page: &Page, asked: &Asked, epoch: Epoch) -> Commit {
+    let mut outputs: Vec<Addressed> = page.items.iter().flat_map(records).collect();
+    let payload = serde_json::to_vec(asked).unwrap_or_default().into();
+    outputs.push(record(ASKED.to_owned(), Some((0, payload))));
+    // It binds the commit to the ownership: who has lost it writes nothing.
+    let position = Committed { offset: Offset::START, metadata: String::new() };
+    Commit { outputs, offsets: [(PARTITION, (epoch, position))].into() }
+}
+
+fn records(item: &Item) -> Vec<Addressed> {
+    let all = [String::new()];
+    let sources = if item.source_ids.is_empty() { &all[..] } else { &item.source_ids };
+    let created = item.created_at().micros().max(0).unsigned_abs();
+    let of = |source: &String| {
+        let key = format!("{:032x}", digest(&item.workspace_id, &item.user_id, source));
+        record(key, (!item.canceled).then(|| (created, Bytes::new())))
+    };
+    sources.iter().map(of).collect()
+}
+
+fn record(key: String, said: Option<(u64, Bytes)>) -> Addressed {
+    let mut headers = Headers::new();
+    headers.push_text(header::CONTENT_TYPE, header::AVRO);
+    let value = said.map(|(version, payload)| {
+        codec::encode(&Control { kind: KIND.into(), id: key.clone(), version, payload }).into()
+    });
+    Addressed { topic: Topic::SUPPRESSIONS, partition: PARTITION, key: Some(key.into()), value, headers }
+}
+
+fn count(result: &str) {
+    metrics().suppression_asks.with_label_values(&[result]).inc();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Timestamp;
+
+    fn item(user: &str, canceled: bool, sources: &[&str]) -> Item {
+        Item {
+            workspace_id: "w".into(),
+            user_id: user.into(),
+            canceled,
+            created_at: "2026-01-01T00:00:00Z".into(),
+            source_ids: sources.iter().map(|source| (*source).to_owned()).collect(),
+        }
+    }
+
+    fn taken(suppressed: &Suppressed, items: Vec<Item>, asked: &Asked) {
+        let commit = commit(&Page { items, token: "t".into() }, asked, Epoch(1));
+        for output in commit.outputs {
+            let record = Record {
+                partition: PARTITION,
+                offset: Offset::START,
+                timestamp: Timestamp::default(),
+                key: output.key,
+                value: output.value,
+                headers: output.headers,
+            };
+            suppressed.0.write().unwrap().take(&record);
+        }
+    }
+
+    #[test]
+    fn users_are_suppressed_at_all_sources_or_some_until_that_ends() {
+        let suppressed = Suppressed::default();
+        let covers = |user: &str, source: &str| suppressed.covers(&"w".into(), &source.into(), user);
+        let asked = Asked { token: Some("t".into()), is_whole: true };
+        taken(&suppressed, vec![item("a", false, &[]), item("b", false, &["s1", "s2"])], &asked);
+        assert!(covers("a", "s1") && covers("a", "s9") && covers("b", "s1") && covers("b", "s2"));
+        assert!(!covers("b", "s3") && !covers("c", "s1") && !covers("", "s1"));
+        assert!(!suppressed.covers(&"other".into(), &"s1".into(), "a"), "of another workspace");
+        assert_eq!(suppressed.asked(), asked);
+        // Only what was said is taken back.
+        taken(&suppressed, vec![item("a", true, &["s1"]), item("b", true, &["s1"])], &asked);
+        assert!(covers("a", "s1") && !covers("b", "s1") && covers("b", "s2"));
+        taken(&suppressed, vec![item("a", true, &[]), item("b", true, &["s2"])], &asked);
+        assert!(suppressed.is_empty());
+    }
+}
