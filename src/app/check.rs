@@ -131,6 +131,10 @@ async fn store(config: &Config) -> Finding {
     let remedy =
         "is it up, reachable from here, and is store.url right? Events are delivered without it; job status waits";
     let file = open::store_file(&open::store_url(config));
+    if file.is_some() && config.log.backend == BackendKind::Kafka {
+        let says = "it is a file: reporters and gateways on several machines would each have their own";
+        return Finding::warning(subject, says, "name a Postgres (store.url), unless all of it runs on this machine");
+    }
     if file.is_some_and(|file| !file.exists()) {
         return Finding::ok(subject, "the reporter makes it at its start");
     }

@@ -4,7 +4,7 @@ mod edge;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, bail};
 use axum::Router as HttpRouter;
@@ -16,6 +16,7 @@ use crate::clock::Clock;
 use crate::config::{BackendKind, Config};
 use crate::control::follow::{self, FollowError};
 use crate::control::remote::RemoteSettings;
+use crate::control::uploads::Uploads;
 use crate::control::{Current, commands};
 use crate::delivery::http::{Client, ClientSettings, Guard};
 use crate::log::partitioner::Placement;
@@ -31,7 +32,9 @@ use crate::runtime::shutdown::Shutdown;
 use crate::runtime::supervisor::Supervisor;
 use crate::runtime::tally::JobTopic;
 use crate::runtime::transform::{Memory, TransformWork};
+use crate::runtime::watch;
 use crate::stages::gateway::{self, Origins};
+use crate::stages::live::{Live, Waiting};
 use crate::stages::processor::Processor;
 use crate::stages::reporter::Reporter;
 use crate::stages::router::{Configured, Router};
@@ -45,10 +48,11 @@ pub enum Stage {
     Processor,
     Router,
     Reporter,
+    Live,
 }
 
 impl Stage {
-    pub const ALL: [Stage; 4] = [Stage::Gateway, Stage::Processor, Stage::Router, Stage::Reporter];
+    pub const ALL: [Stage; 5] = [Stage::Gateway, Stage::Processor, Stage::Router, Stage::Reporter, Stage::Live];
 
     pub fn as_str(self) -> &'static str {
         match self {
@@ -56,6 +60,7 @@ impl Stage {
             Stage::Processor => "processor",
             Stage::Router => "router",
             Stage::Reporter => "reporter",
+            Stage::Live => "live",
         }
     }
 
@@ -68,7 +73,7 @@ impl Stage {
     pub fn input(self) -> Option<Topic> {
         match self {
             Stage::Gateway => None,
-            Stage::Processor => Some(Topic::EVENTS),
+            Stage::Processor | Stage::Live => Some(Topic::EVENTS),
             Stage::Router => Some(Topic::DELIVERIES),
             Stage::Reporter => Some(Topic::JOB_STATUS),
         }
@@ -88,6 +93,21 @@ pub struct Parts<B> {
     pub shutdown: Shutdown,
     /// Start with another placement of users than the one in force, whatever waits.
     pub break_order: bool,
+    pub store: StoreCell,
+}
+
+/// The store of this process, opened by the first who wants it: most processes do not.
+#[derive(Default)]
+pub struct StoreCell(OnceLock<JobStatusStore>);
+
+impl StoreCell {
+    fn get(&self, config: &Config) -> anyhow::Result<JobStatusStore> {
+        if let Some(store) = self.0.get() {
+            return Ok(store.clone());
+        }
+        let store = open::job_status(config)?;
+        Ok(self.0.get_or_init(|| store).clone())
+    }
 }
 
 /// Where the process listens.
@@ -177,17 +197,9 @@ pub async fn run<B: Backend>(
         }
         None => (None, None),
     };
-    let store = open::job_status(&parts.config)?;
     let Some(placements) = answered(&parts, async || placements(&parts).await).await? else { return Ok(()) };
-    if let Some(settings) = &parts.control_plane {
-        let followed = async || match follow::follow(&parts.log, settings, parts.clock.clone()).await {
-            Ok(workspace) => Ok(workspace),
-            Err(FollowError::Log(error)) => Err(error.into()),
-            Err(FollowError::Remote(error)) => Err(error.into()),
-        };
-        let Some(workspace) = answered(&parts, followed).await? else { return Ok(()) };
-        parts.workspace = workspace;
-    }
+    let Some(workspace) = workspace(&parts).await? else { return Ok(()) };
+    parts.workspace = workspace;
     let mut router = None;
     if stages.contains(&Stage::Router) {
         router = answered(&parts, async || Standing::read(&parts).await).await?;
@@ -202,7 +214,7 @@ pub async fn run<B: Backend>(
     }
     if let Some(listener) = gateway {
         let listeners = (listener, listeners.internal);
-        edge::start(&parts, &placements, (store.clone(), suppressed), listeners, &readiness, &mut supervisor)?;
+        edge::start(&parts, &placements, suppressed, listeners, &readiness, &mut supervisor)?;
     }
     if stages.contains(&Stage::Processor) {
         start_processor(&parts, &placements, &readiness, &mut supervisor);
@@ -211,7 +223,10 @@ pub async fn run<B: Backend>(
         start_router(&parts, &placements, standing, &readiness, &mut supervisor)?;
     }
     if stages.contains(&Stage::Reporter) {
-        start_reporter(&parts, store, &readiness, &mut supervisor);
+        start_reporter(&parts, &readiness, &mut supervisor)?;
+    }
+    if stages.contains(&Stage::Live) {
+        start_live(&parts, &readiness, &mut supervisor)?;
     }
     starting.set(true);
     let ended = supervisor.join().await;
@@ -219,6 +234,17 @@ pub async fn run<B: Backend>(
     // It has no requests of its own to lose.
     let _ = admin_task.await;
     ended.map_err(|error| anyhow::anyhow!(error))
+}
+
+/// The workspace to go by. None: the process was told to stop meanwhile.
+async fn workspace<B: Backend>(parts: &Parts<B>) -> anyhow::Result<Option<Current>> {
+    let Some(settings) = &parts.control_plane else { return Ok(Some(parts.workspace.clone())) };
+    let followed = async || match follow::follow(&parts.log, settings, parts.clock.clone()).await {
+        Ok(workspace) => Ok(workspace),
+        Err(FollowError::Log(error)) => Err(error.into()),
+        Err(FollowError::Remote(error)) => Err(error.into()),
+    };
+    answered(parts, followed).await
 }
 
 /// While the log does not answer it is asked again, so often.
@@ -291,7 +317,7 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
             instance: InstanceId::from(parts.instance.as_str()),
             topic,
             outputs: match stage {
-                Stage::Gateway | Stage::Reporter => Vec::new(),
+                Stage::Gateway | Stage::Reporter | Stage::Live => Vec::new(),
                 Stage::Processor => {
                     // Redrives write to `events` and end; who reads it watches over what they leave.
                     vec![Topic::EVENTS, Topic::DELIVERIES, Topic::PROC_ERRORS, Topic::EVENTS_SEEN, Topic::JOB_STATUS]
@@ -328,16 +354,16 @@ pub fn failures(log: &crate::config::Log, placement: Placement, stage: Stage, to
 
 fn start_reporter<B: Backend>(
     parts: &Parts<B>,
-    store: JobStatusStore,
     readiness: &Readiness,
     supervisor: &mut Supervisor,
-) {
+) -> anyhow::Result<()> {
+    let (store, file) = (parts.store.get(&parts.config)?, open::store_file(&open::store_url(&parts.config)));
     let (stop, clock, keep) = (parts.shutdown.clone(), parts.clock.clone(), parts.config.reporter.job_retention);
     let (log, settings) = (parts.log.clone(), settings(parts, Stage::Reporter, Topic::JOB_STATUS));
     let part = readiness.part();
     supervisor.start("reporter", async move {
         tokio::select! {
-            () = open::prepare(&store, &clock) => {}
+            () = open::prepare(&store, file.as_deref(), &clock) => {}
             () = stop.begun() => return Ok(()),
         }
         let expiring = async {
@@ -354,6 +380,31 @@ fn start_reporter<B: Backend>(
             () = expiring => Ok(()),
         }
     });
+    Ok(())
+}
+
+/// Without a control plane nobody looks.
+fn start_live<B: Backend>(parts: &Parts<B>, readiness: &Readiness, supervisor: &mut Supervisor) -> anyhow::Result<()> {
+    let Some(settings) = &parts.control_plane else { return Ok(()) };
+    let uploads = Uploads::new(settings)?;
+    let live =
+        Live { workspace: parts.workspace.clone(), uploads, clock: parts.clock.clone(), waiting: Waiting::default() };
+    let live = Arc::new(live);
+    let watching = watch::run(
+        parts.log.clone(),
+        Arc::clone(&live),
+        self::settings(parts, Stage::Live, Topic::EVENTS),
+        parts.clock.clone(),
+        parts.shutdown.clone(),
+        readiness.part(),
+    );
+    supervisor.start("live", async move {
+        tokio::select! {
+            ended = watching => ended,
+            () = live.upload() => Ok(()),
+        }
+    });
+    Ok(())
 }
 
 fn start_processor<B: Backend>(

@@ -29,7 +29,11 @@ pub fn caught_up<B: Backend>(log: B, store: JobStatusStore, placement: Placement
     Arc::new(move |run| {
         let (log, store, clock) = (log.clone(), store.clone(), clock.clone());
         let partition = placement.place("", run.as_str());
-        async move { waited(&log, &store, partition, &clock).await.unwrap_or(false) }.boxed()
+        async move {
+            let waiting = tokio::time::timeout(PATIENCE * 2, waited(&log, &store, partition, &clock));
+            matches!(waiting.await, Ok(Ok(true)))
+        }
+        .boxed()
     })
 }
 
@@ -41,13 +45,21 @@ async fn waited<B: Backend>(
 ) -> Result<bool, LogError> {
     let (admin, until) = (log.admin()?, clock.instant() + PATIENCE);
     let end = admin.watermarks(&Topic::JOB_STATUS, partition).await?.end;
+    // A reader costs a connection: it is opened where something has moved.
+    let mut looked_at = None;
     loop {
         let marks = admin.watermarks(&Topic::JOB_STATUS, partition).await?;
         // A store that does not answer says so when it is asked for the counts.
         let at = store.store().position(&group(), partition).await.ok().flatten().unwrap_or(marks.start);
         let is_decided = marks.stable >= end;
-        if is_decided && (at >= end || nothing_between(log, partition, at, end).await?) {
+        if is_decided && at >= end {
             return Ok(true);
+        }
+        if is_decided && looked_at != Some(at) {
+            looked_at = Some(at);
+            if nothing_between(log, partition, at, end).await? {
+                return Ok(true);
+            }
         }
         if clock.instant() > until {
             return Ok(false);

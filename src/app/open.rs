@@ -140,17 +140,12 @@ pub fn transformer(config: &Config, clock: &Clock) -> Result<Option<Service>, Se
     }
 }
 
-/// The store of job status. SQLite's file has the folder that it needs.
+/// The store of job status. Nothing is asked or made yet.
 ///
 /// # Errors
-/// Where `store.url` is none of a store, or the folder cannot be made.
+/// Where `store.url` is none of a store.
 pub fn job_status(config: &Config) -> anyhow::Result<JobStatusStore> {
-    let url = store_url(config);
-    let file = store_file(&url);
-    if let Some(folder) = file.as_deref().and_then(Path::parent).filter(|folder| !folder.as_os_str().is_empty()) {
-        std::fs::create_dir_all(folder).with_context(|| format!("store.url: {}", folder.display()))?;
-    }
-    Ok(JobStatusStore::new(&url)?)
+    Ok(JobStatusStore::new(&store_url(config))?)
 }
 
 /// Where the store is.
@@ -169,8 +164,13 @@ pub fn store_file(url: &str) -> Option<PathBuf> {
 }
 
 /// Prepares a store that is a file of this machine; another one is its operator's affair.
-pub async fn prepare(store: &JobStatusStore, clock: &Clock) {
+pub async fn prepare(store: &JobStatusStore, file: Option<&Path>, clock: &Clock) {
     while store.store().is_sqlite() {
+        if let Some(folder) = file.and_then(Path::parent).filter(|folder| !folder.as_os_str().is_empty())
+            && let Err(error) = std::fs::create_dir_all(folder)
+        {
+            tracing::warn!(%error, folder = %folder.display(), "the store's folder cannot be made");
+        }
         match store.migrate().await {
             Ok(_) => return,
             Err(error) => tracing::warn!(%error, "the store is not prepared yet"),

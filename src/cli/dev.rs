@@ -9,7 +9,7 @@ use clap::Args;
 use super::output::Output;
 use super::run::{apply, event_partitions, shutdown_on_signal};
 use super::{ConfigArgs, Usage};
-use crate::app::engine::{self, Listeners, Listening, Parts, Stage};
+use crate::app::engine::{self, Listeners, Listening, Parts, Stage, StoreCell};
 use crate::app::inbox::Inbox;
 use crate::app::open::{self, AnyLog};
 use crate::clock::Clock;
@@ -91,6 +91,7 @@ impl Dev {
                 clock,
                 shutdown,
                 break_order: false,
+                store: StoreCell::default(),
             };
             engine::run(parts, &Stage::ALL, listeners, inbox).await
         });

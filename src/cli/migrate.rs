@@ -1,5 +1,6 @@
 //! `laneway migrate`: prepares the store.
 
+use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 
@@ -18,7 +19,11 @@ pub struct Migrate {
 
 impl Migrate {
     pub async fn run(&self) -> anyhow::Result<()> {
-        let store = open::job_status(&self.common.config.load(&[], &[])?)?;
+        let config = self.common.config.load(&[], &[])?;
+        let store = open::job_status(&config)?;
+        if let Some(folder) = open::store_file(&open::store_url(&config)).as_deref().and_then(std::path::Path::parent) {
+            std::fs::create_dir_all(folder).with_context(|| format!("store.url: {}", folder.display()))?;
+        }
         let done = if self.dry_run { store.pending().await? } else { store.migrate().await? };
         match self.common.output {
             Output::Json => drop(line(&json!({"job_status": done, "executed": !self.dry_run}).to_string())),

@@ -4,7 +4,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 
 use super::{ConfigArgs, Usage, signalled};
-use crate::app::engine::{self, Listeners, Parts, Stage};
+use crate::app::engine::{self, Listeners, Parts, Stage, StoreCell};
 use crate::app::open::{self, AnyLog};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config};
@@ -20,7 +20,7 @@ use crate::with_log;
 
 #[derive(Args)]
 pub struct Run {
-    /// gateway, processor, router, reporter; several separated by commas; or all.
+    /// gateway, processor, router, reporter, live; several separated by commas; or all.
     #[arg(value_name = "STAGE[,STAGE…]")]
     stages: String,
     /// Start with another placement of users (partitions, isolate_by, spread) than the one in force, although deliveries wait:
@@ -41,6 +41,9 @@ impl Run {
                 "the embedded log belongs to one process: run all stages in it (`laneway run all`), or use log.backend = \"kafka\""
                     .into()
             ));
+        }
+        if stages == [Stage::Live] && config.control.url.is_empty() {
+            bail!(Usage("live uploads events to a control plane: it needs control.url".into()));
         }
         let clock = Clock::system();
         let (workspace, watch) = match open::control_plane(&config) {
@@ -64,7 +67,7 @@ impl Run {
             let log = log.clone();
             let control_plane = open::control_plane(&config);
             let break_order = self.break_order;
-            let parts = Parts { log, config, topics, workspace, control_plane, instance, clock, shutdown, break_order };
+            let parts = Parts { log, config, topics, workspace, control_plane, instance, clock, shutdown, break_order, store: StoreCell::default() };
             engine::run(parts, &stages, listeners, axum::Router::new()).await
         });
         if let Some(following) = following {

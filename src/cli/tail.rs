@@ -14,14 +14,22 @@ use crate::model::command::Control;
 use crate::model::delivery::{Delivery, Payload};
 use crate::model::event::Event;
 use crate::model::failure::Failure;
+use crate::model::job_status::JobStatus;
 use crate::model::progress::Progress;
-use crate::model::record::{Offset, Partition, Record, Topic};
+use crate::model::record::{Offset, Partition, Record, Topic, header};
 use crate::with_log;
 
 #[derive(Args)]
 pub struct Tail {
-    /// events, deliveries, progress.router, control, dead-letters or proc-errors.
+    /// events, deliveries, dead-letters, proc-errors, job-status, control, …
+    #[arg(default_value = "events")]
     topic: String,
+    /// Only records of this source.
+    #[arg(long, value_name = "ID")]
+    source: Option<String>,
+    /// Only records of this destination.
+    #[arg(long, value_name = "ID")]
+    destination: Option<String>,
     /// Begin with the earliest record, instead of what comes from now on.
     #[arg(long)]
     from_start: bool,
@@ -66,7 +74,7 @@ impl Tail {
         loop {
             tokio::select! {
                 record = printed.recv() => match record {
-                    Some(record) if self.print(&record) => {}
+                    Some(record) if !self.is_meant(&record) || self.print(&record) => {}
                     Some(_) => return Ok(()),
                     None => break,
                 },
@@ -78,6 +86,13 @@ impl Tail {
             ended??;
         }
         Ok(())
+    }
+
+    fn is_meant(&self, record: &Record) -> bool {
+        let is = |wanted: &Option<String>, name: &str| {
+            wanted.as_deref().is_none_or(|wanted| record.headers.text(name) == Some(wanted))
+        };
+        is(&self.source, header::SOURCE) && is(&self.destination, header::DESTINATION)
     }
 
     /// False where nobody reads any more.
@@ -160,7 +175,13 @@ fn show(topic: &str, value: &bytes::Bytes) -> Value {
                 "partition": failure.partition.0, "offset": failure.offset.to_string(),
             })
         }),
-        "control" => codec::decode::<Control>(value).map(|control| {
+        "job-status" => codec::decode::<JobStatus>(value).map(|JobStatus { key, counts }| {
+            json!({
+                "job_run": key.job_run, "task_run": key.task_run, "source": key.source, "destination": key.destination,
+                "in": counts.taken, "out": counts.passed, "failed": counts.failed, "failed_records": counts.failed_rows.len(),
+            })
+        }),
+        "control" | "suppressions" => codec::decode::<Control>(value).map(|control| {
             json!({"kind": control.kind, "id": control.id, "version": control.version, "payload": text(&control.payload)})
         }),
         _ => codec::decode::<Progress>(value).map(|progress| json!(format!("{progress:?}"))),

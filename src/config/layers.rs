@@ -198,7 +198,7 @@ fn is_all_variable(text: &str) -> bool {
 /// By its name: librdkafka has many, and new ones.
 fn is_secret(key: &str) -> bool {
     const WORDS: [&str; 7] = ["password", "secret", "token", "jaas", "pem", "assertion", "sasl.oauthbearer.config"];
-    let is_of_somebody = [PROPERTIES, "log.schema_registry.", "gateway.internal.", "control."]
+    let is_of_somebody = [PROPERTIES, "log.schema_registry.", "gateway.internal.", "control.", "store."]
         .iter()
         .any(|section| key.starts_with(section));
     is_of_somebody && WORDS.iter().any(|word| key.contains(word))

@@ -7,6 +7,7 @@ pub mod kept;
 pub mod regulations;
 pub mod remote;
 pub mod suppression;
+pub mod uploads;
 pub mod workspace;
 
 use std::sync::Arc;

@@ -60,6 +60,11 @@ pub struct SourceDefinition {
 }
 
 impl Source {
+    /// Somebody looks at its events in the control plane.
+    pub fn is_watched(&self) -> bool {
+        self.enabled && self.config.get("eventUpload") == Some(&Value::Bool(true))
+    }
+
     pub fn is_webhook(&self) -> bool {
         self.definition.category == "webhook"
     }

@@ -89,7 +89,11 @@ impl Tally {
     /// What was counted so far, each record small enough for a topic; nothing is left of it here.
     pub fn take(&mut self) -> Vec<JobStatus> {
         let mut all = Vec::new();
-        for (key, mut counts) in std::mem::take(&mut self.0) {
+        // What destinations are to do comes before what their source has done: whoever reads only a part of it takes nothing for
+        // completed that is not.
+        let (destinations, sources): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.0).into_iter().partition(|(key, _)| key.destination.is_some());
+        for (key, mut counts) in destinations.into_iter().chain(sources) {
             let rows = std::mem::take(&mut counts.failed_rows);
             let (mut part, mut bytes) = (counts, 0);
             for row in rows {

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! [`driver`] is shared; [`transform`] (topic to topic, exactly once) and [`deliver`] (topic to the outside world, in order per
-//! user) are what runs inside a worker. A worker owns its partition: one task, no locks.
+//! user) are what runs inside a worker. A worker owns its partition: one task, no locks. [`project`] (topic to store, exactly
+//! once) and [`watch`] (a topic as it goes by, for people) need no workers.
 
 pub mod deliver;
 pub mod driver;
@@ -18,3 +19,4 @@ pub mod shutdown;
 pub mod supervisor;
 pub mod tally;
 pub mod transform;
+pub mod watch;

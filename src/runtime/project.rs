@@ -27,6 +27,10 @@ use crate::telemetry::server::Ready;
 const READ: Limit = Limit { records: 2_000, bytes: 4 << 20 };
 /// What is read and not written yet, of all partitions. Beyond it nothing more is read.
 const WAITING: usize = 16 << 20;
+/// What is written at a time, at most: a transaction should take a moment.
+const WRITE: usize = 1 << 20;
+/// After the shutdown's budget a log that does not answer is not waited for any longer.
+const OVERDUE: Duration = Duration::from_secs(5);
 /// A store that is away is asked again after this.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -38,6 +42,9 @@ pub trait Project: Send + Sync + 'static {
 
     /// Writes what records mean, and moves their partitions on: both or nothing.
     fn write(&self, moves: &[Move], records: &[Record]) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// The store will never take this record: it is passed over.
+    fn refused(&self, record: &Record, error: &StoreError);
 }
 
 /// Runs a stage until shutdown. The log's offsets are committed at the settings' interval.
@@ -108,7 +115,15 @@ impl<B: Backend, P: Project> Serve<B::Session> for Projecting<B, P> {
     async fn serve(&mut self, mut session: B::Session, ready: &mut Ready) -> Result<(), LogError> {
         ready.set(true);
         let mut parts = Parts { all: BTreeMap::new(), tasks: JoinSet::new(), is_writing: false, is_full: false };
-        let ended = self.go(&mut session, &mut parts).await;
+        let (stop, clock) = (self.shutdown.clone(), self.clock.clone());
+        let overdue = async {
+            stop.begun().await;
+            clock.sleep(stop.budget + OVERDUE).await;
+        };
+        let ended = tokio::select! {
+            ended = self.go(&mut session, &mut parts) => ended,
+            () = overdue => Ok(()),
+        };
         // A transaction that is cut off has either been committed, or not: the next owner sees.
         parts.tasks.shutdown().await;
         session.close().await;
@@ -149,6 +164,10 @@ impl<B: Backend, P: Project> Projecting<B, P> {
             Polled::Records(records) => {
                 for record in records {
                     let Some(part) = parts.all.get_mut(&record.partition) else { continue };
+                    // What had been read before it was sought elsewhere.
+                    if part.owner.is_none() || part.written.is_some_and(|written| record.offset < written) {
+                        continue;
+                    }
                     part.bytes += record.weight();
                     part.records.push(record);
                 }
@@ -199,31 +218,29 @@ impl<B: Backend, P: Project> Projecting<B, P> {
         if parts.is_writing {
             return;
         }
-        let (mut moves, mut records) = (Vec::new(), Vec::new());
+        let (mut work, mut bytes) = (Vec::new(), 0);
         for (partition, part) in &mut parts.all {
-            let (Some(owner), Some(last)) = (part.owner, part.records.last()) else { continue };
+            let Some(owner) = part.owner else { continue };
+            let fits = |record: &&Record| {
+                let before = bytes;
+                bytes += record.weight();
+                before < WRITE
+            };
+            let count = part.records.iter().take_while(fits).count();
+            let records: Vec<Record> = part.records.drain(..count).collect();
+            let Some(last) = records.last() else { continue };
             let to = last.offset.just_after();
-            moves.push((part.epoch, Move { partition: *partition, epoch: owner, from: part.written, to }));
-            records.append(&mut part.records);
+            let step = Move { partition: *partition, epoch: owner, from: part.written, to };
+            work.push(Written { epoch: part.epoch, step, records });
         }
-        if moves.is_empty() {
+        if work.is_empty() {
             return;
         }
         parts.is_writing = true;
         let (project, clock, stage) = (Arc::clone(&self.project), self.clock.clone(), self.stage);
         parts.tasks.spawn(async move {
-            let positions: Vec<Move> = moves.iter().map(|(_, it)| it.clone()).collect();
-            loop {
-                match project.write(&positions, &records).await {
-                    Err(StoreError::Stale) => return Done::Wrote { moves, result: Err(StoreError::Stale) },
-                    Err(error) => complain(stage, &error),
-                    Ok(()) => {
-                        metrics().projected.with_label_values(&[stage]).inc_by(records.len() as u64);
-                        return Done::Wrote { moves, result: Ok(()) };
-                    }
-                }
-                clock.sleep(AGAIN).await;
-            }
+            let result = write(&*project, &work, stage, &clock).await;
+            Done::Wrote { moves: work.into_iter().map(|it| (it.epoch, it.step)).collect(), result }
         });
     }
 
@@ -239,6 +256,8 @@ impl<B: Backend, P: Project> Projecting<B, P> {
                     return Ok(());
                 };
                 (part.owner, part.written, part.taking_over) = (Some(owner), next, None);
+                // Whoever had it may have gone before it told.
+                part.is_news = next.is_some();
                 session.seek(partition, start)?;
                 if !parts.is_full {
                     session.resume(&[partition])?;
@@ -246,19 +265,17 @@ impl<B: Backend, P: Project> Projecting<B, P> {
             }
             Ok(Done::Wrote { moves, result }) => {
                 parts.is_writing = false;
-                let is_written = result.is_ok();
                 for (epoch, it) in moves {
                     let Some(part) = parts.all.get_mut(&it.partition).filter(|part| part.epoch == epoch) else {
                         continue;
                     };
-                    if is_written {
-                        part.bytes = part.records.iter().map(Record::weight).sum();
-                        (part.written, part.is_news) = (Some(it.to), true);
-                    } else {
-                        // Somebody else has it, and the log will say so; or the answer to a commit was lost.
-                        session.pause(&[it.partition])?;
-                        self.take_over(parts, it.partition, epoch);
+                    if let Err(error) = &result {
+                        // The answer to a commit was lost, or somebody else has it and the log does not say so yet. What was
+                        // read ahead is in the way: everything is taken over anew.
+                        return Err(LogError::broken(format!("{}: {error}", it.partition)));
                     }
+                    part.bytes = part.records.iter().map(Record::weight).sum();
+                    (part.written, part.is_news) = (Some(it.to), true);
                 }
             }
             // A partition that was lost.
@@ -314,7 +331,78 @@ impl<B: Backend, P: Project> Projecting<B, P> {
                 () = self.clock.sleep_until(until) => {}
             }
         }
-        self.tell(session, parts).await
+        // It is only for others to see.
+        tokio::select! {
+            told = self.tell(session, parts) => told,
+            () = self.clock.sleep(AGAIN) => Ok(()),
+        }
+    }
+}
+
+/// What is written of one partition.
+struct Written {
+    epoch: Epoch,
+    step: Move,
+    records: Vec<Record>,
+}
+
+/// Writes until it is done, or somebody else has written. What the store never takes is looked for, and passed over.
+async fn write<P: Project>(
+    project: &P,
+    work: &[Written],
+    stage: &'static str,
+    clock: &Clock,
+) -> Result<(), StoreError> {
+    let moves: Vec<Move> = work.iter().map(|it| it.step.clone()).collect();
+    let records: Vec<Record> = work.iter().flat_map(|it| it.records.iter().cloned()).collect();
+    match persistent(project, &moves, &records, stage, clock).await {
+        Err(StoreError::Refused(_)) => {}
+        written => return written,
+    }
+    for it in work {
+        let mut from = it.step.from;
+        // Small steps, one record alone where it has to be.
+        let mut rest = &it.records[..];
+        let mut count = rest.len().div_ceil(2).max(1);
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(count.min(rest.len()));
+            let to = now.last().map_or(it.step.to, |last| last.offset.just_after());
+            let step = [Move { from, to, ..it.step.clone() }];
+            match persistent(project, &step, now, stage, clock).await {
+                Err(StoreError::Refused(_)) if now.len() > 1 => {
+                    count = now.len() / 2;
+                    continue;
+                }
+                Err(error @ StoreError::Refused(_)) => {
+                    persistent(project, &step, &[], stage, clock).await?;
+                    project.refused(&now[0], &error);
+                }
+                written => written?,
+            }
+            (from, rest) = (Some(to), later);
+        }
+    }
+    Ok(())
+}
+
+/// Writes again and again while the store is away.
+async fn persistent<P: Project>(
+    project: &P,
+    moves: &[Move],
+    records: &[Record],
+    stage: &'static str,
+    clock: &Clock,
+) -> Result<(), StoreError> {
+    loop {
+        match project.write(moves, records).await {
+            Err(error @ (StoreError::Away(_) | StoreError::Unmigrated(_))) => complain(stage, &error),
+            Err(error) => return Err(error),
+            Ok(()) => {
+                metrics().projected.with_label_values(&[stage]).inc_by(records.len() as u64);
+                return Ok(());
+            }
+        }
+        clock.sleep(AGAIN).await;
     }
 }
 
@@ -335,3 +423,6 @@ fn complain(stage: &'static str, error: &StoreError) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

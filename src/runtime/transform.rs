@@ -240,12 +240,15 @@ impl<T: Transform> Running<T> {
                 return;
             }
             let come = self.waiting.drain(..).collect();
-            let (new, known) = self.unless_known(come);
+            let (new, mut known) = self.unless_known(come);
             let mut chunks = split(new);
-            // What was left out is passed when what lies before it is done.
+            // What was left out is passed with the first chunk that ends behind it.
             let end = chunks.pop().unwrap_or_default();
             for chunk in chunks {
-                self.spawn(chunk, Vec::new(), None);
+                let until = chunk.last().map_or(Offset::START, |last| last.offset);
+                let passed = known.partition_point(|record| record.offset < until);
+                let later = known.split_off(passed);
+                self.spawn(chunk, std::mem::replace(&mut known, later), None);
             }
             self.spawn(end, known, Some(last.just_after()));
         }
@@ -280,7 +283,7 @@ impl<T: Transform> Running<T> {
                 // Its copies are as deadly: they are known from here on.
                 let (mut new, known) = self.unless_known(vec![record]);
                 let Some(record) = new.pop() else {
-                    self.finish((self.stage.beside(&[], &[], &known), upto, Vec::new()));
+                    self.finish((beside(&*self.stage, &[], &[], &known), upto, Vec::new()));
                     return true;
                 };
                 let failures = self.stage.failures();
@@ -290,7 +293,7 @@ impl<T: Transform> Running<T> {
                 let failure = failures.record(&record, &Cause::untried(Reason::Panicked, message, &key));
                 let (reason, records) = (Reason::Panicked, [record]);
                 let outcomes = [Outcome::Failed { reason, failure }];
-                let mut outputs = self.stage.beside(&records, &outcomes, &[]);
+                let mut outputs = beside(&*self.stage, &records, &outcomes, &[]);
                 outputs.extend(outcomes.into_iter().filter_map(Outcome::failure));
                 self.finish((outputs, upto, Vec::new()));
             }
@@ -359,7 +362,7 @@ type Worked = (Vec<Addressed>, Option<Offset>, Vec<Offset>);
 
 fn work<T: Transform>(stage: &T, records: &[Record], known: &[Record], upto: Option<Offset>) -> Worked {
     let outcomes = process(stage, records);
-    let beside = stage.beside(records, &outcomes, known);
+    let beside = beside(stage, records, &outcomes, known);
     let (mut outputs, mut failed) = (Vec::with_capacity(records.len() + beside.len()), Vec::new());
     for (record, outcome) in records.iter().zip(outcomes) {
         match outcome {
@@ -373,6 +376,15 @@ fn work<T: Transform>(stage: &T, records: &[Record], known: &[Record], upto: Opt
     }
     outputs.extend(beside);
     (outputs, upto.or_else(|| records.last().map(|record| record.offset.just_after())), failed)
+}
+
+/// Without it where the stage panics: it must not cost what it is beside.
+fn beside<T: Transform>(stage: &T, records: &[Record], outcomes: &[Outcome], known: &[Record]) -> Vec<Addressed> {
+    let written = catch_unwind(AssertUnwindSafe(|| stage.beside(records, outcomes, known)));
+    written.unwrap_or_else(|_| {
+        tracing::error!(stage = stage.failures().stage, "the stage panicked on what it writes beside its outputs");
+        Vec::new()
+    })
 }
 
 /// Runs the stage on a chunk. Where it panics the chunk is halved until the record that makes it panic stands alone: one

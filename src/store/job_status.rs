@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use md5::{Digest, Md5};
-use sqlx::AnyConnection;
+use sqlx::{AnyConnection, AssertSqlSafe};
 
 use crate::clock::Timestamp;
 use crate::model::id::JobRunId;
@@ -76,13 +76,17 @@ impl JobStatusStore {
         // By key, so that writers come in one order and no two wait for each other.
         let mut counts: BTreeMap<JobKey, Counts> = BTreeMap::new();
         all.into_iter().for_each(|status| counts.entry(status.key).or_default().add(status.counts));
-        let mut writing = self.0.begin().await?;
-        advance(&mut writing, group, moves).await?;
-        for (key, counts) in &counts {
-            add(&mut writing, key, counts, now).await?;
-        }
-        writing.commit().await?;
-        Ok(())
+        let writing = async {
+            let mut writing = self.0.begin().await?;
+            advance(&mut writing, group, moves).await?;
+            for (key, counts) in &counts {
+                add(&mut writing, key, counts, now).await?;
+            }
+            add_rows(&mut writing, &counts, now).await?;
+            writing.commit().await?;
+            Ok(())
+        };
+        self.0.call(writing).await
     }
 
     /// The counts of a run.
@@ -90,12 +94,13 @@ impl JobStatusStore {
     /// # Errors
     /// [`StoreError`].
     pub async fn counts(&self, run: &JobRunId) -> Result<BTreeMap<JobKey, Counts>, StoreError> {
-        let rows: Vec<(String, String, String, i64, i64, i64)> = sqlx::query_as(
+        let asking = sqlx::query_as(
             "select task_run, source, destination, taken, passed, failed from counts where job_run = $1",
         )
-        .bind(text(run.as_str()))
-        .fetch_all(&self.0.pool)
-        .await?;
+        .bind(text(run.as_str()));
+        let pool = self.0.pool();
+        let rows: Vec<(String, String, String, i64, i64, i64)> =
+            self.0.call(async { Ok(asking.fetch_all(&pool).await?) }).await?;
         let count = |it: i64| it.max(0).unsigned_abs();
         let counted = rows.into_iter().map(|(task_run, source, destination, taken, passed, failed)| {
             let counts =
@@ -110,7 +115,7 @@ impl JobStatusStore {
     /// # Errors
     /// [`StoreError`].
     pub async fn failed_rows(&self, run: &JobRunId, behind: &Place, limit: u32) -> Result<Vec<StoredRow>, StoreError> {
-        let rows: Vec<(String, String, String, String, String, i64)> = sqlx::query_as(
+        let asking = sqlx::query_as(
             "select task_run, source, destination, id, record, code from failed_rows \
              where job_run = $1 and (task_run, source, destination, id) > ($2, $3, $4, $5) \
              order by task_run, source, destination, id limit $6",
@@ -120,9 +125,10 @@ impl JobStatusStore {
         .bind(behind.source.clone())
         .bind(behind.destination.clone())
         .bind(behind.id.clone())
-        .bind(i64::from(limit))
-        .fetch_all(&self.0.pool)
-        .await?;
+        .bind(i64::from(limit));
+        let pool = self.0.pool();
+        let rows: Vec<(String, String, String, String, String, i64)> =
+            self.0.call(async { Ok(asking.fetch_all(&pool).await?) }).await?;
         let stored = rows.into_iter().map(|(task_run, source, destination, id, record, code)| StoredRow {
             key: key_of(run, task_run.clone(), source.clone(), destination.clone()),
             row: FailedRow { record: record.into(), code: u16::try_from(code).unwrap_or(0) },
@@ -136,12 +142,15 @@ impl JobStatusStore {
     /// # Errors
     /// [`StoreError`].
     pub async fn forget(&self, keys: &[JobKey]) -> Result<(), StoreError> {
-        let mut writing = self.0.begin().await?;
-        for key in keys {
-            sqlx::query("delete from counts where id = $1").bind(id_of(key, None)).execute(&mut *writing).await?;
-        }
-        writing.commit().await?;
-        Ok(())
+        let forgetting = async {
+            let mut writing = self.0.begin().await?;
+            for key in keys {
+                sqlx::query("delete from counts where id = $1").bind(id_of(key, None)).execute(&mut *writing).await?;
+            }
+            writing.commit().await?;
+            Ok(())
+        };
+        self.0.call(forgetting).await
     }
 
     /// Forgets the failed rows of these.
@@ -149,20 +158,23 @@ impl JobStatusStore {
     /// # Errors
     /// [`StoreError`].
     pub async fn forget_rows(&self, run: &JobRunId, keys: &[JobKey]) -> Result<(), StoreError> {
-        let mut writing = self.0.begin().await?;
-        for key in keys {
-            sqlx::query(
-                "delete from failed_rows where job_run = $1 and task_run = $2 and source = $3 and destination = $4",
-            )
-            .bind(text(run.as_str()))
-            .bind(text(key.task_run.as_str()))
-            .bind(text(key.source.as_str()))
-            .bind(text(destination(key)))
-            .execute(&mut *writing)
-            .await?;
-        }
-        writing.commit().await?;
-        Ok(())
+        let forgetting = async {
+            let mut writing = self.0.begin().await?;
+            for key in keys {
+                sqlx::query(
+                    "delete from failed_rows where job_run = $1 and task_run = $2 and source = $3 and destination = $4",
+                )
+                .bind(text(run.as_str()))
+                .bind(text(key.task_run.as_str()))
+                .bind(text(key.source.as_str()))
+                .bind(text(destination(key)))
+                .execute(&mut *writing)
+                .await?;
+            }
+            writing.commit().await?;
+            Ok(())
+        };
+        self.0.call(forgetting).await
     }
 
     /// Of whom a run has failed rows.
@@ -170,11 +182,11 @@ impl JobStatusStore {
     /// # Errors
     /// [`StoreError`].
     pub async fn keys_of_failed_rows(&self, run: &JobRunId) -> Result<Vec<JobKey>, StoreError> {
-        let rows: Vec<(String, String, String)> =
+        let asking =
             sqlx::query_as("select distinct task_run, source, destination from failed_rows where job_run = $1")
-                .bind(text(run.as_str()))
-                .fetch_all(&self.0.pool)
-                .await?;
+                .bind(text(run.as_str()));
+        let pool = self.0.pool();
+        let rows: Vec<(String, String, String)> = self.0.call(async { Ok(asking.fetch_all(&pool).await?) }).await?;
         Ok(rows.into_iter().map(|(task_run, source, to)| key_of(run, task_run, source, to)).collect())
     }
 
@@ -183,21 +195,26 @@ impl JobStatusStore {
     /// # Errors
     /// [`StoreError`].
     pub async fn expire(&self, before: Timestamp) -> Result<u64, StoreError> {
-        let mut gone = 0;
-        for statement in [
-            "delete from counts where job_run in \
-             (select job_run from counts group by job_run having max(changed_at) < $1)",
-            "delete from failed_rows where job_run in \
-             (select job_run from failed_rows group by job_run having max(changed_at) < $1)",
-        ] {
-            gone += sqlx::query(statement).bind(before.micros()).execute(&self.0.pool).await?.rows_affected();
-        }
-        Ok(gone)
+        let expiring = async {
+            let mut gone = 0;
+            for statement in [
+                "delete from counts where job_run in \
+                 (select job_run from counts group by job_run having max(changed_at) < $1)",
+                "delete from failed_rows where job_run in \
+                 (select job_run from failed_rows group by job_run having max(changed_at) < $1) \
+                 and not exists (select 1 from counts where counts.job_run = failed_rows.job_run)",
+            ] {
+                gone += sqlx::query(statement).bind(before.micros()).execute(&self.0.pool()).await?.rows_affected();
+            }
+            Ok(gone)
+        };
+        self.0.call(expiring).await
     }
 }
 
 async fn add(connection: &mut AnyConnection, key: &JobKey, counts: &Counts, now: Timestamp) -> Result<(), StoreError> {
-    let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+    // No sum of them may be too large for a column.
+    let number = |count: u64| i64::try_from(count.min(1 << 40)).unwrap_or(0);
     sqlx::query(
         "insert into counts (id, job_run, task_run, source, destination, taken, passed, failed, changed_at) \
          values ($1, $2, $3, $4, $5, $6, $7, $8, $9) on conflict (id) do update set taken = counts.taken + excluded.taken, \
@@ -214,23 +231,51 @@ async fn add(connection: &mut AnyConnection, key: &JobKey, counts: &Counts, now:
     .bind(now.micros())
     .execute(&mut *connection)
     .await?;
-    for row in &counts.failed_rows {
-        let record = text(&String::from_utf8_lossy(&row.record));
+    Ok(())
+}
+
+/// Rows of one statement.
+const ROWS: usize = 200;
+
+async fn add_rows(
+    connection: &mut AnyConnection,
+    counts: &BTreeMap<JobKey, Counts>,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    // By id: one statement must not mean a row twice, and writers come in one order.
+    let mut rows: BTreeMap<String, (&JobKey, String, u16)> = BTreeMap::new();
+    for (key, counts) in counts {
+        for row in &counts.failed_rows {
+            let record = text(&String::from_utf8_lossy(&row.record));
+            rows.entry(id_of(key, Some(&record))).or_insert((key, record, row.code));
+        }
+    }
+    let rows: Vec<(String, (&JobKey, String, u16))> = rows.into_iter().collect();
+    for rows in rows.chunks(ROWS) {
+        let places = |row: usize| {
+            let numbers: Vec<String> = (1..=8).map(|column| format!("${}", row * 8 + column)).collect();
+            format!("({})", numbers.join(", "))
+        };
+        let values: Vec<String> = (0..rows.len()).map(places).collect();
         // The first code stays.
-        sqlx::query(
-            "insert into failed_rows (id, job_run, task_run, source, destination, record, code, changed_at) \
-             values ($1, $2, $3, $4, $5, $6, $7, $8) on conflict (id) do update set changed_at = excluded.changed_at",
-        )
-        .bind(id_of(key, Some(&record)))
-        .bind(text(key.job_run.as_str()))
-        .bind(text(key.task_run.as_str()))
-        .bind(text(key.source.as_str()))
-        .bind(text(destination(key)))
-        .bind(record)
-        .bind(i64::from(row.code))
-        .bind(now.micros())
-        .execute(&mut *connection)
-        .await?;
+        let statement = format!(
+            "insert into failed_rows (id, job_run, task_run, source, destination, record, code, changed_at) values {} \
+             on conflict (id) do update set changed_at = excluded.changed_at",
+            values.join(", ")
+        );
+        let mut query = sqlx::query(AssertSqlSafe(statement));
+        for (id, (key, record, code)) in rows {
+            query = query
+                .bind(id.clone())
+                .bind(text(key.job_run.as_str()))
+                .bind(text(key.task_run.as_str()))
+                .bind(text(key.source.as_str()))
+                .bind(text(destination(key)))
+                .bind(record.clone())
+                .bind(i64::from(*code))
+                .bind(now.micros());
+        }
+        query.execute(&mut *connection).await?;
     }
     Ok(())
 }

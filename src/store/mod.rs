@@ -6,7 +6,8 @@
 pub mod job_status;
 
 use std::borrow::Cow;
-use std::sync::Once;
+use std::future::Future;
+use std::sync::{Arc, Once, PoisonError, RwLock};
 use std::time::Duration;
 
 use sqlx::any::{AnyPoolOptions, install_default_drivers};
@@ -19,6 +20,12 @@ use crate::model::record::{Offset, Partition, Topic};
 const CONNECTIONS: u32 = 4;
 /// Whoever wants one waits so long.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// One call, whatever the server does. It gives up earlier by itself, where it can.
+const CALL: Duration = Duration::from_secs(40);
+/// What each connection begins with. An owner that has gone must not hold what its successor needs.
+const POSTGRES: &str =
+    "set statement_timeout = '30s'; set lock_timeout = '10s'; set idle_in_transaction_session_timeout = '30s'";
+const SQLITE: &str = "pragma journal_mode = wal; pragma synchronous = full; pragma busy_timeout = 5000";
 const MIGRATIONS: &str = "_migrations";
 
 /// What the caller of a store does next.
@@ -90,7 +97,9 @@ pub struct Group {
 /// One database. Clones share their connections.
 #[derive(Clone)]
 pub struct Store {
-    pool: AnyPool,
+    pool: Arc<RwLock<AnyPool>>,
+    /// Another pool for the same database.
+    anew: Arc<dyn Fn() -> Result<AnyPool, StoreError> + Send + Sync>,
     is_sqlite: bool,
     /// Where Postgres has its tables.
     schema: &'static str,
@@ -108,29 +117,54 @@ impl Store {
         if !is_sqlite && !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
             return Err(StoreError::Refused("store.url is neither postgres://… nor sqlite:FILE".to_owned()));
         }
+        if url.split('?').nth(1).is_some_and(|query| query.to_lowercase().contains("password")) {
+            let why = "store.url has a password in its query; it goes before the host: postgres://user:password@host";
+            return Err(StoreError::Refused(why.to_owned()));
+        }
         let is_memory = url.starts_with("sqlite::memory:");
         let url = match is_sqlite && !url.contains('?') && !is_memory {
             true => Cow::Owned(format!("{url}?mode=rwc")),
             false => Cow::Borrowed(url),
         };
         let first = match is_sqlite {
-            true => "pragma journal_mode = wal; pragma synchronous = full; pragma busy_timeout = 5000".to_owned(),
-            false => format!("set search_path to {schema}"),
+            true => SQLITE.to_owned(),
+            false => format!("set search_path to {schema}; {POSTGRES}"),
         };
-        let mut options = AnyPoolOptions::new().acquire_timeout(PATIENCE).max_connections(CONNECTIONS);
-        if is_memory {
-            // Each connection would be a database of its own, gone with it.
-            options = options.max_connections(1).idle_timeout(None).max_lifetime(None);
+        let url = url.into_owned();
+        let anew = move || {
+            let mut options = AnyPoolOptions::new().acquire_timeout(PATIENCE).max_connections(CONNECTIONS);
+            if is_memory {
+                // Each connection would be a database of its own, gone with it.
+                options = options.max_connections(1).idle_timeout(None).max_lifetime(None);
+            }
+            let first = first.clone();
+            let options = options.after_connect(move |connection, _| {
+                let first = AssertSqlSafe(first.clone());
+                Box::pin(async move { connection.execute(first).await.map(drop) })
+            });
+            // What is wrong with it may hold a password.
+            let refused = |_| StoreError::Refused("store.url is not an address of a database".to_owned());
+            options.connect_lazy(&url).map_err(refused)
+        };
+        let pool = Arc::new(RwLock::new(anew()?));
+        Ok(Self { pool, anew: Arc::new(anew), is_sqlite, schema })
+    }
+
+    /// The connections.
+    fn pool(&self) -> AnyPool {
+        self.pool.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Makes a call that ends, whatever the server does.
+    async fn call<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+        if let Ok(answer) = tokio::time::timeout(CALL, call).await {
+            return answer;
         }
-        let options = options.after_connect(move |connection, _| {
-            let first = AssertSqlSafe(first.clone());
-            Box::pin(async move { connection.execute(first).await.map(drop) })
-        });
-        // What is wrong with it may hold a password.
-        let pool = options
-            .connect_lazy(&url)
-            .map_err(|_| StoreError::Refused("store.url is not an address of a database".to_owned()))?;
-        Ok(Self { pool, is_sqlite, schema })
+        // Its connections may never answer again.
+        if let (Ok(pool), false) = ((self.anew)(), self.is_sqlite) {
+            *self.pool.write().unwrap_or_else(PoisonError::into_inner) = pool;
+        }
+        Err(StoreError::Away(format!("no answer within {CALL:?}")))
     }
 
     /// Brings the tables to what this version needs, and says what was done.
@@ -139,13 +173,33 @@ impl Store {
     /// [`StoreError`].
     async fn migrate(&self, all: &Migrations) -> Result<Vec<String>, StoreError> {
         let pending = self.pending(all).await?;
-        let mut connection = self.pool.acquire().await?;
+        let mut connection = self.pool().acquire().await?;
         if !self.is_sqlite {
-            let create = AssertSqlSafe(format!("create schema if not exists {}", self.schema));
-            connection.execute(create).await?;
+            self.create_schema(&mut connection).await?;
         }
         migrator(all).run_direct(None, &mut *connection, false).await.map_err(refused)?;
         Ok(pending)
+    }
+
+    async fn create_schema(&self, connection: &mut AnyConnection) -> Result<(), StoreError> {
+        let (encoding,): (String,) =
+            sqlx::query_as("select current_setting('server_encoding')").fetch_one(&mut *connection).await?;
+        if encoding != "UTF8" {
+            return Err(StoreError::Refused(format!("the database's encoding is {encoding}; it has to be UTF8")));
+        }
+        let there: Option<(i32,)> = sqlx::query_as("select 1 from pg_namespace where nspname = $1")
+            .bind(self.schema)
+            .fetch_optional(&mut *connection)
+            .await?;
+        if there.is_some() {
+            return Ok(());
+        }
+        let create = AssertSqlSafe(format!("create schema {}", self.schema));
+        match connection.execute(create).await {
+            // Somebody else has made it meanwhile.
+            Err(sqlx::Error::Database(error)) if matches!(error.code().as_deref(), Some("42P06" | "23505")) => Ok(()),
+            created => Ok(created.map(drop)?),
+        }
     }
 
     /// The migrations that are missing. Nothing is changed.
@@ -153,7 +207,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     async fn pending(&self, all: &Migrations) -> Result<Vec<String>, StoreError> {
-        let found = sqlx::query_as("select version from _migrations where success").fetch_all(&self.pool).await;
+        let found = sqlx::query_as("select version from _migrations where success").fetch_all(&self.pool()).await;
         let applied: Vec<(i64,)> = match found.map_err(StoreError::from) {
             // There is no table of them yet.
             Err(StoreError::Unmigrated(_)) => Vec::new(),
@@ -167,8 +221,8 @@ impl Store {
     async fn begin(&self) -> Result<sqlx::Transaction<'static, sqlx::Any>, StoreError> {
         match self.is_sqlite {
             // A read that becomes a write would be refused where another one writes.
-            true => Ok(self.pool.begin_with("begin immediate").await?),
-            false => Ok(self.pool.begin().await?),
+            true => Ok(self.pool().begin_with("begin immediate").await?),
+            false => Ok(self.pool().begin().await?),
         }
     }
 
@@ -177,16 +231,16 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn take_over(&self, group: &Group, partition: Partition) -> Result<(i64, Option<Offset>), StoreError> {
-        let row: (i64, String) = sqlx::query_as(
+        let taking = sqlx::query_as(
             "insert into positions (group_id, topic, number, next_offset, epoch) values ($1, $2, $3, '', 1) \
              on conflict (group_id, topic, number) do update set epoch = positions.epoch + 1 \
              returning epoch, next_offset",
         )
         .bind(group.name.as_str())
         .bind(group.topic.as_str().to_owned())
-        .bind(i64::from(partition.0))
-        .fetch_one(&self.pool)
-        .await?;
+        .bind(i64::from(partition.0));
+        let pool = self.pool();
+        let row: (i64, String) = self.call(async { Ok(taking.fetch_one(&pool).await?) }).await?;
         Ok((row.0, Offset::parse(&row.1)))
     }
 
@@ -195,23 +249,19 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn position(&self, group: &Group, partition: Partition) -> Result<Option<Offset>, StoreError> {
-        let row: Option<(String,)> =
+        let asking =
             sqlx::query_as("select next_offset from positions where group_id = $1 and topic = $2 and number = $3")
                 .bind(group.name.as_str())
                 .bind(group.topic.as_str().to_owned())
-                .bind(i64::from(partition.0))
-                .fetch_optional(&self.pool)
-                .await?;
+                .bind(i64::from(partition.0));
+        let pool = self.pool();
+        let row: Option<(String,)> = self.call(async { Ok(asking.fetch_optional(&pool).await?) }).await?;
         Ok(row.and_then(|(next,)| Offset::parse(&next)))
     }
 
     /// A file, not a server.
     pub fn is_sqlite(&self) -> bool {
         self.is_sqlite
-    }
-
-    pub async fn close(&self) {
-        self.pool.close().await;
     }
 }
 

@@ -53,6 +53,7 @@ catalogue! {
     processor_reasons: IntCounterVec "laneway_processor_reasons_total" ["outcome", "reason"] "Why events were filtered or failed.";
     processor_deliveries: IntCounterVec "laneway_processor_deliveries_total" ["destination"] "Deliveries made ready.";
     forgotten: IntCounterVec "laneway_processor_forgotten_events_total" [] "Events that would not be known if they came again within processor.dedup_window: processor.dedup_memory is too small.";
+    live_events: IntCounterVec "laneway_live_events_total" ["result"] "Events of watched sources: uploaded, dropped (too many at a time) or failed.";
     reporter_unreadable: IntCounterVec "laneway_reporter_unreadable_records_total" [] "Records of job status that say nothing that can be counted.";
     router_outcomes: IntCounterVec "laneway_router_outcomes_total" ["destination", "outcome"] "Final outcomes: delivered, filtered, aborted, drained.";
     router_aborted: IntCounterVec "laneway_router_aborted_total" ["destination", "reason"] "Deliveries given up, by reason.";

@@ -1,6 +1,7 @@
 //! Runs of reverse ETL: counted once, whatever happens to the reporter and to its store.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::http::StatusCode;
@@ -211,6 +212,46 @@ async fn kills_of_the_reporter_and_restarts_of_the_store_count_nothing_twice() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reporter_lives_through_restarts_of_the_store() {
+    let postgres = Postgres::start();
+    let run = Run::new(Flow::on_kafka(), &[("LANEWAY_STORE__URL", &postgres.url())]);
+    assert!(run.flow.command(&["migrate"]).status.success());
+    run.sink().await;
+    let _running = run.flow.start_all().await;
+    let mut reporter = run.flow.start("reporter", "reporter-1");
+    reporter.ready().await;
+    let is_done = AtomicBool::new(false);
+    // Rows come all the time, so that each end of the store finds a write under way.
+    let sending = async {
+        let mut sent = 0;
+        while !is_done.load(Ordering::Relaxed) {
+            run.send("run-1", sent, sent + 100).await;
+            sent += 100;
+        }
+        sent
+    };
+    let breaking = async {
+        for n in 0..4 {
+            let written = reporter.metric("laneway_runtime_projected_records_total").await.unwrap_or(0.0);
+            eventually("the reporter writes", SOON, async || {
+                reporter.metric("laneway_runtime_projected_records_total").await > Some(written)
+            })
+            .await;
+            if n % 2 == 0 {
+                postgres.kill()
+            } else {
+                postgres.stop()
+            }
+            postgres.start_again();
+        }
+        is_done.store(true, Ordering::Relaxed);
+    };
+    let (rows, ()) = futures_util::future::join(sending, breaking).await;
+    run.completes("run-1", rows, Duration::from_secs(120)).await;
+    assert!(!reporter.has_ended());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn deliveries_go_on_while_the_store_is_away() {
     let postgres = Postgres::start();
     let run = Run::new(Flow::embedded(), &[("LANEWAY_STORE__URL", &postgres.url())]);
@@ -226,7 +267,9 @@ async fn deliveries_go_on_while_the_store_is_away() {
     let away = run.ask(Method::GET, "/internal/v2/job-status/run-1").await;
     assert_eq!((away.status().as_u16(), away.headers().contains_key("retry-after")), (503, true));
     let told = run.flow.command(&["check", "--output", "json"]);
-    assert!(String::from_utf8_lossy(&told.stdout).contains("\"store\""), "check tells of it");
+    let found: Vec<Value> = serde_json::from_slice(&told.stdout).expect("JSON");
+    let store = found.iter().find(|it| it["subject"] == "store").expect("it is looked at");
+    assert_eq!(store["state"], "warning", "{store}");
     postgres.start_again();
     run.completes("run-1", 100, SOON).await;
 }

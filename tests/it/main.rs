@@ -16,6 +16,7 @@ mod hostile;
 mod job_status;
 mod lag;
 mod lanes;
+mod live;
 mod log_contract;
 mod offsets;
 #[cfg(feature = "oidc")]

@@ -32,6 +32,7 @@ const OWNED: [(&str, &[&str]); 5] = [
             "src/log/registry/",
             "src/control/remote.rs",
             "src/control/regulations.rs",
+            "src/control/uploads.rs",
             "src/transform/http/",
             "src/delivery/",
             "src/cli/load/",

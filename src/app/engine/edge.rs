@@ -28,7 +28,7 @@ use crate::transform::http::Sources;
 pub fn start<B: Backend>(
     parts: &Parts<B>,
     placements: &Placements,
-    (store, suppressed): (JobStatusStore, Suppressed),
+    suppressed: Suppressed,
     (listener, internal): (TcpListener, Option<TcpListener>),
     readiness: &Readiness,
     supervisor: &mut Supervisor,
@@ -53,7 +53,10 @@ pub fn start<B: Backend>(
         token: settings.internal.token.clone(),
         open: AtomicUsize::new(0),
         webhooks: webhooks(parts, placements)?,
-        jobs: job_status_api(parts, placements, store),
+        jobs: match internal {
+            Some(_) => Some(job_status_api(parts, placements, parts.store.get(&parts.config)?)),
+            None => None,
+        },
         suppressed,
     });
     let tasks = gateway.webhooks.as_ref().map(|webhooks| webhooks.tasks.clone());
@@ -141,5 +144,5 @@ fn asker<B>(parts: &Parts<B>) -> Member {
 fn job_status_api<B: Backend>(parts: &Parts<B>, placements: &Placements, store: JobStatusStore) -> JobStatusApi {
     let placement = placements[&Topic::JOB_STATUS];
     let caught_up = job_status::caught_up(parts.log.clone(), store.clone(), placement, parts.clock.clone());
-    JobStatusApi { store, caught_up }
+    JobStatusApi::new(store, caught_up)
 }

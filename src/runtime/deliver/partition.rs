@@ -428,7 +428,15 @@ impl PartitionState {
             self.give_up_front(id, reason, now);
             return self.go_on(id, now);
         }
-        self.lanes.push(id, true);
+        let waits = |key: &Key| key.failing.as_ref().map(|failing| failing.next_try_at).filter(|at| *at > now);
+        match self.lanes.key_mut(id).and_then(|key| Some((waits(key)?, key))) {
+            // It was read for a drain that does not mean it.
+            Some((at, key)) => {
+                key.activity = Activity::Waiting;
+                self.alarms.push(Reverse((at, Alarm::Key(id.clone()))));
+            }
+            None => self.lanes.push(id, true),
+        }
     }
 
     /// The lowest unfinished record that has been taken, with how many are pending.

@@ -15,6 +15,7 @@ use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
 use crate::model::id::JobRunId;
 use crate::model::job_status::{Counts, JobKey};
@@ -28,13 +29,17 @@ use super::request::Refusal;
 /// Rows that are read at a time, and those in an answer where nobody says how many.
 const PAGE: u32 = 1_000;
 const MOST_ROWS: usize = 100_000;
+const MOST_BYTES: usize = 8 << 20;
+/// Questions at a time: each may keep a reader and a connection.
+const AT_A_TIME: usize = 8;
 
 /// Waits a moment until everything that was counted of a run before is in the store; false where it is not.
 pub type CaughtUp = Arc<dyn Fn(JobRunId) -> BoxFuture<'static, bool> + Send + Sync>;
 
 pub struct JobStatusApi {
-    pub store: JobStatusStore,
-    pub caught_up: CaughtUp,
+    store: JobStatusStore,
+    caught_up: CaughtUp,
+    turns: Semaphore,
 }
 
 /// What is asked for.
@@ -89,12 +94,17 @@ impl From<StoreError> for Failed {
 }
 
 impl JobStatusApi {
+    pub fn new(store: JobStatusStore, caught_up: CaughtUp) -> Self {
+        Self { store, caught_up, turns: Semaphore::new(AT_A_TIME) }
+    }
+
     /// Answers. `is_delete`: forget it instead of telling.
     pub async fn answer(&self, about: About, is_delete: bool, run: &str, query: &str) -> Response {
         if run.trim().is_empty() {
             return reply::text(StatusCode::BAD_REQUEST, "job_run_id not found");
         }
         let (run, query) = (JobRunId::from(run), Query::of(query));
+        let Ok(_turn) = self.turns.acquire().await else { return reply::refuse(Refusal::Unavailable) };
         let told = match (about, is_delete) {
             (About::Status, false) => self.status(&run, &query).await.map(Some),
             (About::Status, true) => self.forget(&run, &query).await.map(|()| None),
@@ -167,25 +177,27 @@ impl JobStatusApi {
 
     async fn failed(&self, run: &JobRunId, query: &Query) -> Result<String, Failed> {
         let mut behind = Place::default();
-        // Without a size everything is told.
-        if let Some(token) = query.token.as_ref().filter(|_| query.size.is_some()) {
+        if let Some(token) = &query.token {
             behind = place_of(token).ok_or(Failed::BadToken)?;
         }
         let most = query.size.unwrap_or(MOST_ROWS).min(MOST_ROWS);
-        let mut rows: Vec<StoredRow> = Vec::new();
-        while rows.len() < most {
+        let (mut rows, mut bytes): (Vec<StoredRow>, usize) = (Vec::new(), 0);
+        let is_full = |rows: &[StoredRow], bytes| rows.len() >= most || bytes >= MOST_BYTES;
+        while !is_full(&rows, bytes) {
             let found = self.store.failed_rows(run, &behind, PAGE).await?;
             let Some(last) = found.last() else { break };
             behind = last.place.clone();
-            rows.extend(found.into_iter().filter(|row| query.means(&row.key)));
+            for row in found.into_iter().filter(|row| query.means(&row.key)) {
+                if is_full(&rows, bytes) {
+                    break;
+                }
+                bytes += row.row.record.len();
+                rows.push(row);
+            }
         }
-        rows.truncate(most);
-        let last = rows.last().map(|row| row.place.clone());
-        let is_full = rows.len() == most;
-        let mut answer = Answer { id: run.as_str(), tasks: tasks_of(&rows), paging: None };
-        if let (true, Some(last), true) = (query.size.is_some() || most == MOST_ROWS, last, is_full) {
-            answer.paging = Some(Paging { size: most, next: token_of(&last) });
-        }
+        let next = rows.last().filter(|_| is_full(&rows, bytes)).map(|last| token_of(&last.place));
+        let paging = next.map(|next| Paging { size: most, next });
+        let answer = Answer { id: run.as_str(), tasks: tasks_of(&rows), paging };
         serde_json::to_string(&answer).map_err(|error| Failed::Store(StoreError::Refused(error.to_string())))
     }
 
@@ -316,5 +328,7 @@ fn token_of(place: &Place) -> String {
 fn place_of(token: &str) -> Option<Place> {
     let text = BASE64_URL_SAFE_NO_PAD.decode(token.trim_end_matches('=')).ok()?;
     let Token(task_run, source, destination, id) = serde_json::from_slice(&text).ok()?;
-    Some(Place { task_run, source, destination, id })
+    // No database has it, and some refuse to be asked for it.
+    let has_nul = [&task_run, &source, &destination, &id].iter().any(|part| part.contains('\0'));
+    (!has_nul).then_some(Place { task_run, source, destination, id })
 }

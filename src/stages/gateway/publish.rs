@@ -56,7 +56,10 @@ impl<P: Publisher> Admission<P> {
     /// [`LogError`]; some of them may be stored all the same, and come again with the client's next try under the same
     /// message ids.
     pub async fn publish(&self, records: Vec<Addressed>) -> Result<(), LogError> {
-        self.publisher.publish(records).await
+        // Counts come behind the events that they are about: what was counted and is not there would be waited for, for ever.
+        let (counts, events): (Vec<_>, Vec<_>) = records.into_iter().partition(|it| it.topic == Topic::JOB_STATUS);
+        self.publisher.publish(events).await?;
+        if counts.is_empty() { Ok(()) } else { self.publisher.publish(counts).await }
     }
 
     /// Gives an operator's command.

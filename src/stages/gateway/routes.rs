@@ -62,7 +62,8 @@ pub struct Gateway<P> {
     pub open: AtomicUsize,
     /// None: there is no service that knows what webhooks mean.
     pub webhooks: Option<Webhooks>,
-    pub jobs: JobStatusApi,
+    /// Where there is an internal listener.
+    pub jobs: Option<JobStatusApi>,
     pub suppressed: Suppressed,
 }
 
@@ -138,7 +139,11 @@ fn route<P: Publisher>(endpoint: &Endpoint) -> MethodRouter<Arc<Gateway<P>>> {
         Action::JobStatus(about) => {
             let tell = move |State(gateway): At<P>, Path(run): Path<String>, request: Request| async move {
                 let is_delete = request.method() == Method::DELETE;
-                gateway.jobs.answer(about, is_delete, &run, request.uri().query().unwrap_or_default()).await
+                let query = request.uri().query().unwrap_or_default();
+                match &gateway.jobs {
+                    Some(jobs) => jobs.answer(about, is_delete, &run, query).await,
+                    None => reply::refuse(Refusal::Unavailable),
+                }
             };
             if endpoint.method == "delete" { delete(tell) } else { get(tell) }
         }

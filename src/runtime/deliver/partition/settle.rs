@@ -399,6 +399,14 @@ impl PartitionState {
                     self.wanted.insert(offset, id.clone());
                     break;
                 }
+                // Whose run it is of has to be read.
+                None if !is_read && self.drains_a_run(offset) => {
+                    if let Some(key) = self.lanes.key_mut(id) {
+                        key.activity = Activity::Fetching;
+                    }
+                    self.wanted.insert(offset, id.clone());
+                    break;
+                }
                 Some(Refusal::Unreadable) | None => break,
             }
             any = true;
@@ -407,6 +415,10 @@ impl PartitionState {
             }
         }
         any
+    }
+
+    fn drains_a_run(&self, at: Offset) -> bool {
+        self.drains.iter().any(|drain| at < drain.bound && matches!(drain.target, Target::JobRun(_)))
     }
 
     /// Of a record that is only known by its offset, its lane and its user.

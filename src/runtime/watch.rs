@@ -1,0 +1,130 @@
+//! Looking at a topic as it goes by, for people: recent records only, from where it is now, without any promise. Nothing is committed,
+//! what cannot be looked at in time is passed over, and nothing at all is read while nobody looks.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::clock::{Clock, Timestamp};
+use crate::log::{Admin, Backend, Limit, LogError, Polled, Session};
+use crate::model::record::{Offset, Partition, Record, Topic};
+use crate::runtime::driver::{self, Serve, Settings};
+use crate::runtime::shutdown::Shutdown;
+use crate::telemetry::server::Ready;
+
+const READ: Limit = Limit { records: 500, bytes: 1 << 20 };
+/// Whether somebody looks, and whether reading keeps up, is asked so often.
+const LOOK: Duration = Duration::from_secs(1);
+/// Who begins to look sees what lies within so many offsets of the end of each partition.
+const HISTORY: u128 = 1_000;
+/// Who is so far behind goes on near the end.
+const LATE: Duration = Duration::from_secs(30);
+
+/// A stage's logic.
+pub trait Watch: Send + Sync + 'static {
+    /// Whether anybody looks.
+    fn is_watching(&self) -> bool;
+
+    /// Takes what came. No waiting.
+    fn take(&self, records: &[Record]);
+}
+
+/// Runs a stage until shutdown.
+///
+/// # Errors
+/// As [`driver::keep`].
+pub async fn run<B: Backend, W: Watch>(
+    backend: B,
+    watch: Arc<W>,
+    settings: Settings,
+    clock: Clock,
+    shutdown: Shutdown,
+    ready: Ready,
+) -> Result<(), LogError> {
+    let admin = backend.admin()?;
+    let topic = settings.member.topic.clone();
+    let serve = Watching::<B, W> { admin, watch, topic, clock: clock.clone(), shutdown: shutdown.clone() };
+    driver::keep(&backend, &settings, &clock, &shutdown, ready, serve).await
+}
+
+struct Watching<B: Backend, W> {
+    admin: B::Admin,
+    watch: Arc<W>,
+    topic: Topic,
+    clock: Clock,
+    shutdown: Shutdown,
+}
+
+/// When the record that was read last was written, of each partition that is ours; none where nothing is read.
+type Parts = BTreeMap<Partition, Option<Timestamp>>;
+
+impl<B: Backend, W: Watch> Serve<B::Session> for Watching<B, W> {
+    async fn serve(&mut self, mut session: B::Session, ready: &mut Ready) -> Result<(), LogError> {
+        ready.set(true);
+        let ended = self.go(&mut session).await;
+        session.close().await;
+        ended
+    }
+}
+
+impl<B: Backend, W: Watch> Watching<B, W> {
+    async fn go(&self, session: &mut B::Session) -> Result<(), LogError> {
+        let (mut parts, mut look_at) = (Parts::new(), self.clock.instant());
+        loop {
+            let polled = tokio::select! {
+                biased;
+                () = self.shutdown.begun() => return Ok(()),
+                () = self.clock.sleep_until(look_at) => {
+                    look_at = self.clock.instant() + LOOK;
+                    self.look(session, &mut parts).await?;
+                    continue;
+                }
+                polled = session.poll(READ) => polled?,
+            };
+            match polled {
+                Polled::Assigned(given) => parts.extend(given.into_iter().map(|it| (it.partition, None))),
+                Polled::Revoked(gone) | Polled::Lost(gone) => parts.retain(|it, _| !gone.contains(it)),
+                Polled::Records(records) => {
+                    for record in &records {
+                        if let Some(Some(last)) = parts.get_mut(&record.partition) {
+                            *last = record.timestamp;
+                        }
+                    }
+                    self.watch.take(&records);
+                }
+                Polled::Idle => {}
+            }
+        }
+    }
+
+    /// Begins to read, stops it, or goes on near the end.
+    async fn look(&self, session: &mut B::Session, parts: &mut Parts) -> Result<(), LogError> {
+        let (is_watching, now) = (self.watch.is_watching(), self.clock.now());
+        for (partition, last) in parts.iter_mut() {
+            match (is_watching, *last) {
+                (false, Some(_)) => {
+                    session.pause(&[*partition])?;
+                    *last = None;
+                }
+                (true, None) => {
+                    self.near_the_end(session, *partition).await?;
+                    session.resume(&[*partition])?;
+                    *last = Some(now);
+                }
+                // It was written long ago, and there is more.
+                (true, Some(at)) if now.since(at) > LATE => {
+                    self.near_the_end(session, *partition).await?;
+                    *last = Some(now);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn near_the_end(&self, session: &mut B::Session, partition: Partition) -> Result<(), LogError> {
+        let marks = self.admin.watermarks(&self.topic, partition).await?;
+        let recent = Offset::new(marks.stable.raw().saturating_sub(HISTORY));
+        session.seek(partition, recent.max(marks.start))
+    }
+}
