@@ -153,12 +153,15 @@ pub struct Gateway {
 pub struct Internal {
     pub listen: Option<SocketAddr>,
     pub token: String,
+    /// Empty: none.
+    pub warehouse_url: String,
 }
 
 #[derive(Deserialize)]
 struct RawInternal {
     listen: String,
     token: String,
+    warehouse_url: String,
 }
 
 impl TryFrom<RawInternal> for Internal {
@@ -175,7 +178,7 @@ impl TryFrom<RawInternal> for Internal {
                     format!("gateway.internal.listen: {text:?} is not an address such as 127.0.0.1:8082")
                 })?),
             };
-        Ok(Self { listen, token: raw.token })
+        Ok(Self { listen, token: raw.token, warehouse_url: raw.warehouse_url })
     }
 }
 

@@ -404,3 +404,40 @@ async fn only_so_many_requests_are_taken_at_a_time_and_proxies_are_believed_wher
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_warehouse_is_asked_through_the_internal_door() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}/w/", listener.local_addr().expect("bound"));
+    let answer = async |method: Method, uri: axum::http::Uri, headers: axum::http::HeaderMap, body: String| {
+        let told = json!({"method": method.as_str(), "uri": uri.to_string(), "body": body,
+            "type": headers.get("content-type").map(|it| it.to_str().expect("text").to_owned()),
+            "has_token": headers.contains_key("x-laneway-token") || headers.contains_key("authorization")});
+        (StatusCode::ACCEPTED, [("content-type", "application/json")], told.to_string())
+    };
+    tokio::spawn(async move { axum::serve(listener, axum::Router::new().fallback(answer)).await });
+    let (_flow, internal, _running) = running(&[("LANEWAY_GATEWAY__INTERNAL__WAREHOUSE_URL", url.as_str())]).await;
+    let at = |path: &str| format!("http://127.0.0.1:{internal}/internal/v1/warehouse/{path}");
+    for (method, path, body) in [
+        (Method::GET, "fetch-tables?a=1&b=%20", ""),
+        (Method::POST, "pending-events", "{\"a\":1}"),
+        (Method::POST, "trigger-upload", "{}"),
+        (Method::POST, "jobs", "[]"),
+        (Method::GET, "jobs/status", ""),
+    ] {
+        let headers = [("x-laneway-token", TOKEN), ("content-type", "application/json")];
+        let answer = send(method.clone(), at(path), &headers, body).await;
+        assert_eq!(
+            (answer.status(), answer.headers()["content-type"].to_str().unwrap()),
+            (StatusCode::ACCEPTED, "application/json")
+        );
+        let told: Value = serde_json::from_str(&answer.text().await.expect("text")).expect("JSON");
+        let whole = json!({"method": method.as_str(), "uri": format!("/w/internal/v1/warehouse/{path}"), "body": body,
+            "type": "application/json", "has_token": false});
+        assert_eq!(told, whole);
+    }
+    let (_flow, internal, _running) =
+        running(&[("LANEWAY_GATEWAY__INTERNAL__WAREHOUSE_URL", "http://127.0.0.1:1")]).await;
+    let url = format!("http://127.0.0.1:{internal}/internal/v1/warehouse/fetch-tables");
+    assert_eq!(send(Method::GET, url, &[("x-laneway-token", TOKEN)], "").await.status(), 503);
+}

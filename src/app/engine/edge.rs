@@ -12,6 +12,7 @@ use crate::app::serve::serve;
 use crate::app::{job_status, open};
 use crate::control::regulations::{RegulationSettings, Regulations};
 use crate::control::suppression::{self, Suppressed};
+use crate::delivery::warehouse::Warehouse;
 use crate::log::{Backend, Member};
 use crate::model::id::InstanceId;
 use crate::model::record::Topic;
@@ -58,6 +59,10 @@ pub fn start<B: Backend>(
             None => None,
         },
         suppressed,
+        warehouse: match settings.internal.warehouse_url.as_str() {
+            "" => None,
+            url => Some(Warehouse::new(url)?),
+        },
     });
     let tasks = gateway.webhooks.as_ref().map(|webhooks| webhooks.tasks.clone());
     let public = gateway::public(Arc::clone(&gateway));

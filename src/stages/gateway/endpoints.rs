@@ -19,6 +19,8 @@ pub enum Action {
     DrainJob,
     /// Tells what became of its rows, or forgets it.
     JobStatus(About),
+    /// Passes it on to the warehouse service.
+    Warehouse,
     SourceConfig,
     Health,
     Version,
@@ -108,7 +110,7 @@ const STATUS: &str = "/internal/v2/job-status/{job_run_id}";
 const FAILED: &str = "/internal/v2/job-status/{job_run_id}/failed-records";
 
 /// On the internal listener, for who has its token.
-pub const INTERNAL: [Endpoint; 10] = [
+pub const INTERNAL: [Endpoint; 15] = [
     ingest(
         "/internal/v1/extract",
         Call::Typed("extract"),
@@ -149,6 +151,11 @@ pub const INTERNAL: [Endpoint; 10] = [
         Action::DrainJob,
         "Ends what is pending of a run of reverse ETL, without sending it.",
     ),
+    at("get", "/internal/v1/warehouse/fetch-tables", Action::Warehouse, "The warehouse service: its tables."),
+    at("post", "/internal/v1/warehouse/pending-events", Action::Warehouse, "The warehouse service: what is pending."),
+    at("post", "/internal/v1/warehouse/trigger-upload", Action::Warehouse, "The warehouse service: uploads now."),
+    at("post", "/internal/v1/warehouse/jobs", Action::Warehouse, "The warehouse service: a new job."),
+    at("get", "/internal/v1/warehouse/jobs/status", Action::Warehouse, "The warehouse service: how a job is."),
     at(
         "get",
         STATUS,

@@ -119,6 +119,10 @@ fn operation(endpoint: &Endpoint, is_internal: bool) -> Value {
         Action::Health | Action::Version | Action::OpenApi => {
             operation["responses"]["200"] = answer("What was asked for.", "application/json");
         }
+        Action::Warehouse => {
+            operation["responses"] =
+                json!({"default": {"description": "What the warehouse service answers; 503 where it does not."}});
+        }
         Action::Robots | Action::Docs => {}
     }
     if is_internal {

@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::control::Current;
 use crate::control::suppression::Suppressed;
 use crate::control::workspace::Source;
+use crate::delivery::warehouse::Warehouse;
 use crate::log::{LogError, Publisher};
 use crate::model::command::{Action as Wanted, Command};
 use crate::model::event::{Channel, Event};
@@ -65,6 +66,8 @@ pub struct Gateway<P> {
     /// Where there is an internal listener.
     pub jobs: Option<JobStatusApi>,
     pub suppressed: Suppressed,
+    /// None: there is no warehouse service.
+    pub warehouse: Option<Warehouse>,
 }
 
 /// What is answered while the log cannot be had yet: whoever connects is told to come back, instead of waiting.
@@ -146,6 +149,10 @@ fn route<P: Publisher>(endpoint: &Endpoint) -> MethodRouter<Arc<Gateway<P>>> {
                 }
             };
             if endpoint.method == "delete" { delete(tell) } else { get(tell) }
+        }
+        Action::Warehouse => {
+            let pass = |State(gateway): At<P>, request: Request| async move { pass_on(&gateway, request).await };
+            if endpoint.method == "get" { get(pass) } else { post(pass) }
         }
         Action::SourceConfig => get(config::<P>),
         Action::Health => get(health::<P>),
@@ -420,6 +427,34 @@ async fn keep<P: Publisher>(
         tracing::warn!(source, reason, error, left_out, "a webhook request became nothing, it is kept in proc-errors");
     }
     Ok(())
+}
+
+async fn pass_on<P>(gateway: &Gateway<P>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let Some(warehouse) = &gateway.warehouse else {
+        gateway.intake.discard(body).await;
+        return reply::refuse(Refusal::Unavailable);
+    };
+    let (body, _held) = match gateway.intake.take(body, &parts.headers, true).await {
+        Ok(taken) => taken,
+        Err(refusal) => return reply::refuse(refusal),
+    };
+    let (path, query) = (parts.uri.path(), parts.uri.query());
+    match warehouse.pass_on(parts.method, path, query, &parts.headers, body).await {
+        Ok(answer) => {
+            let mut response = (answer.status, answer.body).into_response();
+            if let Some(kind) = answer.content_type {
+                response.headers_mut().insert(header::CONTENT_TYPE, kind);
+            }
+            response
+        }
+        Err(error) => {
+            if let Some(left_out) = seldom::due("warehouse", &error.to_string()) {
+                tracing::warn!(%error, left_out, "the warehouse service does not answer");
+            }
+            reply::refuse(Refusal::Unavailable)
+        }
+    }
 }
 
 async fn drain_job<P: Publisher>(State(gateway): State<Arc<Gateway<P>>>, Path(run): Path<String>) -> Response {
