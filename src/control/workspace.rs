@@ -112,7 +112,7 @@ impl Workspace {
         let raw: RawWorkspace = serde_json::from_str(text)?;
         let mut workspace = Workspace { id: raw.workspace_id.as_str().into(), ..Workspace::default() };
         let disconnected = raw.disconnected();
-        for source in &raw.sources {
+        for source in raw.sources.iter().chain(&raw.replays()) {
             workspace.add(source, &raw, &disconnected)?;
         }
         Ok(workspace)
@@ -141,7 +141,7 @@ impl Workspace {
             let raw =
                 RawWorkspace { workspace_id: if raw.workspace_id.is_empty() { id } else { raw.workspace_id }, ..raw };
             let disconnected = raw.disconnected();
-            for source in &raw.sources {
+            for source in raw.sources.iter().chain(&raw.replays()) {
                 workspace.add(source, &raw, &disconnected)?;
             }
         }
@@ -264,6 +264,27 @@ struct RawWorkspace {
     sources: Vec<RawSource>,
     #[serde(default, alias = "Connections")]
     connections: HashMap<String, RawConnection>,
+    #[serde(default, alias = "EventReplays", deserialize_with = "or_default")]
+    event_replays: BTreeMap<String, RawReplay>,
+}
+
+/// A replay that the control plane has begun: copies of sources and destinations, by their own ids.
+#[derive(Clone, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[derive(Default)]
+struct RawReplay {
+    #[serde(deserialize_with = "or_default")]
+    sources: BTreeMap<String, RawOriginal>,
+    #[serde(deserialize_with = "or_default")]
+    destinations: BTreeMap<String, RawOriginal>,
+    #[serde(deserialize_with = "or_default")]
+    connections: Vec<RawConnection>,
+}
+
+#[derive(Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawOriginal {
+    original_id: String,
 }
 
 /// A source and a destination each.
@@ -275,9 +296,46 @@ impl RawWorkspace {
         let off = self.connections.values().filter(|connection| !connection.enabled);
         off.map(|connection| (connection.source_id.as_str(), connection.destination_id.as_str())).collect()
     }
+
+    /// The sources that replay others. Those without any destination are left out.
+    fn replays(&self) -> Vec<RawSource> {
+        let mut all = Vec::new();
+        for replay in self.event_replays.values() {
+            for (id, RawOriginal { original_id }) in &replay.sources {
+                let Some(original) = self.sources.iter().find(|source| source.id == *original_id) else { continue };
+                let connections = replay.connections.iter().filter(|connection| connection.source_id == *id);
+                let destinations: Vec<RawDestination> =
+                    connections.filter_map(|connection| self.replayed(&connection.destination_id, replay)).collect();
+                if destinations.is_empty() {
+                    continue;
+                }
+                let mut source = RawSource {
+                    id: id.clone(),
+                    write_key: id.clone(),
+                    original_id: original_id.clone(),
+                    destinations,
+                    ..original.clone()
+                };
+                // Nobody looks at what has been before.
+                if let Value::Object(config) = &mut source.config {
+                    config.remove("eventUpload");
+                }
+                all.push(source);
+            }
+        }
+        all
+    }
+
+    /// The copy of a destination that a replay goes to.
+    fn replayed(&self, id: &str, replay: &RawReplay) -> Option<RawDestination> {
+        let original = &replay.destinations.get(id)?.original_id;
+        let mut known = self.sources.iter().flat_map(|source| &source.destinations);
+        let original = known.find(|destination| destination.id == *original)?;
+        Some(RawDestination { id: id.to_owned(), is_processor_enabled: true, ..original.clone() })
+    }
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawSource {
     #[serde(default, alias = "ID")]
@@ -301,11 +359,16 @@ struct RawSource {
 }
 
 /// Null is nothing.
+fn or_default<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + Default>(input: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(input)?.unwrap_or_default())
+}
+
+/// Null is nothing.
 fn or_empty<'de, D: serde::Deserializer<'de>>(input: D) -> Result<String, D::Error> {
     Ok(Option::deserialize(input)?.unwrap_or_default())
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawDestination {
     #[serde(default, alias = "ID")]
@@ -322,7 +385,7 @@ struct RawDestination {
     destination_definition: RawDefinition,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawDefinition {
     #[serde(alias = "Name")]
@@ -333,7 +396,7 @@ struct RawDefinition {
     config: Value,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawConnection {
     #[serde(default)]
@@ -394,6 +457,23 @@ mod tests {
         assert!(source.is_backfill());
         assert_eq!(source.replays.as_ref().map(SourceId::as_str), Some("src-0"));
         assert_eq!(source.disabled, [DestinationId::from("dst-1")]);
+    }
+
+    #[test]
+    fn replays_are_sources_of_their_own() {
+        let replays = r#""eventReplays":{"r":{"sources":{"src-r":{"originalId":"src-1"},"src-x":{"originalId":"gone"},"src-y":{"originalId":"src-1"}},
+            "destinations":{"dst-r":{"originalId":"dst-1"},"dst-x":{"originalId":"gone"}},
+            "connections":[{"sourceId":"src-r","destinationId":"dst-r"},{"sourceId":"src-x","destinationId":"dst-r"},
+                {"sourceId":"src-y","destinationId":"dst-x"}]}},"sources""#;
+        let text = text(r#","config":{"eventUpload":true}"#, r#","isProcessorEnabled":false"#);
+        let workspace = Workspace::parse(&text.replacen("\"sources\"", replays, 1)).expect("valid");
+        let source = workspace.by_write_key("src-r").expect("there");
+        assert_eq!((source.id.as_str(), source.replays.as_ref().map(SourceId::as_str)), ("src-r", Some("src-1")));
+        assert_eq!(source.destinations.iter().map(|it| it.id.as_str()).collect::<Vec<_>>(), ["dst-r"]);
+        assert!(!source.is_watched() && workspace.by_write_key("wk-1").expect("there").is_watched());
+        assert_eq!(workspace.sources().count(), 2, "others have nowhere to go");
+        let none = text.replacen("\"sources\"", r#""eventReplays":null,"sources""#, 1);
+        assert_eq!(Workspace::parse(&none).expect("valid").sources().count(), 1);
     }
 
     #[test]
