@@ -101,6 +101,7 @@ async fn bad_requests_have_their_status_and_text() {
         ("/v1/track", b"{}".to_vec(), vec![KEY], 400, "request neither has anonymousId nor userId"),
         ("/v1/track", b"not gzip".to_vec(), vec![KEY, gz], 400, "failed to read body from request"),
         ("/v1/track", gzip(&good)[..20].to_vec(), vec![KEY, gz], 400, "failed to read body from request"),
+        ("/v1/track", good.clone(), vec![KEY, ("content-encoding", "compress")], 415, "unsupported content encoding"),
         ("/v1/track", large.into_bytes(), vec![KEY], 413, "request size exceeds max limit"),
         ("/v1/track", bomb, vec![KEY, gz], 413, "request size exceeds max limit"),
         ("/v1/batch", b"{\"batch\":[]}".to_vec(), vec![KEY], 400, "empty batch payload"),
