@@ -52,6 +52,30 @@ impl<'a> Object<'a> {
         Ok(Self { text: text.trim(), members })
     }
 
+    /// Reads an object and the elements of the array that is its first member `key`, in one pass. No elements where there is no such
+    /// member, or it is null; the value itself as the only one where it is something else.
+    ///
+    /// # Errors
+    /// As [`Object::parse`].
+    pub fn parse_list(text: &'a str, key: &str) -> Result<(Self, Vec<&'a str>), JsonError> {
+        if !text.trim_start().starts_with('{') {
+            return Self::parse(text).map(|object| (object, Vec::new()));
+        }
+        let mut input = serde_json::Deserializer::from_str(text);
+        let (members, list) = serde::Deserializer::deserialize_map(&mut input, WithList(key)).map_err(invalid)?;
+        input.end().map_err(invalid)?;
+        let object = Self { text: text.trim(), members };
+        match list {
+            List::Elements(elements) => Ok((object, elements)),
+            List::Other => {
+                // Rare enough to be read again.
+                let whole = Self::parse(text)?;
+                let elements = whole.get(key).into_iter().collect();
+                Ok((whole, elements))
+            }
+        }
+    }
+
     /// The object's own text, without what is around it.
     pub fn text(&self) -> &'a str {
         self.text
@@ -89,15 +113,6 @@ pub fn text_of(raw: &str) -> Cow<'_, str> {
 /// The content of a raw value that is a string.
 pub fn string_of(raw: &str) -> Option<Cow<'_, str>> {
     raw.starts_with('"').then(|| text_of(raw))
-}
-
-/// The elements of a JSON array, each as it stands.
-///
-/// # Errors
-/// [`JsonError::Invalid`] where `text` is not an array.
-pub fn elements(text: &str) -> Result<Vec<&str>, JsonError> {
-    let raw: Elements<'_> = serde_json::from_str(text).map_err(invalid)?;
-    Ok(raw.0)
 }
 
 /// A JSON string with `text` as its content.
@@ -267,27 +282,85 @@ impl<'de> Visitor<'de> for Members {
     }
 }
 
-struct Elements<'a>(Vec<&'a str>);
+/// The members of an object but one, which is a list.
+struct WithList<'k>(&'k str);
 
-impl<'de: 'a, 'a> serde::Deserialize<'de> for Elements<'a> {
+enum List<'a> {
+    Elements(Vec<&'a str>),
+    /// It is no list.
+    Other,
+}
+
+impl<'de> Visitor<'de> for WithList<'_> {
+    type Value = (Vec<Member<'de>>, List<'de>);
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let (mut members, mut list) = (Vec::with_capacity(8), None);
+        while let Some(key) = map.next_key::<&'de RawValue>()? {
+            let key = text_of(key.get());
+            if key == self.0 && list.is_none() {
+                list = Some(map.next_value::<List<'de>>()?);
+                continue;
+            }
+            let value: &'de RawValue = map.next_value()?;
+            members.push(Member { key, value: value.get() });
+        }
+        Ok((members, list.unwrap_or(List::Elements(Vec::new()))))
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for List<'de> {
     fn deserialize<D: serde::Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
-        struct List;
-        impl<'de> Visitor<'de> for List {
-            type Value = Vec<&'de str>;
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = List<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an array")
+                f.write_str("a list")
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-                let mut elements = Vec::new();
+                let mut elements = Vec::with_capacity(128);
                 while let Some(raw) = list.next_element::<&'de RawValue>()? {
                     elements.push(raw.get());
                 }
-                Ok(elements)
+                Ok(List::Elements(elements))
+            }
+
+            fn visit_unit<E>(self) -> Result<Self::Value, E> {
+                Ok(List::Elements(Vec::new()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                while map.next_entry::<&'de RawValue, &'de RawValue>()?.is_some() {}
+                Ok(List::Other)
+            }
+
+            fn visit_str<E>(self, _: &str) -> Result<Self::Value, E> {
+                Ok(List::Other)
+            }
+
+            fn visit_bool<E>(self, _: bool) -> Result<Self::Value, E> {
+                Ok(List::Other)
+            }
+
+            fn visit_u64<E>(self, _: u64) -> Result<Self::Value, E> {
+                Ok(List::Other)
+            }
+
+            fn visit_i64<E>(self, _: i64) -> Result<Self::Value, E> {
+                Ok(List::Other)
+            }
+
+            fn visit_f64<E>(self, _: f64) -> Result<Self::Value, E> {
+                Ok(List::Other)
             }
         }
-        input.deserialize_seq(List).map(Elements)
+        input.deserialize_any(Any)
     }
 }
 
@@ -358,6 +431,34 @@ mod tests {
         assert_eq!(object.text_of("z"), "");
         assert_eq!(object.text_of("missing"), "");
         assert_eq!(object.text_of("u"), r#""\ud800""#, "a lone surrogate stays as it is written");
+    }
+
+    #[test]
+    fn a_list_is_read_with_its_envelope() {
+        let listed =
+            |text: &'static str| Object::parse_list(text, "batch").map(|(object, list)| (object.members.len(), list));
+        let cases = [
+            (r#" {"a":1,"batch":[ {"x":1.0} ,2],"b":{}} "#, (2, vec![r#"{"x":1.0}"#, "2"])),
+            (r#"{"batch":[]}"#, (0, vec![])),
+            (r#"{"batch":null,"a":1}"#, (1, vec![])),
+            (r#"{"a":1}"#, (1, vec![])),
+            (r#"{"b\u0061tch":[1]}"#, (0, vec!["1"])),
+            // The first occurrence counts; what is no list is its only element.
+            (r#"{"batch":[1],"batch":[2]}"#, (1, vec!["1"])),
+            (r#"{"batch":{"a":[1]},"x":2}"#, (2, vec![r#"{"a":[1]}"#])),
+            (r#"{"batch":"x"}"#, (1, vec!["\"x\""])),
+            (r#"{"batch":-1.5}"#, (1, vec!["-1.5"])),
+            (r#"{"batch":true}"#, (1, vec!["true"])),
+        ];
+        for (text, found) in cases {
+            assert_eq!(listed(text).expect("readable"), found, "{text}");
+        }
+        for text in
+            ["{\"batch\":[1,]}", "{\"batch\":[1}", "{\"batch\":[]}x", "{\"batch\":{\"a\":}}", "{\"batch\":[\"\n\"]}"]
+        {
+            assert!(matches!(listed(text), Err(JsonError::Invalid(_))), "{text}");
+        }
+        assert_eq!(listed("[]").unwrap_err(), JsonError::NotAnObject);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::clock::Timestamp;
 use crate::control::workspace::Source;
 use crate::model::event::{Channel, Event};
 use crate::model::id::{JobRunId, MessageId};
-use crate::model::json::{JsonError, Object, Splice, check_depth, elements, string_of};
+use crate::model::json::{JsonError, Object, Splice, check_depth, string_of};
 
 use super::identity;
 
@@ -174,17 +174,13 @@ fn judged<T>(
     }
     let text = std::str::from_utf8(body).map_err(|_| Refusal::InvalidJson)?;
     check_depth(text)?;
-    let object = Object::parse(text)?;
     if let Call::Typed(_) = call {
+        let object = Object::parse(text)?;
         let mut request = Request::new(source, call, facts, Some(&object), None);
         return gather(&mut std::iter::once_with(|| request.take(&object)));
     }
-    let parts = match object.get("batch") {
-        None | Some("null") => Vec::new(),
-        Some(list) if list.starts_with('[') => elements(list)?,
-        // A single event in place of the list counts as one.
-        Some(single) => vec![single],
-    };
+    // A single event in place of the list counts as one.
+    let (object, parts) = Object::parse_list(text, "batch")?;
     if parts.is_empty() {
         return Err(Refusal::EmptyBatch);
     }
