@@ -207,15 +207,6 @@ pub async fn run<B: Backend>(
             return Ok(());
         }
     }
-    let Some(suppressed) = edge::suppressed(&parts, gateway.is_some()).await? else { return Ok(()) };
-    if let Some((until, served)) = waiting {
-        until.begin();
-        let _ = served.await;
-    }
-    if let Some(listener) = gateway {
-        let listeners = (listener, listeners.internal);
-        edge::start(&parts, &placements, suppressed, listeners, &readiness, &mut supervisor)?;
-    }
     if stages.contains(&Stage::Processor) {
         start_processor(&parts, &placements, &readiness, &mut supervisor);
     }
@@ -226,7 +217,19 @@ pub async fn run<B: Backend>(
         start_reporter(&parts, &readiness, &mut supervisor)?;
     }
     if stages.contains(&Stage::Live) {
-        start_live(&parts, &readiness, &mut supervisor)?;
+        start_live(&parts, &mut supervisor)?;
+    }
+    if let Some(listener) = gateway {
+        // The others do not wait for the list of suppressed users.
+        let suppressed = edge::suppressed(&parts, &mut supervisor).await?;
+        if let Some((until, served)) = waiting {
+            until.begin();
+            let _ = served.await;
+        }
+        if let Some(suppressed) = suppressed {
+            let listeners = (listener, listeners.internal);
+            edge::start(&parts, &placements, suppressed, listeners, &readiness, &mut supervisor)?;
+        }
     }
     starting.set(true);
     let ended = supervisor.join().await;
@@ -383,24 +386,37 @@ fn start_reporter<B: Backend>(
     Ok(())
 }
 
+/// What ends the reading of live events ends nothing else; it is tried again after so long.
+const LIVE_AGAIN: std::time::Duration = std::time::Duration::from_secs(30);
+
 /// Without a control plane nobody looks.
-fn start_live<B: Backend>(parts: &Parts<B>, readiness: &Readiness, supervisor: &mut Supervisor) -> anyhow::Result<()> {
+fn start_live<B: Backend>(parts: &Parts<B>, supervisor: &mut Supervisor) -> anyhow::Result<()> {
     let Some(settings) = &parts.control_plane else { return Ok(()) };
     let uploads = Uploads::new(settings)?;
     let live =
         Live { workspace: parts.workspace.clone(), uploads, clock: parts.clock.clone(), waiting: Waiting::default() };
     let live = Arc::new(live);
-    let watching = watch::run(
-        parts.log.clone(),
-        Arc::clone(&live),
-        self::settings(parts, Stage::Live, Topic::EVENTS),
-        parts.clock.clone(),
-        parts.shutdown.clone(),
-        readiness.part(),
-    );
+    let (log, settings, clock) =
+        (parts.log.clone(), self::settings(parts, Stage::Live, Topic::EVENTS), parts.clock.clone());
+    let stop = parts.shutdown.clone();
     supervisor.start("live", async move {
+        let watching = async {
+            while !stop.has_begun() {
+                // Whether it works says nothing about the process.
+                let part = Readiness::default().part();
+                let (log, settings) = (log.clone(), settings.clone());
+                match watch::run(log, Arc::clone(&live), settings, clock.clone(), stop.clone(), part).await {
+                    Ok(()) => return,
+                    Err(error) => tracing::error!(%error, "live events cannot be read, trying again"),
+                }
+                tokio::select! {
+                    () = clock.sleep(LIVE_AGAIN) => {}
+                    () = stop.begun() => {}
+                }
+            }
+        };
         tokio::select! {
-            ended = watching => ended,
+            () = watching => anyhow::Ok(()),
             () = live.upload() => Ok(()),
         }
     });

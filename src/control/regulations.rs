@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
+use md5::{Digest, Md5};
 use reqwest::{Client, Url};
 use serde::Deserialize;
 
 use crate::clock::{Clock, Timestamp};
 
 use super::remote::{RemoteError, base, whole};
+use super::workspace::or_default;
 
 /// Tries for one page, and the wait before the second; it doubles.
 const TRIES: u32 = 4;
@@ -31,11 +33,13 @@ pub struct RegulationSettings {
 
 /// One answer.
 #[derive(Debug, Deserialize)]
+#[serde(default)]
+#[derive(Default)]
 pub struct Page {
-    #[serde(default)]
+    #[serde(deserialize_with = "or_default")]
     pub items: Vec<Item>,
     /// Behind which the next one begins.
-    #[serde(default)]
+    #[serde(deserialize_with = "or_default")]
     pub token: String,
 }
 
@@ -46,12 +50,12 @@ pub struct Item {
     pub workspace_id: String,
     pub user_id: String,
     /// It was suppressed, and is not any more.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub canceled: bool,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub created_at: String,
     /// Empty: at all of them.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub source_ids: Vec<String>,
 }
 
@@ -87,6 +91,13 @@ impl Regulations {
 
     pub fn settings(&self) -> &RegulationSettings {
         &self.settings
+    }
+
+    /// Whose list it is: a token is worth nothing for another.
+    pub fn whose(&self) -> String {
+        let mut digest = Md5::new();
+        digest.update(self.url.as_str());
+        format!("{:032x}", u128::from_be_bytes(digest.finalize().into()))
     }
 
     /// The page behind a token, or the first one. Asked for again where no answer comes.

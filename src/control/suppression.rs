@@ -7,12 +7,14 @@
 //! A digest of workspace, user and source stands for them, in the topic and in memory: 16 bytes each, and no names.
 
 use std::collections::HashSet;
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 use md5::{Digest, Md5};
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::log::{Backend, Commit, Committed, Limit, LogError, Member, Polled, Read, Reader, Session};
@@ -23,6 +25,7 @@ use crate::model::record::{Addressed, Epoch, Headers, Offset, Partition, Record,
 use crate::telemetry::metrics::metrics;
 
 use super::regulations::{Item, Page, Regulations};
+use super::remote::RemoteError;
 
 const PARTITION: Partition = Partition(0);
 const READ: Limit = Limit { records: 5_000, bytes: 4 << 20 };
@@ -36,10 +39,17 @@ const LOOK: Duration = Duration::from_millis(50);
 #[derive(Clone, Default)]
 pub struct Suppressed(Arc<RwLock<List>>);
 
-#[derive(Default)]
 struct List {
     users: HashSet<u128>,
     asked: Asked,
+    /// What is read next.
+    next: Offset,
+}
+
+impl Default for List {
+    fn default() -> Self {
+        Self { users: HashSet::new(), asked: Asked::default(), next: Offset::START }
+    }
 }
 
 /// How far the list was asked for.
@@ -49,6 +59,9 @@ struct Asked {
     token: Option<String>,
     /// To its end, once.
     is_whole: bool,
+    /// Whose list: of which control plane, and which workspace.
+    #[serde(default)]
+    whose: String,
 }
 
 impl Suppressed {
@@ -64,6 +77,13 @@ impl Suppressed {
         !user.is_empty() && (is_there("") || is_there(source.as_str()))
     }
 
+    /// Waits until there is a list.
+    pub async fn is_whole(&self, clock: &Clock) {
+        while !self.asked().is_whole {
+            clock.sleep(LOOK).await;
+        }
+    }
+
     fn asked(&self) -> Asked {
         self.0.read().unwrap_or_else(PoisonError::into_inner).asked.clone()
     }
@@ -71,6 +91,7 @@ impl Suppressed {
 
 impl List {
     fn take(&mut self, record: &Record) {
+        self.next = record.offset.just_after();
         let key = record.key.as_deref().unwrap_or_default();
         let key = std::str::from_utf8(key).unwrap_or_default();
         if key == ASKED {
@@ -100,37 +121,25 @@ fn digest(workspace: &str, user: &str, source: &str) -> u128 {
     u128::from_be_bytes(digest.finalize().into())
 }
 
-/// Returns when there is a list, and goes on following it, and asking for it, as long as somebody has it.
+/// The list as it is kept, and what reads on.
 ///
 /// # Errors
-/// A log that cannot be read. A control plane that does not answer is waited for, where nothing is kept yet.
-pub async fn follow<B: Backend>(
-    log: &B,
-    regulations: Regulations,
-    member: Member,
-    clock: Clock,
-) -> Result<Suppressed, LogError> {
+/// Where the log cannot be read.
+pub async fn load<B: Backend>(log: &B) -> Result<(Suppressed, B::Reader), LogError> {
     let mut reader = log.reader(&Topic::SUPPRESSIONS, PARTITION, Offset::START).await?;
     let mut list = List::default();
     while let Read::Records(records) = reader.read(READ).await? {
         records.iter().for_each(|record| list.take(record));
     }
-    let suppressed = Suppressed(Arc::new(RwLock::new(list)));
-    tokio::spawn(read_on(reader, Arc::downgrade(&suppressed.0), clock.clone()));
-    tokio::spawn(ask_on(log.clone(), regulations, member, Arc::downgrade(&suppressed.0), clock.clone()));
-    while !suppressed.asked().is_whole {
-        clock.sleep(LOOK).await;
-    }
-    Ok(suppressed)
+    Ok((Suppressed(Arc::new(RwLock::new(list))), reader))
 }
 
-async fn read_on<R: Reader>(mut reader: R, list: Weak<RwLock<List>>, clock: Clock) {
+/// Follows what is kept, for ever.
+pub async fn read_on<R: Reader>(mut reader: R, list: Suppressed, clock: Clock) {
     loop {
-        let read = reader.read(READ).await;
-        let Some(list) = list.upgrade() else { return };
-        match read {
+        match reader.read(READ).await {
             Ok(Read::Records(records)) => {
-                let mut list = list.write().unwrap_or_else(PoisonError::into_inner);
+                let mut list = list.0.write().unwrap_or_else(PoisonError::into_inner);
                 records.iter().for_each(|record| list.take(record));
             }
             Ok(Read::End) => {}
@@ -142,63 +151,140 @@ async fn read_on<R: Reader>(mut reader: R, list: Weak<RwLock<List>>, clock: Cloc
     }
 }
 
-/// Asks whenever this process is the one that does.
-async fn ask_on<B: Backend>(log: B, regulations: Regulations, member: Member, list: Weak<RwLock<List>>, clock: Clock) {
-    while list.strong_count() > 0 {
-        let ended = match log.session(member.clone()).await {
-            Ok(mut session) => {
-                let ended = own(&mut session, &regulations, &list, &clock).await;
-                session.close().await;
-                ended
-            }
-            Err(error) => Err(error),
-        };
-        if let Err(error) = ended {
-            tracing::warn!(%error, "the session of suppressed users ended, building a new one");
-        }
-        clock.sleep(AGAIN).await;
-    }
+/// Who asks the control plane, whenever this process is the one that does.
+pub struct Asking<B> {
+    pub log: B,
+    pub regulations: Regulations,
+    pub member: Member,
+    pub clock: Clock,
+    pub stop: CancellationToken,
 }
 
-async fn own<S: Session>(
-    session: &mut S,
-    regulations: &Regulations,
-    list: &Weak<RwLock<List>>,
-    clock: &Clock,
-) -> Result<(), LogError> {
-    let (mut owner, mut asked, mut due) = (None, Asked::default(), clock.instant());
-    while let Some(current) = list.upgrade().map(Suppressed) {
-        let polled = tokio::select! {
-            polled = session.poll(Limit { records: 1, bytes: 1 }) => polled?,
-            () = clock.sleep_until(due), if owner.is_some() => Polled::Idle,
-        };
-        match polled {
-            Polled::Assigned(given) => {
-                // What the last owner has committed is read by now, or is asked for again, in the same order.
-                (owner, asked, due) = (given.first().map(|it| it.epoch), current.asked(), clock.instant());
+/// What this process does as the one that asks.
+struct Owned {
+    epoch: Epoch,
+    asked: Asked,
+    due: Instant,
+}
+
+impl<B: Backend> Asking<B> {
+    /// Asks until it is stopped, and hands over then.
+    pub async fn ask_on(self, list: Suppressed) {
+        while !self.stop.is_cancelled() {
+            let ended = match self.log.session(self.member.clone()).await {
+                Ok(mut session) => {
+                    let ended = self.own(&mut session, &list).await;
+                    session.close().await;
+                    ended
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = ended {
+                tracing::warn!(%error, "the session of suppressed users ended, building a new one");
             }
-            Polled::Revoked(_) | Polled::Lost(_) => owner = None,
-            Polled::Records(_) | Polled::Idle => {}
+            tokio::select! {
+                () = self.clock.sleep(AGAIN) => {}
+                () = self.stop.cancelled() => {}
+            }
         }
-        drop(current);
-        let Some(epoch) = owner.filter(|_| clock.instant() >= due) else { continue };
-        match regulations.page(asked.token.as_deref()).await {
+    }
+
+    async fn own(&self, session: &mut B::Session, list: &Suppressed) -> Result<(), LogError> {
+        let mut owned: Option<Owned> = None;
+        loop {
+            // Asked beside the session: whoever asks for long must not lose it unheard.
+            let next = owned.as_ref().map(|it| (it.due, it.asked.token.clone()));
+            let question = async move {
+                match next {
+                    None => std::future::pending().await,
+                    Some((due, token)) => {
+                        self.clock.sleep_until(due).await;
+                        self.regulations.page(token.as_deref()).await
+                    }
+                }
+            };
+            let mut question = std::pin::pin!(question);
+            let page = loop {
+                let polled = tokio::select! {
+                    () = self.stop.cancelled() => return Ok(()),
+                    page = &mut question => break Ok(page),
+                    polled = session.poll(Limit { records: 1, bytes: 1 }) => polled?,
+                };
+                match polled {
+                    // Every member hears of every rebalance.
+                    Polled::Assigned(given) if given.is_empty() => {}
+                    Polled::Records(_) | Polled::Idle => {}
+                    other => break Err(other),
+                }
+            };
+            match page {
+                Err(Polled::Assigned(given)) => {
+                    let Some(epoch) = given.first().map(|it| it.epoch) else { continue };
+                    let asked = self.asked(list).await?;
+                    owned = Some(Owned { epoch, asked, due: self.clock.instant() });
+                }
+                Err(_) => owned = None,
+                Ok(page) => {
+                    let Some(it) = &mut owned else { continue };
+                    it.due = self.clock.instant() + self.answered(session, it, page).await?;
+                }
+            }
+        }
+    }
+
+    /// How far it was asked, with all that the last owner has committed.
+    async fn asked(&self, list: &Suppressed) -> Result<Asked, LogError> {
+        let (mut asked, next) = {
+            let list = list.0.read().unwrap_or_else(PoisonError::into_inner);
+            (list.asked.clone(), list.next)
+        };
+        let mut rest = List::default();
+        let mut reader = self.log.reader(&Topic::SUPPRESSIONS, PARTITION, next).await?;
+        while let Read::Records(records) = reader.read(READ).await? {
+            records
+                .iter()
+                .filter(|record| record.key.as_deref() == Some(ASKED.as_bytes()))
+                .for_each(|it| rest.take(it));
+        }
+        if rest.asked != Asked::default() {
+            asked = rest.asked;
+        }
+        let whose = self.regulations.whose();
+        // Of another list there is nothing yet, and what is kept of the old one stays until then.
+        Ok(if asked.whose == whose { asked } else { Asked { token: None, is_whole: false, whose } })
+    }
+
+    /// Takes a page in. How long to wait for the next one.
+    async fn answered(
+        &self,
+        session: &mut B::Session,
+        owned: &mut Owned,
+        page: Result<Page, RemoteError>,
+    ) -> Result<Duration, LogError> {
+        let interval = self.regulations.settings().poll_interval;
+        let page = match page {
+            Ok(page) => page,
             Err(error) => {
                 count("failed");
                 tracing::warn!(%error, "suppressed users cannot be asked for, the list that is kept stays in force");
                 // Nobody takes events before there is one.
-                due = clock.instant() + if asked.is_whole { regulations.settings().poll_interval } else { AGAIN };
+                return Ok(if owned.asked.is_whole { interval } else { AGAIN });
             }
-            Ok(page) => {
-                let is_last = page.items.len() < regulations.settings().page_size;
-                asked = Asked { token: Some(page.token.clone()), is_whole: asked.is_whole || is_last };
-                session.commit(Arc::new(commit(&page, &asked, epoch))).await?;
-                count("done");
-                due = clock.instant() + if is_last { regulations.settings().poll_interval } else { Duration::ZERO };
-            }
+        };
+        count("done");
+        // A control plane may give less than it is asked for: the end is where nothing more comes.
+        let is_last = page.items.is_empty() || owned.asked.token.as_ref() == Some(&page.token);
+        let asked = Asked {
+            token: Some(page.token.clone()),
+            is_whole: owned.asked.is_whole || is_last,
+            whose: owned.asked.whose.clone(),
+        };
+        if asked != owned.asked || !page.items.is_empty() {
+            session.commit(Arc::new(commit(&page, &asked, owned.epoch))).await?;
+            owned.asked = asked;
         }
+        Ok(if is_last { interval } else { Duration::ZERO })
     }
-    Ok(())
 }
 
 /// A page, and how far the list was asked for with it.
@@ -269,7 +355,7 @@ mod tests {
     fn users_are_suppressed_at_all_sources_or_some_until_that_ends() {
         let suppressed = Suppressed::default();
         let covers = |user: &str, source: &str| suppressed.covers(&"w".into(), &source.into(), user);
-        let asked = Asked { token: Some("t".into()), is_whole: true };
+        let asked = Asked { token: Some("t".into()), is_whole: true, whose: "me".into() };
         taken(&suppressed, vec![item("a", false, &[]), item("b", false, &["s1", "s2"])], &asked);
         assert!(covers("a", "s1") && covers("a", "s9") && covers("b", "s1") && covers("b", "s2"));
         assert!(!covers("b", "s3") && !covers("c", "s1") && !covers("", "s1"));

@@ -25,6 +25,11 @@ impl Shutdown {
         self.token.is_cancelled()
     }
 
+    /// For those who know no runtime.
+    pub fn token(&self) -> CancellationToken {
+        self.token.clone()
+    }
+
     /// Waits for the signal. Cancel-safe.
     pub async fn begun(&self) {
         self.token.cancelled().await;

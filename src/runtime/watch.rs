@@ -55,8 +55,15 @@ struct Watching<B: Backend, W> {
     shutdown: Shutdown,
 }
 
-/// When the record that was read last was written, of each partition that is ours; none where nothing is read.
-type Parts = BTreeMap<Partition, Option<Timestamp>>;
+/// How far a partition of ours is read. None: nothing is read.
+type Parts = BTreeMap<Partition, Option<Place>>;
+
+#[derive(Clone, Copy)]
+struct Place {
+    /// When the record that was read last was written.
+    at: Timestamp,
+    next: Offset,
+}
 
 impl<B: Backend, W: Watch> Serve<B::Session> for Watching<B, W> {
     async fn serve(&mut self, mut session: B::Session, ready: &mut Ready) -> Result<(), LogError> {
@@ -75,8 +82,9 @@ impl<B: Backend, W: Watch> Watching<B, W> {
                 biased;
                 () = self.shutdown.begun() => return Ok(()),
                 () = self.clock.sleep_until(look_at) => {
+                    // A log that is away is no reason to leave: nobody has to see anything.
+                    let _ = tokio::time::timeout(LOOK, self.look(session, &mut parts)).await;
                     look_at = self.clock.instant() + LOOK;
-                    self.look(session, &mut parts).await?;
                     continue;
                 }
                 polled = session.poll(READ) => polled?,
@@ -86,8 +94,8 @@ impl<B: Backend, W: Watch> Watching<B, W> {
                 Polled::Revoked(gone) | Polled::Lost(gone) => parts.retain(|it, _| !gone.contains(it)),
                 Polled::Records(records) => {
                     for record in &records {
-                        if let Some(Some(last)) = parts.get_mut(&record.partition) {
-                            *last = record.timestamp;
+                        if let Some(Some(place)) = parts.get_mut(&record.partition) {
+                            *place = Place { at: record.timestamp, next: record.offset.just_after() };
                         }
                     }
                     self.watch.take(&records);
@@ -100,21 +108,18 @@ impl<B: Backend, W: Watch> Watching<B, W> {
     /// Begins to read, stops it, or goes on near the end.
     async fn look(&self, session: &mut B::Session, parts: &mut Parts) -> Result<(), LogError> {
         let (is_watching, now) = (self.watch.is_watching(), self.clock.now());
-        for (partition, last) in parts.iter_mut() {
-            match (is_watching, *last) {
+        for (partition, place) in parts.iter_mut() {
+            match (is_watching, *place) {
                 (false, Some(_)) => {
                     session.pause(&[*partition])?;
-                    *last = None;
+                    *place = None;
                 }
-                (true, None) => {
-                    self.near_the_end(session, *partition).await?;
-                    session.resume(&[*partition])?;
-                    *last = Some(now);
-                }
-                // It was written long ago, and there is more.
-                (true, Some(at)) if now.since(at) > LATE => {
-                    self.near_the_end(session, *partition).await?;
-                    *last = Some(now);
+                (true, None) => *place = self.near_the_end(session, *partition, Offset::START).await?,
+                (true, Some(last)) if now.since(last.at) > LATE => {
+                    // Never back: it may only be quiet.
+                    if let Some(ahead) = self.near_the_end(session, *partition, last.next).await? {
+                        *place = Some(ahead);
+                    }
                 }
                 _ => {}
             }
@@ -122,9 +127,21 @@ impl<B: Backend, W: Watch> Watching<B, W> {
         Ok(())
     }
 
-    async fn near_the_end(&self, session: &mut B::Session, partition: Partition) -> Result<(), LogError> {
+    /// Goes on near the end, where that is ahead.
+    async fn near_the_end(
+        &self,
+        session: &mut B::Session,
+        partition: Partition,
+        at_least: Offset,
+    ) -> Result<Option<Place>, LogError> {
         let marks = self.admin.watermarks(&self.topic, partition).await?;
-        let recent = Offset::new(marks.stable.raw().saturating_sub(HISTORY));
-        session.seek(partition, recent.max(marks.start))
+        let next = Offset::new(marks.stable.raw().saturating_sub(HISTORY)).max(marks.start);
+        if next < at_least {
+            return Ok(None);
+        }
+        session.pause(&[partition])?;
+        session.seek(partition, next)?;
+        session.resume(&[partition])?;
+        Ok(Some(Place { at: self.clock.now(), next }))
     }
 }

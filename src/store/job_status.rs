@@ -14,6 +14,9 @@ use super::{Group, Migrations, Move, Store, StoreError, advance};
 const SCHEMA: &str = "job_status";
 const MIGRATIONS: &Migrations = &[(1, "counts", include_str!("../../migrations/job_status/0001_counts.sql"))];
 
+/// Rows that one statement deletes.
+const STEP: u64 = 5_000;
+
 /// Counts and failed rows, by run.
 #[derive(Clone)]
 pub struct JobStatusStore(Store);
@@ -158,23 +161,12 @@ impl JobStatusStore {
     /// # Errors
     /// [`StoreError`].
     pub async fn forget_rows(&self, run: &JobRunId, keys: &[JobKey]) -> Result<(), StoreError> {
-        let forgetting = async {
-            let mut writing = self.0.begin().await?;
-            for key in keys {
-                sqlx::query(
-                    "delete from failed_rows where job_run = $1 and task_run = $2 and source = $3 and destination = $4",
-                )
-                .bind(text(run.as_str()))
-                .bind(text(key.task_run.as_str()))
-                .bind(text(key.source.as_str()))
-                .bind(text(destination(key)))
-                .execute(&mut *writing)
-                .await?;
-            }
-            writing.commit().await?;
-            Ok(())
-        };
-        self.0.call(forgetting).await
+        for key in keys {
+            let names = [run.as_str(), key.task_run.as_str(), key.source.as_str(), destination(key)].map(text);
+            let which = "job_run = $1 and task_run = $2 and source = $3 and destination = $4";
+            self.delete("failed_rows", which, &names).await?;
+        }
+        Ok(())
     }
 
     /// Of whom a run has failed rows.
@@ -195,20 +187,45 @@ impl JobStatusStore {
     /// # Errors
     /// [`StoreError`].
     pub async fn expire(&self, before: Timestamp) -> Result<u64, StoreError> {
-        let expiring = async {
-            let mut gone = 0;
-            for statement in [
-                "delete from counts where job_run in \
-                 (select job_run from counts group by job_run having max(changed_at) < $1)",
-                "delete from failed_rows where job_run in \
-                 (select job_run from failed_rows group by job_run having max(changed_at) < $1) \
-                 and not exists (select 1 from counts where counts.job_run = failed_rows.job_run)",
-            ] {
-                gone += sqlx::query(statement).bind(before.micros()).execute(&self.0.pool()).await?.rows_affected();
+        let mut gone = 0;
+        for (ask, table) in [
+            ("select job_run from counts group by job_run having max(changed_at) < $1 limit 100", "counts"),
+            (
+                "select job_run from failed_rows where not exists (select 1 from counts where counts.job_run = failed_rows.job_run) \
+                 group by job_run having max(changed_at) < $1 limit 100",
+                "failed_rows",
+            ),
+        ] {
+            loop {
+                let (asking, pool) = (sqlx::query_as(ask).bind(before.micros()), self.0.pool());
+                let runs: Vec<(String,)> = self.0.call(async { Ok(asking.fetch_all(&pool).await?) }).await?;
+                if runs.is_empty() {
+                    break;
+                }
+                for (run,) in runs {
+                    gone += self.delete(table, "job_run = $1", &[run]).await?;
+                }
             }
-            Ok(gone)
-        };
-        self.0.call(expiring).await
+        }
+        Ok(gone)
+    }
+
+    /// Deletes in steps: no statement takes long, or keeps many rows from others.
+    async fn delete(&self, table: &str, which: &str, names: &[String]) -> Result<u64, StoreError> {
+        let statement = format!("delete from {table} where id in (select id from {table} where {which} limit {STEP})");
+        let mut gone = 0;
+        loop {
+            let mut query = sqlx::query(AssertSqlSafe(statement.clone()));
+            for name in names {
+                query = query.bind(name.clone());
+            }
+            let pool = self.0.pool();
+            let deleted = self.0.call(async { Ok(query.execute(&pool).await?.rows_affected()) }).await?;
+            gone += deleted;
+            if deleted < STEP {
+                return Ok(gone);
+            }
+        }
     }
 }
 

@@ -40,7 +40,7 @@ pub enum StoreError {
     /// Somebody else has written meanwhile, or the answer to the last write was lost. Take over again.
     #[error("another owner has written")]
     Stale,
-    /// It cannot be done, now or later.
+    /// It cannot be done with these values, now or later; or it is no store at all.
     #[error("{0}")]
     Refused(String),
 }
@@ -50,17 +50,18 @@ impl From<sqlx::Error> for StoreError {
         match &error {
             sqlx::Error::Database(refused) => {
                 let code = refused.code().unwrap_or_default();
-                // Connections, resources, operators, transactions that were in each other's way; SQLite's are numbers: busy, full.
-                let is_passing =
-                    ["08", "53", "57", "58", "40"].iter().any(|class| code.starts_with(class) && code.len() == 5)
-                        || matches!(code.as_ref(), "5" | "6" | "13" | "261" | "517");
+                // What the data is to blame for: its values, constraints, sizes. SQLite's codes are numbers, with what is said closer
+                // above the lowest byte.
+                let number = code.parse::<u32>().ok().filter(|_| code.len() != 5).map(|number| number & 0xFF);
+                let is_data = ["22", "23", "54"].iter().any(|class| code.starts_with(class) && code.len() == 5)
+                    || matches!(number, Some(18..=20));
                 match code.as_ref() {
                     "42P01" | "42703" | "3F000" => StoreError::Unmigrated(unmigrated(refused.message())),
                     "1" if refused.message().contains("no such table") => {
                         StoreError::Unmigrated(unmigrated(refused.message()))
                     }
-                    _ if is_passing => StoreError::Away(error.to_string()),
-                    _ => StoreError::Refused(error.to_string()),
+                    _ if is_data => StoreError::Refused(error.to_string()),
+                    _ => StoreError::Away(error.to_string()),
                 }
             }
             sqlx::Error::Configuration(_) => StoreError::Refused("store.url cannot be used".to_owned()),
@@ -177,7 +178,13 @@ impl Store {
         if !self.is_sqlite {
             self.create_schema(&mut connection).await?;
         }
+        if !self.is_sqlite {
+            connection.execute("set statement_timeout = 0".into_sql_str()).await?;
+        }
         migrator(all).run_direct(None, &mut *connection, false).await.map_err(refused)?;
+        if !self.is_sqlite {
+            connection.execute(POSTGRES.into_sql_str()).await?;
+        }
         Ok(pending)
     }
 

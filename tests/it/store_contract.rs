@@ -192,3 +192,20 @@ contract! {
     failed_rows_are_kept_once_and_told_in_pages
     old_runs_are_forgotten_as_a_whole
 }
+
+/// What somebody holds for a while is waited for, and is no fault of the data.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_locked_in_postgres_is_not_refused() {
+    use sqlx::{Connection, Executor};
+    let url = crate::support::postgres::database().await;
+    let store = prepared(&url).await;
+    let (epoch, _) = store.store().take_over(&group(), Partition(3)).await.expect("taken over");
+    let mut other = sqlx::PgConnection::connect(&url).await.expect("connected");
+    other.execute("begin").await.expect("begun");
+    other.execute("lock table job_status.counts in exclusive mode").await.expect("locked");
+    let one = || vec![status(key("run", "s", None), Counts::taken(1))];
+    let added = store.add(&group(), &step(epoch, None, 1), one(), at(1)).await;
+    assert!(matches!(added, Err(StoreError::Away(_))), "{added:?}");
+    other.execute("rollback").await.expect("ended");
+    store.add(&group(), &step(epoch, None, 1), one(), at(1)).await.expect("added");
+}

@@ -173,7 +173,13 @@ async fn several_gateways_have_one_list() {
     let mut first = flow.start("gateway", "gateway-1");
     first.ready().await;
     has(&first, 6.0).await;
+    // Who asked goes on asking when another one comes.
+    plane.say("u6", false, &[]);
+    has(&second, 7.0).await;
+    has(&first, 7.0).await;
     second.kill();
     plane.say("u0", true, &[]);
-    has(&first, 5.0).await;
+    has(&first, 6.0).await;
+    first.terminate();
+    assert!(first.ended(SOON).await.success(), "{}", first.said());
 }

@@ -11,7 +11,7 @@ use super::{Parts, Placements, Stage, admittance, answered, failures};
 use crate::app::serve::serve;
 use crate::app::{job_status, open};
 use crate::control::regulations::{RegulationSettings, Regulations};
-use crate::control::suppression::{self, Suppressed};
+use crate::control::suppression::{self, Asking, Suppressed};
 use crate::delivery::warehouse::Warehouse;
 use crate::log::{Backend, Member};
 use crate::model::id::InstanceId;
@@ -106,15 +106,35 @@ fn webhooks<B>(parts: &Parts<B>, placements: &Placements) -> anyhow::Result<Opti
 }
 
 /// The users whose events are not taken, once there is a list. None: the process was told to stop meanwhile.
-pub async fn suppressed<B: Backend>(parts: &Parts<B>, is_gateway: bool) -> anyhow::Result<Option<Suppressed>> {
-    if !is_gateway || parts.config.control.suppression.url.is_empty() {
+pub async fn suppressed<B: Backend>(
+    parts: &Parts<B>,
+    supervisor: &mut Supervisor,
+) -> anyhow::Result<Option<Suppressed>> {
+    if parts.config.control.suppression.url.is_empty() {
         return Ok(Some(Suppressed::default()));
     }
-    let list = async || {
-        let (log, clock) = (&parts.log, parts.clock.clone());
-        Ok(suppression::follow(log, regulations(parts)?, asker(parts), clock).await?)
+    let list = async || Ok(suppression::load(&parts.log).await?);
+    let Some((list, reader)) = answered(parts, list).await? else { return Ok(None) };
+    let asking = Asking {
+        log: parts.log.clone(),
+        regulations: regulations(parts)?,
+        member: asker(parts),
+        clock: parts.clock.clone(),
+        stop: parts.shutdown.token(),
     };
-    answered(parts, list).await
+    let (own, clock) = (list.clone(), parts.clock.clone());
+    supervisor.start("suppressed users", async move {
+        tokio::select! {
+            () = suppression::read_on(reader, own.clone(), clock) => {}
+            () = asking.ask_on(own) => {}
+        }
+        anyhow::Ok(())
+    });
+    let stop = parts.shutdown.clone();
+    tokio::select! {
+        () = list.is_whole(&parts.clock) => Ok(Some(list)),
+        () = stop.begun() => Ok(None),
+    }
 }
 
 fn regulations<B>(parts: &Parts<B>) -> anyhow::Result<Regulations> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde::de::IgnoredAny;
 
 use crate::clock::Clock;
+use crate::control::suppression::Suppressed;
 use crate::control::workspace::Workspace;
 use crate::log::partitioner::Placement;
 use crate::model::codec;
@@ -17,7 +18,7 @@ use crate::model::redrive::{Letter, Shelf};
 use crate::runtime::failure::{Cause, FailureTopic};
 use crate::stages::gateway::request::Facts;
 use crate::stages::gateway::webhook::{Failed, Made, make, renewed};
-use crate::stages::gateway::{Along, address};
+use crate::stages::gateway::{Along, address, without_suppressed};
 use crate::transform::http::Sources;
 
 use super::RedriveError;
@@ -51,6 +52,8 @@ pub struct Events {
     /// Where such requests go that fail again.
     pub failures: FailureTopic,
     pub clock: Clock,
+    /// Whose events are not taken.
+    pub suppressed: Suppressed,
 }
 
 /// Whether a letter holds the whole of what it was made of.
@@ -137,6 +140,7 @@ impl Events {
         };
         match make(sources, source, request, &facts).await {
             Made::Events(events, _) => {
+                let events = without_suppressed(&self.suppressed, events);
                 let along = Along { replay: Some(plan.to_owned()), ..Along::default() };
                 Ok(Sent::Again(events.iter().map(|event| address(self.placement, event, &along)).collect()))
             }

@@ -15,6 +15,7 @@ use crate::cli::run::shutdown_on_signal;
 use crate::cli::{Common, Found, Usage, operator};
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::control::suppression::{self, Suppressed};
 use crate::log::partitioner::Placement;
 use crate::log::{Admin, Backend};
 use crate::model::record::Topic;
@@ -290,5 +291,9 @@ async fn resend<B: Backend>(log: &B, config: &Config, clock: &Clock, shelf: Shel
         sources: open::transformer(config, clock)?.map(Sources::new),
         failures,
         clock: clock.clone(),
+        suppressed: match config.control.suppression.url.as_str() {
+            "" => Suppressed::default(),
+            _ => suppression::load(log).await?.0,
+        },
     })))
 }

@@ -23,6 +23,7 @@ mod reply;
 pub mod request;
 mod routes;
 mod source_config;
+mod suppress;
 pub mod webhook;
 
 pub use client::TrustedProxies;
@@ -32,3 +33,4 @@ pub use job_status::{CaughtUp, JobStatusApi};
 pub use limit::{Limits, RateLimits};
 pub use publish::{Admission, Along, address};
 pub use routes::{Gateway, internal, public, unavailable};
+pub use suppress::without_suppressed;

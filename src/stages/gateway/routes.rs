@@ -22,7 +22,6 @@ use crate::delivery::warehouse::Warehouse;
 use crate::log::{LogError, Publisher};
 use crate::model::command::{Action as Wanted, Command};
 use crate::model::event::{Channel, Event};
-use crate::model::json::Object;
 use crate::model::progress::Target;
 use crate::model::record::Addressed;
 use crate::telemetry::metrics::metrics;
@@ -38,8 +37,9 @@ use super::limit::RateLimits;
 use super::publish::Along;
 use super::reply::{self, Verdict};
 use super::request::{Call, Facts, Refusal, admit, admit_each};
+use super::suppress::{is_suppressed, without_suppressed};
 use super::webhook::{Failed, Made, Webhooks, request_of};
-use super::{Admission, identity, messages, openapi, pixel, source_config};
+use super::{Admission, messages, openapi, pixel, source_config};
 
 /// Bodies above it are parsed off the async threads: it would take longer than half a millisecond.
 const LARGE: usize = 128 * 1024;
@@ -220,6 +220,7 @@ async fn take<P: Publisher>(gateway: &Gateway<P>, ingest: Ingest, request: Reque
     // Runs of reverse ETL are as fast as they are; whoever only says so is not believed.
     let is_exempt =
         is_backfill && (ingest.auth == Auth::SourceId || ingest.kind == Kind::Replay || source.is_backfill());
+    let suppressed = gateway.suppressed.clone();
     if wants_verdicts(&parts) {
         let own = Arc::clone(&source);
         let (judged, held) =
@@ -234,11 +235,14 @@ async fn take<P: Publisher>(gateway: &Gateway<P>, ingest: Ingest, request: Reque
             good.extend(it);
         }
         let charged = if is_exempt { 0 } else { good.len() };
+        let good = without_suppressed(&suppressed, good);
         store(gateway, &source, good, held, &along, charged).await?;
         return Ok(reply::verdicts(&verdicts));
     }
     let own = Arc::clone(&source);
-    let (events, held) = worked(gateway, held, body.len(), move || admit(&own, ingest.call, &body, &facts)).await?;
+    let bytes = body.len();
+    let work = move || Ok(without_suppressed(&suppressed, admit(&own, ingest.call, &body, &facts)?));
+    let (events, held) = worked(gateway, held, bytes, work).await?;
     let charged = if is_exempt { 0 } else { events.len() };
     store(gateway, &source, events, held, &along, charged).await?;
     Ok(reply::ok())
@@ -266,7 +270,6 @@ async fn store<P: Publisher>(
     along: &Along,
     charged: usize,
 ) -> Result<(), Refusal> {
-    let events = without_suppressed(&gateway.suppressed, events);
     if events.is_empty() {
         return Ok(());
     }
@@ -280,24 +283,6 @@ async fn store<P: Publisher>(
     stored(gateway.admission.publish(records).await)?;
     metrics().gateway_events.with_label_values(&[source.id.as_str()]).inc_by(count as u64);
     Ok(())
-}
-
-/// Without the events of users who are not to be known. Their clients are told nothing of it.
-fn without_suppressed(suppressed: &Suppressed, mut events: Vec<Event>) -> Vec<Event> {
-    if !suppressed.is_empty() {
-        events.retain(|event| !is_suppressed(suppressed, event));
-    }
-    events
-}
-
-fn is_suppressed(suppressed: &Suppressed, event: &Event) -> bool {
-    let object = std::str::from_utf8(&event.payload).ok().and_then(|text| Object::parse(text).ok());
-    let user = object.as_ref().map(|object| object.text_of("userId")).unwrap_or_default();
-    let is_suppressed = suppressed.covers(&event.workspace, &event.source, &identity::clean(&user));
-    if is_suppressed {
-        metrics().gateway_suppressed.with_label_values(&[event.source.as_str()]).inc();
-    }
-    is_suppressed
 }
 
 /// What the client is told of trouble with the log.
@@ -323,6 +308,7 @@ async fn look<P: Publisher>(gateway: &Gateway<P>, kind: &'static str, request: R
     let Some(body) = pixel::event(kind, query, agent, gateway.clock.now()) else { return Ok(reply::ok()) };
     let facts = facts(gateway, &parts, Channel::Pixel);
     let events = admit(&speaker.source, Call::Typed(kind), body.as_bytes(), &facts)?;
+    let events = without_suppressed(&gateway.suppressed, events);
     let along = along(&parts.headers, &speaker);
     store(gateway, &speaker.source, events, gateway.intake.hold(), &along, 1).await?;
     Ok(reply::ok())
@@ -332,8 +318,13 @@ async fn take_messages<P: Publisher>(gateway: &Gateway<P>, request: Request) -> 
     let (parts, body) = request.into_parts();
     let (body, held) = gateway.intake.take(body, &parts.headers, false).await?;
     let workspace = gateway.workspace.get();
-    let (mut events, mut held) = gateway.intake.work(held, move || messages::admit(&workspace, &body)).await?;
-    events.retain(|(event, _)| gateway.suppressed.is_empty() || !is_suppressed(&gateway.suppressed, event));
+    let suppressed = gateway.suppressed.clone();
+    let work = move || {
+        let mut events = messages::admit(&workspace, &body)?;
+        events.retain(|(event, _)| suppressed.is_empty() || !is_suppressed(&suppressed, event));
+        Ok(events)
+    };
+    let (events, mut held) = gateway.intake.work(held, work).await?;
     let records = gateway.admission.records(events.iter().map(|(event, along)| (event, along)));
     held.grow(records.iter().map(Addressed::size).sum())?;
     stored(gateway.admission.publish(records).await)?;
@@ -405,6 +396,7 @@ async fn settle_webhook<P: Publisher>(
             Ok(reply::text(status, &failed.message))
         }
         Made::Events(events, said) => {
+            let events = without_suppressed(&gateway.suppressed, events);
             // The first was counted before.
             let charged = events.len().saturating_sub(1);
             store(gateway, source, events, held, along, charged).await?;
