@@ -145,3 +145,93 @@ impl<B: Backend, W: Watch> Watching<B, W> {
         Ok(Some(Place { at: self.clock.now(), next }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::log::embedded::Embedded;
+    use crate::log::embedded::memory::Faults;
+    use crate::log::topic::Topics;
+    use crate::log::{Member, Publisher};
+    use crate::model::record::{Addressed, Headers};
+    use crate::telemetry::server::Readiness;
+
+    #[derive(Default)]
+    struct Seen {
+        is_watching: AtomicBool,
+        offsets: Mutex<Vec<Offset>>,
+    }
+
+    impl Watch for Seen {
+        fn is_watching(&self) -> bool {
+            self.is_watching.load(Ordering::Relaxed)
+        }
+
+        fn take(&self, records: &[Record]) {
+            self.offsets.lock().unwrap().extend(records.iter().map(|record| record.offset));
+        }
+    }
+
+    async fn publish(log: &Embedded, count: usize) {
+        let record = || Addressed {
+            topic: Topic::EVENTS,
+            partition: Partition(0),
+            key: None,
+            value: Some("x".into()),
+            headers: Headers::new(),
+        };
+        log.publisher().unwrap().publish((0..count).map(|_| record()).collect()).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn recent_records_are_seen_once_while_somebody_looks() {
+        let clock = Clock::derived(Timestamp::from_millis(1_767_225_602_000));
+        let log = Embedded::in_memory(Faults::none(), clock.clone()).await.unwrap();
+        for spec in Topics::load(None).unwrap().iter() {
+            log.admin().unwrap().create(spec).await.unwrap();
+        }
+        publish(&log, 1_500).await;
+        let seen = Arc::new(Seen::default());
+        let shutdown = Shutdown::new(Duration::from_secs(5));
+        let settings = Settings {
+            member: Member {
+                group: "g".into(),
+                instance: "one".into(),
+                topic: Topic::EVENTS,
+                outputs: Vec::new(),
+                session_timeout: Duration::from_secs(6),
+                revoke_drain: Duration::from_secs(1),
+            },
+            commit_interval: Duration::from_millis(10),
+            stage: "test",
+        };
+        let part = Readiness::default().part();
+        let running =
+            tokio::spawn(run(log.clone(), Arc::clone(&seen), settings, clock.clone(), shutdown.clone(), part));
+        let count = || seen.offsets.lock().unwrap().len();
+        clock.sleep(Duration::from_secs(10)).await;
+        assert_eq!(count(), 0, "nobody looks");
+        seen.is_watching.store(true, Ordering::Relaxed);
+        clock.sleep(Duration::from_secs(10)).await;
+        assert_eq!(count(), HISTORY as usize, "what was lately");
+        // Quiet for long: nothing is seen again.
+        clock.sleep(Duration::from_secs(300)).await;
+        assert_eq!(count(), HISTORY as usize);
+        publish(&log, 10).await;
+        clock.sleep(Duration::from_secs(5)).await;
+        assert_eq!(count(), HISTORY as usize + 10);
+        seen.is_watching.store(false, Ordering::Relaxed);
+        clock.sleep(Duration::from_secs(5)).await;
+        publish(&log, 10).await;
+        clock.sleep(Duration::from_secs(5)).await;
+        assert_eq!(count(), HISTORY as usize + 10, "nobody looks any more");
+        shutdown.begin();
+        running.await.unwrap().unwrap();
+        let mut offsets = seen.offsets.lock().unwrap().clone();
+        offsets.dedup();
+        assert_eq!(offsets.len(), HISTORY as usize + 10, "each once, in order");
+    }
+}
