@@ -22,7 +22,7 @@ const DISCARDING: Duration = Duration::from_secs(2);
 const LARGE: usize = 16 * 1024;
 /// A decoder's window: what HTTP allows (RFC 9659), as a power of two. Brotli's is at most 16 MiB.
 const ZSTD_WINDOW: u32 = 23;
-/// Bodies that are inflated or parsed off the async threads at a time: a decoder may hold a window of megabytes.
+/// Bodies that are inflated or parsed off the async threads at a time, at most: a decoder may hold a window of megabytes.
 const WORKERS: usize = 8;
 /// Bodies that are taken only to be thrown away, at a time.
 const DISCARDS: usize = 64;
@@ -65,7 +65,9 @@ impl Held {
 impl Intake {
     /// `limit` in bytes; a body has to be there within `patience`.
     pub fn new(limit: usize, patience: Duration) -> Arc<Self> {
-        let (workers, discards) = (Arc::new(Semaphore::new(WORKERS)), Semaphore::new(DISCARDS));
+        // Half of the cores: whoever sends large bodies, or small ones that are large inside, leaves the others to everybody else.
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let (workers, discards) = (Arc::new(Semaphore::new((cores / 2).clamp(1, WORKERS))), Semaphore::new(DISCARDS));
         Arc::new(Self { used: AtomicUsize::new(0), limit, patience, workers, discards })
     }
 
