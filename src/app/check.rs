@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::engine::edge;
 use super::{drift, open, placement, retention};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config};
@@ -70,6 +71,7 @@ pub async fn run(config: &Config, clock: &Clock) -> Vec<Finding> {
     found.extend(workspace(config).await);
     found.extend(transformer(config, clock).await);
     found.push(store(config).await);
+    found.extend(suppressed(config, clock).await);
     match open::topics(config) {
         Ok(topics) => {
             found.extend(limits(config, &topics));
@@ -123,6 +125,24 @@ async fn transformer(config: &Config, clock: &Clock) -> Vec<Finding> {
         // Everything but webhooks goes on without it.
         Err(error) => vec![Finding::warning(subject, error.to_string(), remedy)],
     }
+}
+
+/// Whether the list of suppressed users can be asked for: without one no gateway takes events.
+async fn suppressed(config: &Config, clock: &Clock) -> Option<Finding> {
+    let subject = "suppressed users";
+    if config.control.suppression.url.is_empty() {
+        return None;
+    }
+    let remedy = "are control.suppression.url, control.token and .namespace right? A gateway takes no event before it has had a list";
+    let asked = async {
+        let workspace = open::workspace(config).await.map(|workspace| workspace.id.clone())?;
+        let page = edge::regulations(config, &workspace, clock)?.page(None).await?;
+        anyhow::Ok(page.items.len())
+    };
+    Some(match asked.await {
+        Ok(count) => Finding::ok(subject, format!("the first page has {count}")),
+        Err(error) => Finding::problem(subject, format!("{error:#}"), remedy),
+    })
 }
 
 /// Whether the store is there, with its tables.

@@ -1,6 +1,6 @@
 //! The stages of one process, running.
 
-mod edge;
+pub(super) mod edge;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -33,7 +33,6 @@ use crate::runtime::supervisor::Supervisor;
 use crate::runtime::tally::JobTopic;
 use crate::runtime::transform::{Memory, TransformWork};
 use crate::runtime::watch;
-use crate::stages::gateway::{self, Origins};
 use crate::stages::live::{Live, Waiting};
 use crate::stages::processor::Processor;
 use crate::stages::reporter::Reporter;
@@ -186,17 +185,7 @@ pub async fn run<B: Backend>(
     let admin_down = Shutdown::new(parts.shutdown.budget);
     let admin_part = serve(listeners.admin, admin, ADMIN, admin_down.clone());
     let admin_task = tokio::spawn(admin_part);
-    let (gateway, waiting) = match listeners.gateway {
-        Some(listener) => {
-            let (waiting, listener) = twice(listener)?;
-            let until = Shutdown::new(TURNING_AWAY);
-            let settings = &parts.config.gateway;
-            let routes = gateway::unavailable(Origins::parse(&settings.cors_origins));
-            let served = tokio::spawn(serve(waiting, routes, admittance(settings), until.clone()));
-            (Some(listener), Some((until, served)))
-        }
-        None => (None, None),
-    };
+    let (gateway, internal, waiting) = edge::turned_away(&parts.config, listeners.gateway, listeners.internal)?;
     let Some(placements) = answered(&parts, async || placements(&parts).await).await? else { return Ok(()) };
     let Some(workspace) = workspace(&parts).await? else { return Ok(()) };
     parts.workspace = workspace;
@@ -222,12 +211,9 @@ pub async fn run<B: Backend>(
     if let Some(listener) = gateway {
         // The others do not wait for the list of suppressed users.
         let suppressed = edge::suppressed(&parts, &mut supervisor).await?;
-        if let Some((until, served)) = waiting {
-            until.begin();
-            let _ = served.await;
-        }
+        waiting.end().await;
         if let Some(suppressed) = suppressed {
-            let listeners = (listener, listeners.internal);
+            let listeners = (listener, internal);
             edge::start(&parts, &placements, suppressed, listeners, &readiness, &mut supervisor)?;
         }
     }
@@ -550,11 +536,4 @@ fn rules(router: crate::config::Router) -> Configured {
         }
         rules
     })
-}
-
-/// The same listener for two that serve it, one after the other.
-fn twice(listener: TcpListener) -> std::io::Result<(TcpListener, TcpListener)> {
-    let listener = listener.into_std()?;
-    let again = listener.try_clone()?;
-    Ok((TcpListener::from_std(again)?, TcpListener::from_std(listener)?))
 }

@@ -84,7 +84,12 @@ pub async fn letter_at<B: Backend>(
     partition: Partition,
     offset: Offset,
 ) -> Result<Option<Record>, LogError> {
-    let marks = log.admin()?.watermarks(&shelf.topic(), partition).await?;
+    let admin = log.admin()?;
+    let topics = admin.topics().await?;
+    if topics.iter().any(|info| info.topic == shelf.topic() && partition.0 >= info.partitions) {
+        return Ok(None);
+    }
+    let marks = admin.watermarks(&shelf.topic(), partition).await?;
     if offset < marks.start || offset >= marks.stable {
         return Ok(None);
     }

@@ -74,12 +74,16 @@ enum Action {
 /// Which letters are meant: those for which everything that is given holds.
 #[derive(Args)]
 struct FilterArgs {
+    /// Given up by this destination.
     #[arg(long, value_name = "ID")]
     destination: Option<String>,
+    /// Of this source.
     #[arg(long, value_name = "ID")]
     source: Option<String>,
+    /// Of this user.
     #[arg(long)]
     user: Option<String>,
+    /// Of this event.
     #[arg(long, value_name = "ID")]
     message_id: Option<String>,
     /// Why it was given up (rejected, retries_exhausted, …). May be repeated.

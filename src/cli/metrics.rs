@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::output::{Output, table};
+use super::output::{Output, line, table};
 use crate::telemetry::metrics::CATALOGUE;
 
 #[derive(Args)]
@@ -34,7 +34,7 @@ impl MetricsCommand {
                         })
                     })
                     .collect();
-                println!("{}", serde_json::Value::from(rows));
+                line(&serde_json::Value::from(rows).to_string());
             }
         }
         Ok(())

@@ -89,10 +89,16 @@ impl Tail {
     }
 
     fn is_meant(&self, record: &Record) -> bool {
-        let is = |wanted: &Option<String>, name: &str| {
-            wanted.as_deref().is_none_or(|wanted| record.headers.text(name) == Some(wanted))
+        if self.source.is_none() && self.destination.is_none() {
+            return true;
+        }
+        // Not every topic says it in its headers.
+        let value = record.value.as_ref().map(|value| show(&self.topic, value)).unwrap_or_default();
+        let is = |wanted: &Option<String>, name: &str, field: &str| {
+            let Some(wanted) = wanted.as_deref() else { return true };
+            record.headers.text(name) == Some(wanted) || value[field] == wanted
         };
-        is(&self.source, header::SOURCE) && is(&self.destination, header::DESTINATION)
+        is(&self.source, header::SOURCE, "source") && is(&self.destination, header::DESTINATION, "destination")
     }
 
     /// False where nobody reads any more.

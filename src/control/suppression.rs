@@ -23,6 +23,7 @@ use crate::model::command::Control;
 use crate::model::id::{SourceId, WorkspaceId};
 use crate::model::record::{Addressed, Epoch, Headers, Offset, Partition, Record, Topic, header};
 use crate::telemetry::metrics::metrics;
+use crate::telemetry::seldom;
 
 use super::regulations::{Item, Page, Regulations};
 use super::remote::RemoteError;
@@ -266,9 +267,14 @@ impl<B: Backend> Asking<B> {
             Ok(page) => page,
             Err(error) => {
                 count("failed");
-                tracing::warn!(%error, "suppressed users cannot be asked for, the list that is kept stays in force");
-                // Nobody takes events before there is one.
-                return Ok(if owned.asked.is_whole { interval } else { AGAIN });
+                if owned.asked.is_whole {
+                    tracing::warn!(%error, "suppressed users cannot be asked for, the list that is kept stays in force");
+                    return Ok(interval);
+                }
+                if let Some(left_out) = seldom::due("suppressed users", &error.to_string()) {
+                    tracing::error!(%error, left_out, "suppressed users cannot be asked for, and no event is taken before there is a list");
+                }
+                return Ok(AGAIN);
             }
         };
         count("done");

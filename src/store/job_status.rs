@@ -60,6 +60,11 @@ impl JobStatusStore {
         self.0.pending(MIGRATIONS).await
     }
 
+    /// The migrations that there are.
+    pub fn migrations() -> Vec<String> {
+        MIGRATIONS.iter().map(|(_, name, _)| (*name).to_owned()).collect()
+    }
+
     /// Where positions lie.
     pub fn store(&self) -> &Store {
         &self.0

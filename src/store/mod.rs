@@ -64,6 +64,11 @@ impl From<sqlx::Error> for StoreError {
                     _ => StoreError::Away(error.to_string()),
                 }
             }
+            sqlx::Error::PoolTimedOut => {
+                let why =
+                    format!("no connection to the database within {PATIENCE:?}: is it up, and is store.url right?");
+                StoreError::Away(why)
+            }
             sqlx::Error::Configuration(_) => StoreError::Refused("store.url cannot be used".to_owned()),
             _ => StoreError::Away(error.to_string()),
         }

@@ -85,8 +85,8 @@ catalogue! {
     hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Transactions found that the broker left undecided and that no instance here can end: offsets that were passed over, records that readers stand before.";
     unclean_stops: IntCounterVec "laneway_runtime_unclean_stops_total" ["stage"] "Partitions whose last owner ended while records were under way.";
     schema_lookups: IntCounterVec "laneway_schema_registry_lookups_total" ["what", "outcome"] "Questions to the schema registry: of an id or a subject; ok, refused or failed.";
-    projected: IntCounterVec "laneway_runtime_projected_records_total" ["stage"] "Records written into the store.";
-    store_failures: IntCounterVec "laneway_store_failures_total" ["stage"] "Tries to write into the store that failed, and are made again.";
+    projected: IntCounterVec "laneway_runtime_projected_records_total" ["stage"] "Records written into the store: of job status, by the reporter.";
+    store_failures: IntCounterVec "laneway_store_failures_total" ["stage"] "Tries to write job status into the store that failed, and are made again.";
     publishers: IntCounterVec "laneway_runtime_publishers_replaced_total" [] "Kafka producers replaced because their records timed out and nothing was acknowledged meanwhile.";
     suppressed_users: IntGaugeVec "laneway_control_suppressed_users" [] "Users whose events are not taken: one for each source, or one for all.";
     suppression_asks: IntCounterVec "laneway_control_suppression_asks_total" ["result"] "Pages of the list of suppressed users asked for: done or failed.";

@@ -13,7 +13,7 @@ use reqwest::Client;
 use serde_json::{Value, json};
 
 use crate::support::eventually;
-use crate::support::process::{Flow, Process};
+use crate::support::process::{Flow, Process, free_port};
 
 const TOKEN: &str = "control-secret-6";
 const SOON: Duration = Duration::from_secs(60);
@@ -107,7 +107,10 @@ async fn has(process: &Process, users: f64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_event_is_taken_before_there_is_a_list_and_the_kept_one_holds() {
     let (plane, url) = Plane::start(true).await;
-    let flow = suppressing(Flow::embedded(), &url);
+    let mut flow = suppressing(Flow::embedded(), &url);
+    let internal = free_port();
+    flow.set("LANEWAY_GATEWAY__INTERNAL__LISTEN", &format!("127.0.0.1:{internal}"));
+    flow.set("LANEWAY_GATEWAY__INTERNAL__TOKEN", TOKEN);
     plane.say("gone", false, &[]);
     plane.say("here only", false, &["src-1"]);
     plane.say("elsewhere", false, &["src-9"]);
@@ -116,6 +119,9 @@ async fn no_event_is_taken_before_there_is_a_list_and_the_kept_one_holds() {
         plane.asked.load(Ordering::Relaxed) > 4 && post(&flow, &["gone"]).await == 503
     })
     .await;
+    let inside =
+        reqwest::get(format!("http://127.0.0.1:{internal}/internal/v2/job-status/x")).await.expect("an answer");
+    assert_eq!(inside.status(), 503, "at both doors");
     plane.is_down.store(false, Ordering::Relaxed);
     running.ready().await;
     has(&running, 3.0).await;

@@ -5,17 +5,21 @@ use std::sync::atomic::AtomicUsize;
 
 use anyhow::{Context, bail};
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
-use super::{Parts, Placements, Stage, admittance, answered, failures};
+use super::{Parts, Placements, Stage, TURNING_AWAY, admittance, answered, failures};
 use crate::app::serve::serve;
 use crate::app::{job_status, open};
+use crate::clock::Clock;
+use crate::config::Config;
 use crate::control::regulations::{RegulationSettings, Regulations};
 use crate::control::suppression::{self, Asking, Suppressed};
 use crate::delivery::warehouse::Warehouse;
 use crate::log::{Backend, Member};
-use crate::model::id::InstanceId;
+use crate::model::id::{InstanceId, WorkspaceId};
 use crate::model::record::Topic;
+use crate::runtime::shutdown::Shutdown;
 use crate::runtime::supervisor::Supervisor;
 use crate::runtime::tally::JobTopic;
 use crate::stages::gateway::webhook::Webhooks;
@@ -69,6 +73,7 @@ pub fn start<B: Backend>(
     let routes = internal.map(|listener| (listener, "internal gateway", gateway::internal(gateway)));
     for (listener, name, routes) in [(listener, "gateway", public)].into_iter().chain(routes) {
         let mut ready = readiness.part();
+        tracing::info!(address = %listener.local_addr()?, "{name} listens");
         let served = serve(listener, routes, admittance(settings), parts.shutdown.clone());
         let (stop, tasks) = (parts.shutdown.clone(), tasks.clone());
         supervisor.start(name, async move {
@@ -105,6 +110,50 @@ fn webhooks<B>(parts: &Parts<B>, placements: &Placements) -> anyhow::Result<Opti
     }))
 }
 
+/// Who is told to come back, as long as nothing can be taken.
+pub struct TurnedAway {
+    until: Shutdown,
+    served: Vec<JoinHandle<std::io::Result<()>>>,
+}
+
+impl TurnedAway {
+    /// Lets those end who are being told.
+    pub async fn end(self) {
+        self.until.begin();
+        for served in self.served {
+            let _ = served.await;
+        }
+    }
+}
+
+/// A gateway's public and internal listener, if there are any.
+type Doors = (Option<TcpListener>, Option<TcpListener>);
+
+/// Answers at both doors from the beginning, until they can be opened.
+pub fn turned_away(
+    config: &Config,
+    public: Option<TcpListener>,
+    internal: Option<TcpListener>,
+) -> std::io::Result<(Option<TcpListener>, Option<TcpListener>, TurnedAway)> {
+    let mut away = TurnedAway { until: Shutdown::new(TURNING_AWAY), served: Vec::new() };
+    let mut doors: Doors = (None, None);
+    for (listener, door) in [(public, &mut doors.0), (internal, &mut doors.1)] {
+        let Some(listener) = listener else { continue };
+        let (waiting, listener) = twice(listener)?;
+        let routes = gateway::unavailable(Origins::parse(&config.gateway.cors_origins));
+        away.served.push(tokio::spawn(serve(waiting, routes, admittance(&config.gateway), away.until.clone())));
+        *door = Some(listener);
+    }
+    Ok((doors.0, doors.1, away))
+}
+
+/// The same listener for two that serve it, one after the other.
+fn twice(listener: TcpListener) -> std::io::Result<(TcpListener, TcpListener)> {
+    let listener = listener.into_std()?;
+    let again = listener.try_clone()?;
+    Ok((TcpListener::from_std(again)?, TcpListener::from_std(listener)?))
+}
+
 /// The users whose events are not taken, once there is a list. None: the process was told to stop meanwhile.
 pub async fn suppressed<B: Backend>(
     parts: &Parts<B>,
@@ -117,7 +166,7 @@ pub async fn suppressed<B: Backend>(
     let Some((list, reader)) = answered(parts, list).await? else { return Ok(None) };
     let asking = Asking {
         log: parts.log.clone(),
-        regulations: regulations(parts)?,
+        regulations: regulations(&parts.config, &parts.workspace.get().id, &parts.clock)?,
         member: asker(parts),
         clock: parts.clock.clone(),
         stop: parts.shutdown.token(),
@@ -137,9 +186,9 @@ pub async fn suppressed<B: Backend>(
     }
 }
 
-fn regulations<B>(parts: &Parts<B>) -> anyhow::Result<Regulations> {
-    let (control, own) = (&parts.config.control, &parts.config.control.suppression);
-    let workspace = parts.workspace.get().id.to_string();
+pub fn regulations(config: &Config, workspace: &WorkspaceId, clock: &Clock) -> anyhow::Result<Regulations> {
+    let (control, own) = (&config.control, &config.control.suppression);
+    let workspace = workspace.to_string();
     if control.namespace.is_empty() && workspace.is_empty() {
         bail!("control.suppression: the workspace configuration has no workspaceId");
     }
@@ -151,7 +200,7 @@ fn regulations<B>(parts: &Parts<B>) -> anyhow::Result<Regulations> {
         page_size: own.page_size.max(1),
         poll_interval: own.poll_interval,
     };
-    Regulations::new(settings, parts.clock.clone()).context("control.suppression.url")
+    Regulations::new(settings, clock.clone()).context("control.suppression.url")
 }
 
 /// The member that asks for suppressed users.
