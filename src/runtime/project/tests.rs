@@ -1,7 +1,7 @@
 //! The runtime over the embedded log in memory, with a store in memory that fails on purpose.
 
 use std::collections::BTreeSet;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use super::*;
 use crate::log::embedded::Embedded;
@@ -31,16 +31,22 @@ enum Fault {
 #[derive(Default)]
 struct Numbers(Mutex<Stored>);
 
+impl Numbers {
+    fn stored(&self) -> MutexGuard<'_, Stored> {
+        self.0.lock().expect("no poison")
+    }
+}
+
 impl Project for Numbers {
     async fn take_over(&self, partition: Partition) -> Result<(i64, Option<Offset>), StoreError> {
-        let mut stored = self.0.lock().unwrap();
+        let mut stored = self.stored();
         let owner = stored.owners.entry(partition).or_insert((0, None));
         owner.0 += 1;
         Ok(*owner)
     }
 
     async fn write(&self, moves: &[Move], records: &[Record]) -> Result<(), StoreError> {
-        let mut stored = self.0.lock().unwrap();
+        let mut stored = self.stored();
         let fault = stored.faults.pop();
         if fault == Some(Fault::Away) {
             return Err(StoreError::Away("not now".into()));
@@ -54,13 +60,15 @@ impl Project for Numbers {
             return Err(StoreError::Refused("sevens are poisonous".into()));
         }
         stored.values.extend(records.iter().map(text));
-        moves.iter().for_each(|it| stored.owners.get_mut(&it.partition).unwrap().1 = Some(it.to));
+        for it in moves {
+            stored.owners.insert(it.partition, (it.epoch, Some(it.to)));
+        }
         if fault == Some(Fault::Lost) { Err(StoreError::Away("the connection broke".into())) } else { Ok(()) }
     }
 
     fn refused(&self, record: &Record, _: &StoreError) {
         let text = String::from_utf8_lossy(record.value.as_deref().unwrap_or_default()).into_owned();
-        self.0.lock().unwrap().refused.push(text);
+        self.stored().refused.push(text);
     }
 }
 
@@ -72,7 +80,8 @@ async fn publish(log: &Embedded, numbers: std::ops::Range<u32>) {
         value: Some(n.to_string().into()),
         headers: Headers::new(),
     };
-    log.publisher().unwrap().publish(numbers.map(record).collect()).await.unwrap();
+    let publisher = log.publisher().expect("a publisher");
+    publisher.publish(numbers.map(record).collect()).await.expect("published");
 }
 
 fn start(log: &Embedded, numbers: &Arc<Numbers>) -> (Shutdown, tokio::task::JoinHandle<Result<(), LogError>>) {
@@ -96,45 +105,43 @@ fn start(log: &Embedded, numbers: &Arc<Numbers>) -> (Shutdown, tokio::task::Join
 
 async fn until(numbers: &Numbers, count: usize) {
     let clock = Clock::system();
-    for _ in 0..2_000 {
-        if numbers.0.lock().unwrap().values.len() >= count {
-            return;
-        }
+    let deadline = clock.instant() + Duration::from_secs(20);
+    while numbers.stored().values.len() < count {
+        assert!(clock.instant() < deadline, "{} of {count} are written", numbers.stored().values.len());
         clock.sleep(Duration::from_millis(10)).await;
     }
-    panic!("{:?}", numbers.0.lock().unwrap().values.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_record_is_written_once_whatever_the_store_answers() {
-    let log = Embedded::in_memory(Faults::none(), Clock::system()).await.unwrap();
-    for spec in Topics::load(None).unwrap().iter() {
-        log.admin().unwrap().create(spec).await.unwrap();
+    let log = Embedded::in_memory(Faults::none(), Clock::system()).await.expect("a log");
+    for spec in Topics::load(None).expect("the topics").iter() {
+        log.admin().expect("an admin").create(spec).await.expect("created");
     }
     let numbers = Arc::new(Numbers::default());
-    numbers.0.lock().unwrap().faults = vec![Fault::Away, Fault::Lost, Fault::Away];
+    numbers.stored().faults = vec![Fault::Away, Fault::Lost, Fault::Away];
     publish(&log, 0..300).await;
     let (shutdown, running) = start(&log, &numbers);
     until(&numbers, 270).await;
     // Answers are lost while more comes.
     for part in 3..10 {
-        numbers.0.lock().unwrap().faults = vec![Fault::Lost];
+        numbers.stored().faults = vec![Fault::Lost];
         publish(&log, part * 100..(part + 1) * 100).await;
         until(&numbers, (part as usize + 1) * 90).await;
     }
     shutdown.begin();
-    running.await.unwrap().unwrap();
+    running.await.expect("no panic").expect("no error");
     // The next one goes on where the store is; the log had been told.
     publish(&log, 1_000..1_100).await;
-    let committed = log.admin().unwrap().committed("g", &Topic::JOB_STATUS).await.unwrap();
+    let committed = log.admin().expect("an admin").committed("g", &Topic::JOB_STATUS).await.expect("an answer");
     assert_eq!(committed.len(), 3, "{committed:?}");
     let (shutdown, running) = start(&log, &numbers);
     until(&numbers, 990).await;
     shutdown.begin();
-    running.await.unwrap().unwrap();
-    let stored = numbers.0.lock().unwrap();
-    let once: BTreeSet<u32> = stored.values.iter().map(|value| value.parse().unwrap()).collect();
+    running.await.expect("no panic").expect("no error");
+    let stored = numbers.stored();
+    let once: BTreeSet<u32> = stored.values.iter().map(|value| value.parse().expect("a number")).collect();
     assert_eq!((once.len(), stored.values.len()), (990, 990));
-    let sevens: BTreeSet<u32> = stored.refused.iter().map(|value| value.parse().unwrap()).collect();
+    let sevens: BTreeSet<u32> = stored.refused.iter().map(|value| value.parse().expect("a number")).collect();
     assert_eq!((sevens.len(), stored.refused.len()), (110, 110), "each is told once");
 }
