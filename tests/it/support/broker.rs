@@ -1,9 +1,6 @@
 //! A Kafka of a test's own, for tests that stop it or ask for more than the shared one has.
 
-use std::path::Path;
-use std::process::Command;
-
-use super::process::free_port;
+use super::process::{free_port, services};
 
 /// One node, or a cluster of several.
 pub struct Broker {
@@ -75,16 +72,9 @@ impl Broker {
     }
 
     fn run(&self, what: &str, name: &str) {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/services");
         let list = |ports: &[u16]| ports.iter().map(u16::to_string).collect::<Vec<_>>().join(",");
-        let ran = Command::new(script)
-            .args([what, name])
-            .env("LANEWAY_KAFKA_PORT", list(&self.ports))
-            .env("LANEWAY_KAFKA_TLS_PORT", list(&self.tls_ports))
-            .env("LANEWAY_SERVICES_RUN", self.folder.path())
-            .output()
-            .expect("deploy/services runs");
-        assert!(ran.status.success(), "{what}: {}", String::from_utf8_lossy(&ran.stderr));
+        let ports = [("LANEWAY_KAFKA_PORT", list(&self.ports)), ("LANEWAY_KAFKA_TLS_PORT", list(&self.tls_ports))];
+        services(what, name, &ports, self.folder.path());
     }
 }
 

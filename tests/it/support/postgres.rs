@@ -1,12 +1,10 @@
 //! Postgres: the one that all tests share, and ones of a test's own that it stops.
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use sqlx::{Connection, Executor};
 
-use super::process::free_port;
+use super::process::{free_port, services};
 use super::unique;
 
 /// A new database in the shared Postgres; `deploy/services up postgres` starts it.
@@ -54,13 +52,7 @@ impl Postgres {
     }
 
     fn run(&self, what: &str) {
-        let ran = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/services"))
-            .args([what, "postgres"])
-            .env("LANEWAY_POSTGRES_PORT", self.port.to_string())
-            .env("LANEWAY_SERVICES_RUN", self.folder.path())
-            .output()
-            .expect("deploy/services runs");
-        assert!(ran.status.success(), "{what}: {}", String::from_utf8_lossy(&ran.stderr));
+        services(what, "postgres", &[("LANEWAY_POSTGRES_PORT", self.port.to_string())], self.folder.path());
     }
 }
 

@@ -23,6 +23,17 @@ pub fn free_port() -> u16 {
     }
 }
 
+/// `deploy/services WHAT NAME` for services of a test's own: on its ports, in its folder.
+pub fn services(what: &str, name: &str, ports: &[(&str, String)], folder: &Path) {
+    let ran = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/services"))
+        .args([what, name])
+        .envs(ports.iter().map(|(variable, port)| (variable, port)))
+        .env("LANEWAY_SERVICES_RUN", folder)
+        .output()
+        .expect("deploy/services runs");
+    assert!(ran.status.success(), "{what} {name}: {}", String::from_utf8_lossy(&ran.stderr));
+}
+
 /// A running process; killed when dropped.
 pub struct Process {
     child: Child,

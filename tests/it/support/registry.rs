@@ -1,11 +1,8 @@
 //! A schema registry of a test's own.
 
-use std::path::Path;
-use std::process::Command;
-
 use serde_json::{Value, json};
 
-use super::process::free_port;
+use super::process::{free_port, services};
 
 pub struct Registry {
     port: u16,
@@ -73,14 +70,7 @@ impl Registry {
     }
 
     fn run(&self, what: &str) {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/services");
-        let ran = Command::new(script)
-            .args([what, "registry"])
-            .env("LANEWAY_REGISTRY_PORT", self.port.to_string())
-            .env("LANEWAY_SERVICES_RUN", self.folder.path())
-            .output()
-            .expect("deploy/services runs");
-        assert!(ran.status.success(), "{what}: {}", String::from_utf8_lossy(&ran.stderr));
+        services(what, "registry", &[("LANEWAY_REGISTRY_PORT", self.port.to_string())], self.folder.path());
     }
 }
 
