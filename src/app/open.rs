@@ -22,6 +22,7 @@ use crate::log::topic::Topics;
 #[cfg(feature = "kafka")]
 use crate::model::codec::KnownSchema;
 use crate::store::job_status::JobStatusStore;
+use crate::telemetry::seldom;
 use crate::transform::http::{Service, ServiceError};
 
 /// The control plane to follow. None: there is a file.
@@ -168,12 +169,13 @@ pub async fn prepare(store: &JobStatusStore, file: Option<&Path>, clock: &Clock)
     while store.store().is_sqlite() {
         if let Some(folder) = file.and_then(Path::parent).filter(|folder| !folder.as_os_str().is_empty())
             && let Err(error) = std::fs::create_dir_all(folder)
+            && let Some(left_out) = seldom::due("the store's folder", &error.to_string())
         {
-            tracing::warn!(%error, folder = %folder.display(), "the store's folder cannot be made");
+            tracing::warn!(%error, left_out, folder = %folder.display(), "the store's folder cannot be made");
         }
-        match store.migrate().await {
-            Ok(_) => return,
-            Err(error) => tracing::warn!(%error, "the store is not prepared yet"),
+        let Err(error) = store.migrate().await else { return };
+        if let Some(left_out) = seldom::due("the store's tables", &error.to_string()) {
+            tracing::warn!(%error, left_out, "the store is not prepared yet");
         }
         clock.sleep(AGAIN).await;
     }

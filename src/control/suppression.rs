@@ -145,7 +145,9 @@ pub async fn read_on<R: Reader>(mut reader: R, list: Suppressed, clock: Clock) {
             }
             Ok(Read::End) => {}
             Err(error) => {
-                tracing::warn!(%error, "suppressed users cannot be read, trying again");
+                if let Some(left_out) = seldom::due("suppressed users read", &error.to_string()) {
+                    tracing::warn!(%error, left_out, "suppressed users cannot be read, trying again");
+                }
                 clock.sleep(AGAIN).await;
             }
         }
@@ -180,8 +182,10 @@ impl<B: Backend> Asking<B> {
                 }
                 Err(error) => Err(error),
             };
-            if let Err(error) = ended {
-                tracing::warn!(%error, "the session of suppressed users ended, building a new one");
+            if let Err(error) = ended
+                && let Some(left_out) = seldom::due("session of suppressed users", &error.to_string())
+            {
+                tracing::warn!(%error, left_out, "the session of suppressed users ended, building a new one");
             }
             tokio::select! {
                 () = self.clock.sleep(AGAIN) => {}
