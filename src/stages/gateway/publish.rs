@@ -50,15 +50,15 @@ impl<P: Publisher> Admission<P> {
         records
     }
 
-    /// Returns once the log has all of them on all replicas.
+    /// Returns once the log has all of them, as [`Admission::records`] made them, on all replicas.
     ///
     /// # Errors
     /// [`LogError`]; some of them may be stored all the same, and come again with the client's next try under the same
     /// message ids.
-    pub async fn publish(&self, records: Vec<Addressed>) -> Result<(), LogError> {
+    pub async fn publish(&self, mut records: Vec<Addressed>) -> Result<(), LogError> {
         // Counts come behind the events that they are about: what was counted and is not there would be waited for, for ever.
-        let (counts, events): (Vec<_>, Vec<_>) = records.into_iter().partition(|it| it.topic == Topic::JOB_STATUS);
-        self.publisher.publish(events).await?;
+        let counts = records.split_off(records.partition_point(|it| it.topic != Topic::JOB_STATUS));
+        self.publisher.publish(records).await?;
         if counts.is_empty() { Ok(()) } else { self.publisher.publish(counts).await }
     }
 
