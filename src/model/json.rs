@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// Deeper nesting than this is refused: no SDK produces it, and whoever reads the event later may recurse.
@@ -19,6 +19,8 @@ pub enum JsonError {
     NotAnObject,
     #[error("nested deeper than {MAX_DEPTH} levels")]
     TooDeep,
+    #[error("too many elements")]
+    TooMany,
 }
 
 /// One member of an object.
@@ -47,33 +49,45 @@ impl<'a> Object<'a> {
             return Err(JsonError::NotAnObject);
         }
         let mut input = serde_json::Deserializer::from_str(text);
-        let members = serde::Deserializer::deserialize_map(&mut input, Members).map_err(invalid)?;
+        let (members, _) = input.deserialize_map(Members).map_err(invalid)?;
         input.end().map_err(invalid)?;
         Ok(Self { text: text.trim(), members })
     }
 
-    /// Reads an object and the elements of the array that is its first member `key`, in one pass. No elements where there is no such
-    /// member, or it is null; the value itself as the only one where it is something else.
+    /// Reads an object and the elements of the array that is its first member `key`: each as an object, or none where it is something
+    /// else. No elements where there is no such member, or it is null; the value itself as the only one where it is no array.
     ///
     /// # Errors
-    /// As [`Object::parse`].
-    pub fn parse_list(text: &'a str, key: &str) -> Result<(Self, Vec<&'a str>), JsonError> {
-        if !text.trim_start().starts_with('{') {
-            return Self::parse(text).map(|object| (object, Vec::new()));
-        }
+    /// As [`Object::parse`]; [`JsonError::TooMany`] where there are more than `most` elements.
+    pub fn parse_list(text: &'a str, key: &str, most: usize) -> Result<(Self, Vec<Option<Self>>), JsonError> {
         let mut input = serde_json::Deserializer::from_str(text);
-        let (members, list) = serde::Deserializer::deserialize_map(&mut input, WithList(key)).map_err(invalid)?;
-        input.end().map_err(invalid)?;
-        let object = Self { text: text.trim(), members };
-        match list {
-            List::Elements(elements) => Ok((object, elements)),
-            List::Other => {
-                // Rare enough to be read again.
-                let whole = Self::parse(text)?;
-                let elements = whole.get(key).into_iter().collect();
-                Ok((whole, elements))
-            }
+        let found = input.deserialize_map(WithList { text, key, most });
+        if let (Ok((members, elements)), Ok(())) = (found, input.end()) {
+            return Ok((Self { text: text.trim(), members }, elements));
         }
+        // Something is not as it should be. That is rare enough to be read again.
+        let whole = Self::parse(text)?;
+        let elements: Vec<&RawValue> = match whole.get(key).unwrap_or("null") {
+            "null" => Vec::new(),
+            list if list.starts_with('[') => serde_json::from_str(list).map_err(invalid)?,
+            only => vec![serde_json::from_str(only).map_err(invalid)?],
+        };
+        if elements.len() > most {
+            return Err(JsonError::TooMany);
+        }
+        let objects = elements.into_iter().map(|raw| Self::parse(raw.get()).ok()).collect();
+        Ok((whole, objects))
+    }
+
+    /// The object inside of `text` that has these members; without any, an empty one that is no part of it.
+    fn around(text: &'a str, members: Vec<Member<'a>>, first_key: Option<&'a str>) -> Self {
+        let place = |part: &str| part.as_ptr() as usize - text.as_ptr() as usize;
+        let (Some(key), Some(last)) = (first_key, members.last()) else { return Self { text: "{}", members } };
+        // Only blanks stand between an object's brackets and its members.
+        let open = text[..place(key)].trim_end().len() - 1;
+        let end = place(last.value) + last.value.len();
+        let close = text.len() - text[end..].trim_start().len();
+        Self { text: &text[open..=close], members }
     }
 
     /// The object's own text, without what is around it.
@@ -134,8 +148,7 @@ fn push_quoted(out: &mut String, text: &str) {
 /// # Errors
 /// [`JsonError::TooDeep`].
 pub fn check_depth(text: &str) -> Result<(), JsonError> {
-    let opening = text.bytes().filter(|byte| matches!(byte, b'{' | b'[')).count();
-    if opening <= MAX_DEPTH {
+    if openings(text) <= MAX_DEPTH {
         return Ok(());
     }
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
@@ -155,6 +168,13 @@ pub fn check_depth(text: &str) -> Result<(), JsonError> {
         }
     }
     Ok(())
+}
+
+/// How many brackets of the opening kinds there are, inside strings too.
+fn openings(text: &str) -> usize {
+    // Chunks whose count fits into a byte are added up many bytes at a time.
+    let count = |chunk: &[u8]| chunk.iter().map(|byte| u8::from(matches!(byte, b'{' | b'['))).sum::<u8>();
+    text.as_bytes().chunks(usize::from(u8::MAX)).map(|chunk| usize::from(count(chunk))).sum()
 }
 
 /// Collects edits of an object and applies them in one copy.
@@ -265,34 +285,34 @@ fn invalid(error: serde_json::Error) -> JsonError {
 struct Members;
 
 impl<'de> Visitor<'de> for Members {
-    type Value = Vec<Member<'de>>;
+    /// And the first key, as it stands in the text.
+    type Value = (Vec<Member<'de>>, Option<&'de str>);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut members = Vec::with_capacity(16);
+        let (mut members, mut first) = (Vec::with_capacity(16), None);
         // As it stands: a lone surrogate escape is legal JSON but no Rust string, and a bare control character is neither.
         while let Some(key) = map.next_key::<&'de RawValue>()? {
             let value: &'de RawValue = map.next_value()?;
+            first = first.or(Some(key.get()));
             members.push(Member { key: text_of(key.get()), value: value.get() });
         }
-        Ok(members)
+        Ok((members, first))
     }
 }
 
-/// The members of an object but one, which is a list.
-struct WithList<'k>(&'k str);
-
-enum List<'a> {
-    Elements(Vec<&'a str>),
-    /// It is no list.
-    Other,
+/// The members of an object but one, which is a list of objects.
+struct WithList<'t, 'k> {
+    text: &'t str,
+    key: &'k str,
+    most: usize,
 }
 
-impl<'de> Visitor<'de> for WithList<'_> {
-    type Value = (Vec<Member<'de>>, List<'de>);
+impl<'de> Visitor<'de> for WithList<'de, '_> {
+    type Value = (Vec<Member<'de>>, Vec<Option<Object<'de>>>);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
@@ -302,65 +322,58 @@ impl<'de> Visitor<'de> for WithList<'_> {
         let (mut members, mut list) = (Vec::with_capacity(8), None);
         while let Some(key) = map.next_key::<&'de RawValue>()? {
             let key = text_of(key.get());
-            if key == self.0 && list.is_none() {
-                list = Some(map.next_value::<List<'de>>()?);
+            if key == self.key && list.is_none() {
+                list = Some(map.next_value_seed(Elements { text: self.text, most: self.most })?);
                 continue;
             }
             let value: &'de RawValue = map.next_value()?;
             members.push(Member { key, value: value.get() });
         }
-        Ok((members, list.unwrap_or(List::Elements(Vec::new()))))
+        Ok((members, list.unwrap_or_default()))
     }
 }
 
-impl<'de> serde::Deserialize<'de> for List<'de> {
-    fn deserialize<D: serde::Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
-        struct Any;
-        impl<'de> Visitor<'de> for Any {
-            type Value = List<'de>;
+struct Elements<'t> {
+    text: &'t str,
+    most: usize,
+}
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a list")
-            }
+impl<'de> DeserializeSeed<'de> for Elements<'de> {
+    type Value = Vec<Option<Object<'de>>>;
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-                let mut elements = Vec::with_capacity(128);
-                while let Some(raw) = list.next_element::<&'de RawValue>()? {
-                    elements.push(raw.get());
-                }
-                Ok(List::Elements(elements))
-            }
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<Self::Value, D::Error> {
+        input.deserialize_seq(self)
+    }
+}
 
-            fn visit_unit<E>(self) -> Result<Self::Value, E> {
-                Ok(List::Elements(Vec::new()))
-            }
+impl<'de> Visitor<'de> for Elements<'de> {
+    type Value = Vec<Option<Object<'de>>>;
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                while map.next_entry::<&'de RawValue, &'de RawValue>()?.is_some() {}
-                Ok(List::Other)
-            }
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list")
+    }
 
-            fn visit_str<E>(self, _: &str) -> Result<Self::Value, E> {
-                Ok(List::Other)
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+        let mut elements = Vec::with_capacity(128);
+        while let Some(object) = list.next_element_seed(Element(self.text))? {
+            if elements.len() == self.most {
+                return Err(serde::de::Error::custom("too many"));
             }
-
-            fn visit_bool<E>(self, _: bool) -> Result<Self::Value, E> {
-                Ok(List::Other)
-            }
-
-            fn visit_u64<E>(self, _: u64) -> Result<Self::Value, E> {
-                Ok(List::Other)
-            }
-
-            fn visit_i64<E>(self, _: i64) -> Result<Self::Value, E> {
-                Ok(List::Other)
-            }
-
-            fn visit_f64<E>(self, _: f64) -> Result<Self::Value, E> {
-                Ok(List::Other)
-            }
+            elements.push(Some(object));
         }
-        input.deserialize_any(Any)
+        Ok(elements)
+    }
+}
+
+/// An object inside of a text.
+struct Element<'t>(&'t str);
+
+impl<'de> DeserializeSeed<'de> for Element<'de> {
+    type Value = Object<'de>;
+
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<Self::Value, D::Error> {
+        let (members, first_key) = input.deserialize_map(Members)?;
+        Ok(Object::around(self.0, members, first_key))
     }
 }
 
@@ -435,20 +448,28 @@ mod tests {
 
     #[test]
     fn a_list_is_read_with_its_envelope() {
-        let listed =
-            |text: &'static str| Object::parse_list(text, "batch").map(|(object, list)| (object.members.len(), list));
+        let listed = |text: &'static str| {
+            Object::parse_list(text, "batch", 3).map(|(object, list)| {
+                let texts = list.iter().map(|element| element.as_ref().map(Object::text)).collect::<Vec<_>>();
+                (object.members.len(), texts)
+            })
+        };
         let cases = [
-            (r#" {"a":1,"batch":[ {"x":1.0} ,2],"b":{}} "#, (2, vec![r#"{"x":1.0}"#, "2"])),
+            (
+                r#" {"a":1,"batch":[ { "x" : 1.0,"y":[{}] } ,{}, {"z":"}"}],"b":{}} "#,
+                (2, vec![Some(r#"{ "x" : 1.0,"y":[{}] }"#), Some("{}"), Some(r#"{"z":"}"}"#)]),
+            ),
+            (r#" {"a":1,"batch":[ {"x":1.0} ,2,1e999],"b":{}} "#, (3, vec![Some(r#"{"x":1.0}"#), None, None])),
             (r#"{"batch":[]}"#, (0, vec![])),
-            (r#"{"batch":null,"a":1}"#, (1, vec![])),
+            (r#"{"batch":null,"a":1}"#, (2, vec![])),
             (r#"{"a":1}"#, (1, vec![])),
-            (r#"{"b\u0061tch":[1]}"#, (0, vec!["1"])),
+            (r#"{"b\u0061tch":[{ }]}"#, (0, vec![Some("{}")])),
             // The first occurrence counts; what is no list is its only element.
-            (r#"{"batch":[1],"batch":[2]}"#, (1, vec!["1"])),
-            (r#"{"batch":{"a":[1]},"x":2}"#, (2, vec![r#"{"a":[1]}"#])),
-            (r#"{"batch":"x"}"#, (1, vec!["\"x\""])),
-            (r#"{"batch":-1.5}"#, (1, vec!["-1.5"])),
-            (r#"{"batch":true}"#, (1, vec!["true"])),
+            (r#"{"batch":[{"a":1}],"batch":[2]}"#, (1, vec![Some(r#"{"a":1}"#)])),
+            (r#"{"batch":{"a":[1]},"x":2}"#, (2, vec![Some(r#"{"a":[1]}"#)])),
+            (r#"{"batch":"x"}"#, (1, vec![None])),
+            (r#"{"batch":-1.5}"#, (1, vec![None])),
+            (r#"{"batch":true}"#, (1, vec![None])),
         ];
         for (text, found) in cases {
             assert_eq!(listed(text).expect("readable"), found, "{text}");
@@ -459,6 +480,9 @@ mod tests {
             assert!(matches!(listed(text), Err(JsonError::Invalid(_))), "{text}");
         }
         assert_eq!(listed("[]").unwrap_err(), JsonError::NotAnObject);
+        for text in [r#"{"batch":[{},{},{},{}]}"#, r#"{"batch":[1,2,3,4]}"#] {
+            assert_eq!(listed(text).unwrap_err(), JsonError::TooMany, "{text}");
+        }
     }
 
     #[test]

@@ -6,12 +6,16 @@ use bytes::Bytes;
 use rdkafka::Message;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::message::{BorrowedMessage, Header, Headers as _, OwnedHeaders};
+use rdkafka::producer::BaseRecord;
 use rdkafka::topic_partition_list::Offset as RawOffset;
+use rdkafka::util::IntoOpaque;
 
 use crate::clock::Timestamp;
 use crate::log::{LogError, Misconfigured};
-use crate::model::record::{Headers, Offset, Partition, Record, header};
+use crate::model::record::{Addressed, Headers, Offset, Partition, Record, Topic, header};
 use crate::telemetry::seldom;
+
+use super::config::KafkaConfig;
 
 pub fn record(message: &BorrowedMessage<'_>) -> Record {
     let mut headers = Headers::new();
@@ -55,6 +59,35 @@ pub fn headers(headers: &Headers) -> OwnedHeaders {
         out = out.insert(Header { key, value: Some(value.as_ref()) });
     }
     out
+}
+
+/// A record as librdkafka takes it; `opaque` comes back with its delivery report.
+pub fn message<'a, O: IntoOpaque>(name: &'a str, record: &'a Addressed, opaque: O) -> BaseRecord<'a, [u8], [u8], O> {
+    let mut message = BaseRecord::with_opaque_to(name, opaque)
+        .partition(partition(record.partition))
+        .headers(headers(&record.headers));
+    if let Some(key) = &record.key {
+        message = message.key(key.as_ref());
+    }
+    if let Some(value) = &record.value {
+        message = message.payload(value.as_ref());
+    }
+    message
+}
+
+/// The names that topics have in the cluster, each made once.
+#[derive(Default)]
+pub struct Names(Vec<(Topic, String)>);
+
+impl Names {
+    pub fn of(&mut self, topic: &Topic, config: &KafkaConfig) -> &str {
+        let known = self.0.iter().position(|(known, _)| known == topic);
+        let known = known.unwrap_or_else(|| {
+            self.0.push((topic.clone(), config.topic(topic)));
+            self.0.len() - 1
+        });
+        &self.0[known].1
+    }
 }
 
 pub fn offset(raw: i64) -> Offset {

@@ -5,7 +5,6 @@
 //! that the first is stored, and acknowledges it: its records are lost. Seen when a broker came back after kill -9. A leader
 //! that knows the producer refuses such a gap, and what failed is sent again.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -24,14 +23,15 @@ pub enum Acquaintance {
     Known(Instant),
 }
 
-/// What one producer has sent where.
+/// What one producer has sent where: few topics, looked for with every record.
 #[derive(Debug, Default)]
-pub struct Known(HashMap<Topic, Vec<Acquaintance>>);
+pub struct Known(Vec<(Topic, Vec<Acquaintance>)>);
 
 impl Known {
     /// Of the partition that a record is about to be sent to.
     pub fn of(&mut self, record: &Addressed, now: Instant) -> Acquaintance {
-        let Some(found) = self.0.get_mut(&record.topic).and_then(|all| all.get_mut(record.partition.0 as usize)) else {
+        let topic = self.0.iter_mut().find(|(topic, _)| *topic == record.topic);
+        let Some(found) = topic.and_then(|(_, all)| all.get_mut(record.partition.0 as usize)) else {
             return Acquaintance::Unknown;
         };
         if let Acquaintance::Known(since) = found {
@@ -42,7 +42,11 @@ impl Known {
     }
 
     pub fn set(&mut self, topic: &Topic, partition: Partition, to: Acquaintance) {
-        let all = self.0.entry(topic.clone()).or_default();
+        let known = self.0.iter().position(|(known, _)| known == topic).unwrap_or_else(|| {
+            self.0.push((topic.clone(), Vec::new()));
+            self.0.len() - 1
+        });
+        let all = &mut self.0[known].1;
         let index = partition.0 as usize;
         if all.len() <= index {
             all.resize(index + 1, Acquaintance::Unknown);

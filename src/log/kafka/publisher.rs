@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rdkafka::client::ClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
-use rdkafka::producer::{BaseRecord, DeliveryResult, NoCustomPartitioner, ProducerContext, ThreadedProducer};
+use rdkafka::producer::{DeliveryResult, NoCustomPartitioner, ProducerContext, ThreadedProducer};
 use tokio::sync::{Notify, oneshot};
 
 use crate::clock::Clock;
@@ -19,7 +19,7 @@ use crate::model::record::{Addressed, Partition, Topic};
 use crate::telemetry::events;
 
 use super::config::KafkaConfig;
-use super::convert;
+use super::convert::{self, Names};
 use super::known::{Acquaintance, Known};
 
 /// So many bytes may wait for first records: as many as the client's own queue takes.
@@ -35,6 +35,7 @@ struct Shared {
 
 /// One producer. Whoever waits for it holds it.
 struct Client {
+    config: KafkaConfig,
     producer: Option<ThreadedProducer<Acknowledgements>>,
     shared: Arc<Reports>,
 }
@@ -81,16 +82,21 @@ impl Waiting {
     }
 
     fn one_less(&self, error: Option<KafkaError>) {
-        let mut answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
-        if error.is_some() && answer.first_refusal.is_none() {
-            answer.first_refusal = error;
+        if let Some(error) = error {
+            self.answer().first_refusal.get_or_insert(error);
         }
-        if self.outstanding.fetch_sub(1, Ordering::AcqRel) == 1
-            && let Some(done) = answer.to.take()
-        {
+        if self.outstanding.fetch_sub(1, Ordering::AcqRel) != 1 {
+            return;
+        }
+        let mut answer = self.answer();
+        if let Some(done) = answer.to.take() {
             // The client of a request that was given up does not wait any more.
             let _ = done.send(answer.first_refusal.take().map_or(Ok(()), Err));
         }
+    }
+
+    fn answer(&self) -> MutexGuard<'_, Answer> {
+        self.answer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -174,9 +180,9 @@ impl ClientContext for Acknowledgements {
 }
 
 impl ProducerContext<NoCustomPartitioner> for Acknowledgements {
-    type DeliveryOpaque = Box<Arc<Waiting>>;
+    type DeliveryOpaque = Arc<Waiting>;
 
-    fn delivery(&self, result: &DeliveryResult<'_>, waiting: Box<Arc<Waiting>>) {
+    fn delivery(&self, result: &DeliveryResult<'_>, waiting: Arc<Waiting>) {
         if result.is_ok() {
             self.0.acknowledged.fetch_add(1, Ordering::Relaxed);
         }
@@ -192,31 +198,34 @@ impl Client {
         let shared = Arc::default();
         let context = Acknowledgements(Arc::clone(&shared));
         let producer = config.publisher().create_with_context(context).map_err(convert::error)?;
-        Ok(Self { producer: Some(producer), shared })
+        Ok(Self { config: config.clone(), producer: Some(producer), shared })
     }
 
-    async fn publish(&self, prefix: &str, records: &[Addressed]) -> Result<(), KafkaError> {
-        let firsts = self.introduce(prefix, records).await?;
+    async fn publish(&self, records: Vec<Addressed>) -> Result<(), KafkaError> {
+        let mut names = Names::default();
+        let firsts = self.introduce(&mut names, &records).await?;
         let (waiting, answer) = Waiting::new(records.len() - firsts.len(), None);
         // What comes behind one that is not taken is not sent: it would overtake it.
         let mut refused: Option<KafkaError> = None;
         for record in records.iter().enumerate().filter(|(index, _)| !firsts.contains(index)).map(|(_, record)| record)
         {
             if refused.is_none() {
-                refused = self.send(prefix, record, &waiting).err();
+                refused = self.send(&mut names, record, &waiting).err();
             }
             if let Some(error) = &refused {
                 waiting.one_less(Some(error.clone()));
             }
         }
         waiting.one_less(None);
+        // The client has copies. Freed now, the next call finds this memory still in the cache.
+        drop(records);
         // The producer answers for every record before it ends.
         answer.await.unwrap_or(Err(KafkaError::Canceled))
     }
 
     /// Sends the first records of partitions that do not know the producer, and waits for them; which they are. Who waits for
     /// another call's first record shares its fate: one after the other they would wait for ever while the broker is away.
-    async fn introduce(&self, prefix: &str, records: &[Addressed]) -> Result<Vec<usize>, KafkaError> {
+    async fn introduce(&self, names: &mut Names, records: &[Addressed]) -> Result<Vec<usize>, KafkaError> {
         let mut sent = Vec::new();
         // Since it waits: how many had been refused by then, and its room.
         let mut since: Option<(u64, Room<'_>)> = None;
@@ -236,7 +245,7 @@ impl Client {
                 let record = &records[*index];
                 let first = (record.topic.clone(), record.partition);
                 let (waiting, answer) = Waiting::new(1, Some(first.clone()));
-                if let Err(error) = self.send(prefix, record, &waiting) {
+                if let Err(error) = self.send(names, record, &waiting) {
                     self.shared.meet(&first, Some(&error));
                     waiting.one_less(Some(error));
                 }
@@ -266,19 +275,9 @@ impl Client {
         }
     }
 
-    fn send(&self, prefix: &str, record: &Addressed, waiting: &Arc<Waiting>) -> Result<(), KafkaError> {
-        let topic = format!("{prefix}{}", record.topic);
-        let mut message: BaseRecord<'_, [u8], [u8], Box<Arc<Waiting>>> =
-            BaseRecord::with_opaque_to(&topic, Box::new(Arc::clone(waiting)))
-                .partition(convert::partition(record.partition))
-                .headers(convert::headers(&record.headers));
-        if let Some(key) = &record.key {
-            message = message.key(key);
-        }
-        if let Some(value) = &record.value {
-            message = message.payload(value);
-        }
+    fn send(&self, names: &mut Names, record: &Addressed, waiting: &Arc<Waiting>) -> Result<(), KafkaError> {
         let producer = self.producer.as_ref().ok_or(KafkaError::Canceled)?;
+        let message = convert::message(names.of(&record.topic, &self.config), record, Arc::clone(waiting));
         producer.send(message).map_err(|(error, _)| error)
     }
 }
@@ -324,7 +323,7 @@ impl Publisher for KafkaPublisher {
         let client = self.current();
         let acknowledged = || client.shared.acknowledged.load(Ordering::Relaxed);
         let before = acknowledged();
-        let Err(error) = client.publish(&self.0.config.prefix, &records).await else { return Ok(()) };
+        let Err(error) = client.publish(records).await else { return Ok(()) };
         let is_idle = acknowledged() == before;
         let is_stuck = error.rdkafka_error_code() == Some(Code::MessageTimedOut) && is_idle;
         if is_stuck || error.rdkafka_error_code() == Some(Code::Fatal) {

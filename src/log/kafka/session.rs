@@ -81,6 +81,7 @@ impl KafkaSession {
             topic: topic.clone(),
             owned: Arc::clone(&owned),
             known: Known::default(),
+            names: convert::Names::default(),
             admin: admin.clone(),
             outputs: member.outputs.clone(),
         };

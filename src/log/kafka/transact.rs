@@ -9,7 +9,7 @@ use std::time::Duration;
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
-use rdkafka::producer::{BaseRecord, DeliveryResult, NoCustomPartitioner, Producer, ProducerContext, ThreadedProducer};
+use rdkafka::producer::{DeliveryResult, NoCustomPartitioner, Producer, ProducerContext, ThreadedProducer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -21,7 +21,7 @@ use crate::model::record::{Addressed, Partition, Topic};
 use super::admin::KafkaAdmin;
 use super::config::{KafkaConfig, TRANSACTION_TIMEOUT};
 use super::consume::{Owned, Rebalances};
-use super::convert;
+use super::convert::{self, Names};
 use super::hanging;
 use super::known::{Acquaintance, Known};
 
@@ -102,6 +102,7 @@ pub struct Transactions {
     pub topic: String,
     pub owned: Owned,
     pub known: Known,
+    pub names: Names,
     pub admin: KafkaAdmin,
     /// Where it writes.
     pub outputs: Vec<Topic>,
@@ -208,22 +209,17 @@ impl Transactions {
     }
 
     fn fill(&mut self, outputs: &[Addressed]) -> Result<(), LogError> {
-        let mut names: Vec<(&str, String)> = Vec::new();
-        let firsts = self.introduce(outputs, &mut names)?;
+        let firsts = self.introduce(outputs)?;
         for output in outputs.iter().enumerate().filter(|(index, _)| !firsts.contains(index)).map(|(_, output)| output)
         {
-            self.send(output, &mut names)?;
+            self.send(output)?;
         }
         Ok(())
     }
 
     /// Sends the first records of partitions that do not know the producer, and waits for them ([`super::known`]); which
     /// they are.
-    fn introduce<'a>(
-        &mut self,
-        outputs: &'a [Addressed],
-        names: &mut Vec<(&'a str, String)>,
-    ) -> Result<BTreeSet<usize>, LogError> {
+    fn introduce(&mut self, outputs: &[Addressed]) -> Result<BTreeSet<usize>, LogError> {
         let mut firsts = BTreeSet::new();
         let now = Clock::system().instant();
         for (index, output) in outputs.iter().enumerate() {
@@ -235,7 +231,7 @@ impl Transactions {
         if firsts.is_empty() {
             return Ok(firsts);
         }
-        let sent = firsts.iter().try_for_each(|index| self.send(&outputs[*index], names));
+        let sent = firsts.iter().try_for_each(|index| self.send(&outputs[*index]));
         let met = sent.and_then(|()| self.producer.context().settle(TRANSACTION_TIMEOUT));
         let after = met.as_ref().map_or(Acquaintance::Unknown, |()| Acquaintance::Known(now));
         for index in &firsts {
@@ -244,21 +240,8 @@ impl Transactions {
         met.map(|()| firsts)
     }
 
-    fn send<'a>(&self, output: &'a Addressed, names: &mut Vec<(&'a str, String)>) -> Result<(), LogError> {
-        let known = names.iter().position(|(topic, _)| *topic == output.topic.as_str());
-        let known = known.unwrap_or_else(|| {
-            names.push((output.topic.as_str(), self.config.topic(&output.topic)));
-            names.len() - 1
-        });
-        let mut record: BaseRecord<'_, [u8], [u8], ()> = BaseRecord::to(&names[known].1)
-            .partition(convert::partition(output.partition))
-            .headers(convert::headers(&output.headers));
-        if let Some(key) = &output.key {
-            record = record.key(key);
-        }
-        if let Some(value) = &output.value {
-            record = record.payload(value);
-        }
+    fn send(&mut self, output: &Addressed) -> Result<(), LogError> {
+        let mut record = convert::message(self.names.of(&output.topic, &self.config), output, ());
         self.producer.context().expect();
         loop {
             match self.producer.send(record) {

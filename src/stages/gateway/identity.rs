@@ -33,13 +33,13 @@ fn is_invisible(character: char) -> bool {
 
 /// The user of an event by the source's rule; none where both ids are empty.
 pub fn user(order_by: OrderBy, anonymous: &str, user: &str) -> Option<User> {
-    let first_of = |a: &str, b: &str| if a.is_empty() { b.to_owned() } else { a.to_owned() };
-    let text = match order_by {
-        OrderBy::AnonymousId => first_of(anonymous, user),
-        OrderBy::UserId => first_of(user, anonymous),
-        OrderBy::Both if anonymous.is_empty() && user.is_empty() => String::new(),
-        OrderBy::Both => format!("{anonymous}:{user}"),
+    let (first, second) = match order_by {
+        OrderBy::AnonymousId => (anonymous, user),
+        OrderBy::UserId => (user, anonymous),
+        OrderBy::Both if anonymous.is_empty() && user.is_empty() => return None,
+        OrderBy::Both => return Some(format!("{anonymous}:{user}").into()),
     };
+    let text = if first.is_empty() { second } else { first };
     (!text.is_empty()).then(|| text.into())
 }
 

@@ -1,5 +1,7 @@
 //! Giving events to the log: which partition, which headers.
 
+use std::borrow::Borrow;
+
 use crate::control::commands;
 use crate::log::partitioner::{IsolateBy, Placement};
 use crate::log::{LogError, Publisher};
@@ -36,9 +38,10 @@ impl<P: Publisher> Admission<P> {
     }
 
     /// The records of events, in their order, and behind them how many each run of reverse ETL has brought.
-    pub fn records<'e>(&self, events: impl Iterator<Item = (&'e Event, &'e Along)>) -> Vec<Addressed> {
+    pub fn records<'a, E: Borrow<Event>>(&self, events: impl Iterator<Item = (E, &'a Along)>) -> Vec<Addressed> {
         let mut tally = Tally::default();
-        let address = |(event, along): (&Event, &Along)| {
+        let address = |(event, along): (E, &Along)| {
+            let event = event.borrow();
             let is_new = along.replay.is_none() && event.channel != Channel::Replay;
             if let Some(key) = key_of_event(event).filter(|_| is_new) {
                 tally.add(key, Counts::taken(1));
@@ -80,7 +83,7 @@ pub fn address(placement: Placement, event: &Event, along: &Along) -> Addressed 
     };
     // Who is nobody is spread evenly.
     let user = event.user.as_ref().map_or(event.message_id.as_str(), |user| user.as_str());
-    let mut headers = Headers::new();
+    let mut headers = Headers::with_capacity(8);
     headers.push_text(header::SOURCE, event.source.as_str());
     headers.push_text(header::WORKSPACE, event.workspace.as_str());
     if let Some(only) = &along.only {

@@ -136,6 +136,7 @@ impl From<JsonError> for Refusal {
         match error {
             JsonError::Invalid(_) | JsonError::TooDeep => Refusal::InvalidJson,
             JsonError::NotAnObject => Refusal::NotAnEvent,
+            JsonError::TooMany => Refusal::TooLarge,
         }
     }
 }
@@ -180,17 +181,13 @@ fn judged<T>(
         return gather(&mut std::iter::once_with(|| request.take(&object)));
     }
     // A single event in place of the list counts as one.
-    let (object, parts) = Object::parse_list(text, "batch")?;
+    let (object, parts) = Object::parse_list(text, "batch", MAX_STORED / OVERHEAD)?;
     if parts.is_empty() {
         return Err(Refusal::EmptyBatch);
     }
-    if parts.len() * OVERHEAD > MAX_STORED {
-        return Err(Refusal::TooLarge);
-    }
-    let first = parts.first().and_then(|part| Object::parse(part).ok());
-    let mut request = Request::new(source, call, facts, first.as_ref(), Some(&object));
-    let mut take = |part: &str| request.take(&Object::parse(part).map_err(|_| Refusal::NotAnEvent)?);
-    gather(&mut parts.iter().map(|part| take(part)))
+    let mut request = Request::new(source, call, facts, parts[0].as_ref(), Some(&object));
+    let take = |part: &Option<Object<'_>>| request.take(part.as_ref().ok_or(Refusal::NotAnEvent)?);
+    gather(&mut parts.iter().map(take))
 }
 
 /// What a record of it takes, about: ids stand in the value and in a header each.

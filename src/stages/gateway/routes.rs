@@ -277,8 +277,7 @@ async fn store<P: Publisher>(
     if charged > 0 {
         gateway.limits.admit(source, charged)?;
     }
-    let records = gateway.admission.records(events.iter().map(|event| (event, along)));
-    drop(events);
+    let records = gateway.admission.records(events.into_iter().map(|event| (event, along)));
     held.grow(records.iter().map(Addressed::size).sum())?;
     stored(gateway.admission.publish(records).await)?;
     metrics().gateway_events.with_label_values(&[source.id.as_str()]).inc_by(count as u64);

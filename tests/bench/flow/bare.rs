@@ -10,7 +10,7 @@ use axum::routing::{get, post};
 use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::message::Message;
+use rdkafka::message::{Header, Message, OwnedHeaders};
 use rdkafka::producer::{
     BaseRecord, DeliveryResult, FutureProducer, FutureRecord, Producer, ProducerContext, ThreadedProducer,
 };
@@ -25,8 +25,17 @@ fn client() -> ClientConfig {
     config
 }
 
+/// What goes along with an event in Laneway's format, of the same length.
+const HEADERS: [(&str, &str); 5] = [
+    ("lw-source", "src-1"),
+    ("lw-workspace", "ws-1"),
+    ("lw-user", "user-12345"),
+    ("lw-message-id", "message-1234567"),
+    ("content-type", "application/avro"),
+];
+
 /// axum and a producer: the body as it is, or each member of a batch; 200 when all replicas have it.
-pub async fn gateway(port: u16, topic: &str) {
+pub async fn gateway(port: u16, topic: &str, headers: bool) {
     let producer: FutureProducer = client()
         .set("enable.idempotence", "true")
         .set("acks", "all")
@@ -37,13 +46,14 @@ pub async fn gateway(port: u16, topic: &str) {
     let single = {
         let (producer, topic, turn) = (producer.clone(), topic.clone(), Arc::clone(&turn));
         async move |body: bytes::Bytes| {
-            send(&producer, &topic, &turn, &body).await;
+            send(&producer, &topic, &turn, &body, headers).await;
             "OK"
         }
     };
     let batch = async move |body: bytes::Bytes| {
         let parsed: HashMap<&str, Vec<&RawValue>> = serde_json::from_slice(&body).expect("a batch");
-        let events = parsed["batch"].iter().map(|event| send(&producer, &topic, &turn, event.get().as_bytes()));
+        let events = &parsed["batch"];
+        let events = events.iter().map(|event| send(&producer, &topic, &turn, event.get().as_bytes(), headers));
         futures_util::future::join_all(events).await;
         "OK"
     };
@@ -55,9 +65,14 @@ pub async fn gateway(port: u16, topic: &str) {
     axum::serve(listener, routes).await.expect("served");
 }
 
-async fn send(producer: &FutureProducer, topic: &str, turn: &AtomicUsize, body: &[u8]) {
+async fn send(producer: &FutureProducer, topic: &str, turn: &AtomicUsize, body: &[u8], headers: bool) {
     let partition = (turn.fetch_add(1, Ordering::Relaxed) % 12) as i32;
-    let record = FutureRecord::to(topic).partition(partition).key("wk-1").payload(body);
+    let mut record = FutureRecord::to(topic).partition(partition).key("wk-1").payload(body);
+    if headers {
+        let all = OwnedHeaders::new_with_capacity(HEADERS.len());
+        let add = |all: OwnedHeaders, (key, value)| all.insert(Header { key, value: Some(value) });
+        record = record.headers(HEADERS.into_iter().fold(all, add));
+    }
     producer.send(record, Duration::from_secs(10)).await.expect("stored");
 }
 

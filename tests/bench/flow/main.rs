@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! deploy/services up kafka
-//! cargo bench --bench flow -- gateway          (single events, then batches of 100; SECONDS=8 PAIRS=3)
+//! cargo bench --bench flow -- gateway          (single events, then batches of 100; SECONDS=8 PAIRS=3; beside a bare
+//!                                               handler, and one that writes the five headers of our format too)
 //! cargo bench --bench flow -- processor 500000
 //! cargo bench --bench flow -- embedded
 //! ```
@@ -50,7 +51,7 @@ async fn main() -> ExitCode {
         (Some("processor"), count) => processor(count.and_then(|text| text.parse().ok()).unwrap_or(500_000)).await,
         (Some("embedded"), _) => embedded().await,
         // The other side of a comparison, in a process of its own.
-        (Some("bare-gateway"), Some(topic)) => bare::gateway(GATEWAY, topic).await,
+        (Some("bare-gateway"), Some(topic)) => bare::gateway(GATEWAY, topic, argument(2) == Some("headers")).await,
         (Some("bare-processor"), Some(prefix)) => bare::processor(prefix),
         _ => {
             eprintln!("which? gateway, processor, embedded (see tests/bench/flow)");
@@ -126,28 +127,49 @@ async fn gateway() {
     let place = Setting::new(&workspace(), &format!("[gateway]\nlisten = \"127.0.0.1:{GATEWAY}\"\n"));
     let url = format!("http://127.0.0.1:{GATEWAY}");
     for (name, path, batch) in [("single", "v1/track", 1), ("batches of 100", "v1/batch", 100)] {
-        let (mut ours, mut bare, mut our_cpu, mut bare_cpu, mut peak) = (vec![], vec![], vec![], vec![], 0);
+        let url_of = format!("{url}/{path}");
+        let (mut ours, mut bare, mut with_headers, mut peak) = (Side::default(), Side::default(), Side::default(), 0);
         for _ in 0..setting("PAIRS", 3) {
             let running = place.start("gateway").await;
-            let (rate, cpu) = flat_out(&format!("{url}/{path}"), batch, &running).await;
-            ours.push(rate);
-            our_cpu.push(cpu);
+            ours.add(flat_out(&url_of, batch, &running).await);
             peak = peak.max(running.peak_memory());
             let taken = running.metric("laneway_gateway_events_total").await;
-            assert!(taken >= rate, "it says itself that it took {taken}");
+            assert!(taken >= median(ours.rates.clone()), "it says itself that it took {taken}");
             drop(running);
-            let running = again(&["bare-gateway", &format!("{}events", place.prefix)]);
-            eventually("the bare one listens", PATIENCE, async || reqwest::get(&url).await.is_ok()).await;
-            let (rate, cpu) = flat_out(&format!("{url}/{path}"), batch, &running).await;
-            bare.push(rate);
-            bare_cpu.push(cpu);
+            for (side, headers) in [(&mut bare, ""), (&mut with_headers, "headers")] {
+                let running = again(&["bare-gateway", &format!("{}events", place.prefix), headers]);
+                eventually("the bare one listens", PATIENCE, async || reqwest::get(&url).await.is_ok()).await;
+                side.add(flat_out(&url_of, batch, &running).await);
+            }
         }
-        let (ours, bare, our_cpu, bare_cpu) = (median(ours), median(bare), median(our_cpu), median(bare_cpu));
+        let (rate, cpu) = ours.median();
+        let of = |side: Side| {
+            let (bare, bare_cpu) = side.median();
+            json!({"events_per_second": bare.round(), "cpu_us_per_event": bare_cpu, "ratio": rate / bare})
+        };
         println!(
             "{}",
-            json!({"run": format!("gateway, {name}"), "events_per_second": ours.round(), "bare": bare.round(), "ratio": ours / bare,
-                "cpu_us_per_event": our_cpu, "bare_cpu_us_per_event": bare_cpu, "peak_mb": peak})
+            json!({"run": format!("gateway, {name}"), "events_per_second": rate.round(), "cpu_us_per_event": cpu,
+                "peak_mb": peak, "bare": of(bare), "bare_with_headers": of(with_headers)})
         );
+    }
+}
+
+/// What one of the compared did, turn by turn.
+#[derive(Default)]
+struct Side {
+    rates: Vec<f64>,
+    cpu: Vec<f64>,
+}
+
+impl Side {
+    fn add(&mut self, (rate, cpu): (f64, f64)) {
+        self.rates.push(rate);
+        self.cpu.push(cpu);
+    }
+
+    fn median(self) -> (f64, f64) {
+        (median(self.rates), median(self.cpu))
     }
 }
 

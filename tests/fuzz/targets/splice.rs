@@ -5,14 +5,23 @@ use laneway::model::json::{Object, Splice, check_depth};
 use libfuzzer_sys::fuzz_target;
 use serde_json::value::RawValue;
 
+/// Its text, where it has any members, and these.
+fn seen<'a>(object: &'a Object<'a>) -> (Option<&'a str>, Vec<(&'a str, &'a str)>) {
+    let members: Vec<_> = object.members().iter().map(|member| (member.key.as_ref(), member.value)).collect();
+    ((!members.is_empty()).then(|| object.text()), members)
+}
+
 fuzz_target!(|data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let _ = check_depth(text);
-    // Read with its envelope or without, a list is the same.
-    if let (Ok((object, list)), Ok(whole)) = (Object::parse_list(text, "batch"), Object::parse(text)) {
+    // Read with its envelope or each by itself, a list is the same.
+    if let (Ok((object, list)), Ok(whole)) = (Object::parse_list(text, "batch", usize::MAX), Object::parse(text)) {
         assert!(object.members().len() <= whole.members().len());
-        let joined: usize = list.iter().map(|element| element.len()).sum();
-        assert!(joined <= whole.get("batch").map_or(0, str::len));
+        let raw = whole.get("batch").and_then(|raw| serde_json::from_str::<Vec<&RawValue>>(raw).ok());
+        for (element, raw) in list.iter().zip(raw.unwrap_or_default()) {
+            let alone = Object::parse(raw.get()).ok();
+            assert_eq!(element.as_ref().map(seen), alone.as_ref().map(seen));
+        }
     }
     let Ok(object) = Object::parse(text) else { return };
     // Of two the first counts.
