@@ -313,6 +313,11 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
                 }
                 Stage::Router => vec![Topic::PROGRESS_ROUTER, Topic::DEAD_LETTERS, Topic::JOB_STATUS],
             },
+            state: match stage {
+                Stage::Gateway | Stage::Reporter | Stage::Live => None,
+                Stage::Processor => Some(Topic::EVENTS_SEEN),
+                Stage::Router => Some(Topic::PROGRESS_ROUTER),
+            },
             session_timeout: runtime.session_timeout,
             revoke_drain: runtime.revoke_drain,
         },

@@ -20,6 +20,8 @@ pub mod embedded;
 #[cfg(feature = "kafka")]
 pub mod kafka;
 pub mod partitioner;
+#[cfg(feature = "pulsar")]
+pub mod pulsar;
 pub mod registry;
 pub mod topic;
 
@@ -96,6 +98,8 @@ pub struct Member {
     pub topic: Topic,
     /// Where it writes.
     pub outputs: Vec<Topic>,
+    /// The one of these that is partitioned as the input, in which only a partition's owner writes.
+    pub state: Option<Topic>,
     /// A member that is silent for so long loses its partitions.
     pub session_timeout: Duration,
     /// How long a revoke waits for the owner to finish and commit.

@@ -55,7 +55,8 @@ impl fmt::Display for Partition {
     }
 }
 
-/// A place in a partition. Ordered and opaque: offsets have gaps, so none is computed from another.
+/// A place in a partition. Ordered and opaque: offsets have gaps, so none is computed from another. Written as a number, or as
+/// `ledger:entry:index` where it is such a place.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Offset(u128);
@@ -78,10 +79,37 @@ impl Offset {
         Offset(self.0.saturating_add(1))
     }
 
+    /// A place in a log of ledgers: which ledger, which entry of it, which record of the entry. Above every number.
+    pub const fn of_entry(ledger: u64, entry: u64, index: u32) -> Self {
+        let (ledger, entry, index) = (ledger as u128 & LEDGER, entry as u128 & ENTRY, index as u128 & INDEX);
+        Offset(OF_ENTRY | ledger << 72 | entry << 24 | index)
+    }
+
+    /// What [`Offset::of_entry`] was made of. None: it is a number.
+    pub const fn entry(self) -> Option<(u64, u64, u32)> {
+        if self.0 & OF_ENTRY == 0 {
+            return None;
+        }
+        Some(((self.0 >> 72 & LEDGER) as u64, (self.0 >> 24 & ENTRY) as u64, (self.0 & INDEX) as u32))
+    }
+
     pub fn parse(text: &str) -> Option<Offset> {
-        text.parse().ok().map(Offset)
+        let mut parts = text.split(':');
+        match (parts.next(), parts.next(), parts.next(), parts.next()) {
+            (Some(number), None, None, None) => number.parse().ok().filter(|raw| raw & OF_ENTRY == 0).map(Offset),
+            (Some(ledger), Some(entry), Some(index), None) => {
+                Some(Self::of_entry(ledger.parse().ok()?, entry.parse().ok()?, index.parse().ok()?))
+            }
+            _ => None,
+        }
     }
 }
+
+/// Marks places in a log of ledgers; the parts below it have 55, 48 and 24 bits.
+const OF_ENTRY: u128 = 1 << 127;
+const LEDGER: u128 = (1 << 55) - 1;
+const ENTRY: u128 = (1 << 48) - 1;
+const INDEX: u128 = (1 << 24) - 1;
 
 impl From<Offset> for String {
     fn from(offset: Offset) -> Self {
@@ -99,13 +127,16 @@ impl TryFrom<String> for Offset {
 
 impl fmt::Display for Offset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        match self.entry() {
+            Some((ledger, entry, index)) => write!(f, "{ledger}:{entry}:{index}"),
+            None => self.0.fmt(f),
+        }
     }
 }
 
 impl fmt::Debug for Offset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        fmt::Display::fmt(self, f)
     }
 }
 

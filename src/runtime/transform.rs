@@ -526,6 +526,7 @@ mod tests {
                     instance: "one".into(),
                     topic: Topic::EVENTS,
                     outputs: vec![Topic::DELIVERIES],
+                    state: None,
                     session_timeout: std::time::Duration::from_secs(6),
                     revoke_drain: std::time::Duration::from_secs(1),
                 },

@@ -202,6 +202,7 @@ mod tests {
                 instance: "one".into(),
                 topic: Topic::EVENTS,
                 outputs: Vec::new(),
+                state: None,
                 session_timeout: Duration::from_secs(6),
                 revoke_drain: Duration::from_secs(1),
             },

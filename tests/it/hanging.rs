@@ -28,6 +28,7 @@ fn member() -> Member {
         instance: "one".into(),
         topic: Topic::EVENTS,
         outputs: vec![Topic::DELIVERIES],
+        state: None,
         session_timeout: Duration::from_secs(6),
         revoke_drain: Duration::from_secs(1),
     }

@@ -21,8 +21,9 @@ const LAYERS: [&[&str]; 10] = [
 ];
 
 /// A crate, and the only places that may name it.
-const OWNED: [(&str, &[&str]); 5] = [
+const OWNED: [(&str, &[&str]); 6] = [
     ("rdkafka", &["src/log/kafka/"]),
+    ("pulsar", &["src/log/pulsar/"]),
     ("sqlx", &["src/log/embedded/sqlite.rs", "src/store/"]),
     ("apache_avro", &["src/model/codec/"]),
     ("schema_registry_converter", &["src/log/registry/"]),
@@ -30,6 +31,7 @@ const OWNED: [(&str, &[&str]); 5] = [
         "reqwest",
         &[
             "src/log/registry/",
+            "src/log/pulsar/rest.rs",
             "src/control/remote.rs",
             "src/control/regulations.rs",
             "src/control/uploads.rs",

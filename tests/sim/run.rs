@@ -234,6 +234,7 @@ impl Engine {
                 instance: instance.into(),
                 topic: Topic::DELIVERIES,
                 outputs: Vec::new(),
+                state: None,
                 session_timeout: SESSION,
                 revoke_drain: Duration::from_secs(1),
             },

@@ -210,6 +210,7 @@ fn asker<B>(parts: &Parts<B>) -> Member {
         instance: InstanceId::from(parts.instance.as_str()),
         topic: Topic::SUPPRESSIONS,
         outputs: vec![Topic::SUPPRESSIONS],
+        state: None,
         session_timeout: parts.config.runtime.session_timeout,
         revoke_drain: parts.config.runtime.revoke_drain,
     }

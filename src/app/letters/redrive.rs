@@ -303,6 +303,7 @@ fn member(plan: &Plan, outputs: Vec<Topic>, session_timeout: Duration) -> Member
         instance: "redrive".into(),
         topic: plan.shelf.topic(),
         outputs,
+        state: None,
         session_timeout,
         revoke_drain: AGAIN,
     }

@@ -92,6 +92,7 @@ fn start(log: &Embedded, numbers: &Arc<Numbers>) -> (Shutdown, tokio::task::Join
             instance: "one".into(),
             topic: Topic::JOB_STATUS,
             outputs: Vec::new(),
+            state: None,
             session_timeout: Duration::from_secs(6),
             revoke_drain: Duration::from_secs(1),
         },

@@ -7,6 +7,7 @@ pub mod registry;
 #[path = "../../waiting.rs"]
 mod waiting;
 
+use laneway::log::pulsar::PulsarConfig;
 use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -34,6 +35,24 @@ pub fn kafka_address() -> String {
         panic!("this test needs a Kafka on {address} ({error}): start it with `deploy/services up kafka`");
     }
     address
+}
+
+/// The test Pulsar; `deploy/services up pulsar` starts it.
+pub fn pulsar_config() -> PulsarConfig {
+    let port = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
+    let broker = format!("127.0.0.1:{}", port("LANEWAY_PULSAR_PORT", "16650"));
+    let web = format!("127.0.0.1:{}", port("LANEWAY_PULSAR_WEB_PORT", "18080"));
+    let socket = broker.parse().expect("LANEWAY_PULSAR_PORT is a port");
+    if let Err(error) = std::net::TcpStream::connect_timeout(&socket, Duration::from_secs(2)) {
+        panic!("this test needs a Pulsar on {broker} ({error}): start it with `deploy/services up pulsar`");
+    }
+    PulsarConfig {
+        service_url: format!("pulsar://{broker}"),
+        admin_url: format!("http://{web}"),
+        tenant: "public".into(),
+        namespace: "default".into(),
+        ..PulsarConfig::default()
+    }
 }
 
 /// A name that no other test uses.

@@ -1,0 +1,117 @@
+//! The cluster's admin API.
+
+use std::time::Duration;
+
+use reqwest::{Method, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::log::{LogError, Misconfigured};
+use crate::model::record::{Partition, Topic};
+
+use super::config::PulsarConfig;
+
+const CALL: Duration = Duration::from_secs(10);
+
+#[derive(Clone)]
+pub struct Rest {
+    client: reqwest::Client,
+    config: PulsarConfig,
+}
+
+impl Rest {
+    pub fn new(config: &PulsarConfig) -> Result<Self, LogError> {
+        let wrong = |error: reqwest::Error| LogError::fatal(Misconfigured(format!("log.pulsar: {error}")));
+        let mut client = reqwest::Client::builder().timeout(CALL).connect_timeout(CALL / 3);
+        if let Some(authorities) = config.authorities()? {
+            for authority in reqwest::Certificate::from_pem_bundle(&authorities).map_err(wrong)? {
+                client = client.add_root_certificate(authority);
+            }
+        }
+        Ok(Self { client: client.build().map_err(wrong)?, config: config.clone() })
+    }
+
+    /// The path of the namespace's topics.
+    pub fn namespace(&self) -> String {
+        format!("persistent/{}/{}", self.config.tenant, self.config.namespace)
+    }
+
+    pub fn topic(&self, topic: &Topic) -> String {
+        format!("{}/{}", self.namespace(), self.config.name(topic))
+    }
+
+    pub fn partition(&self, topic: &Topic, partition: Partition) -> String {
+        format!("{}-partition-{partition}", self.topic(topic))
+    }
+
+    /// None where there is no such thing.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>, LogError> {
+        match self.call::<()>(Method::GET, path, None).await? {
+            (StatusCode::NOT_FOUND, _) => Ok(None),
+            (status, body) if status.is_success() => match body.trim() {
+                // A policy that is not set.
+                "" => Ok(None),
+                text => serde_json::from_str(text)
+                    .map(Some)
+                    .map_err(|error| self.unexpected(path, status, &error.to_string())),
+            },
+            (status, body) => Err(self.unexpected(path, status, &body)),
+        }
+    }
+
+    /// Whether it was made: false where it was there.
+    pub async fn put(&self, path: &str, body: &impl Serialize) -> Result<bool, LogError> {
+        match self.call(Method::PUT, path, Some(body)).await? {
+            (StatusCode::CONFLICT, _) => Ok(false),
+            (status, _) if status.is_success() => Ok(true),
+            (status, body) => Err(self.unexpected(path, status, &body)),
+        }
+    }
+
+    pub async fn post(&self, path: &str, body: &impl Serialize) -> Result<(), LogError> {
+        match self.call(Method::POST, path, Some(body)).await? {
+            (status, _) if status.is_success() => Ok(()),
+            (status, body) => Err(self.unexpected(path, status, &body)),
+        }
+    }
+
+    async fn call<B: Serialize>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&B>,
+    ) -> Result<(StatusCode, String), LogError> {
+        let url = format!("{}/admin/v2/{path}", self.config.admin_url.trim_end_matches('/'));
+        let mut request = self.client.request(method, url);
+        if !self.config.token.is_empty() {
+            request = request.bearer_auth(&self.config.token);
+        }
+        if let Some(body) = body {
+            let body = serde_json::to_vec(body).map_err(LogError::fatal)?;
+            request = request.header("content-type", "application/json").body(body);
+        }
+        let answer = request.send().await.map_err(|error| self.silent(error))?;
+        let status = answer.status();
+        Ok((status, answer.text().await.map_err(|error| self.silent(error))?))
+    }
+
+    fn silent(&self, error: reqwest::Error) -> LogError {
+        LogError::transient(format!("{}: {error}", self.config.admin_url))
+    }
+
+    fn unexpected(&self, path: &str, status: StatusCode, body: &str) -> LogError {
+        #[derive(serde::Deserialize)]
+        struct Said {
+            reason: String,
+        }
+        let said = serde_json::from_str::<Said>(body).map_or_else(|_| body.to_owned(), |said| said.reason);
+        let text = format!("{}: {path}: {status}: {}", self.config.admin_url, said.trim());
+        match status {
+            StatusCode::UNAUTHORIZED
+            | StatusCode::FORBIDDEN
+            | StatusCode::BAD_REQUEST
+            | StatusCode::METHOD_NOT_ALLOWED => LogError::fatal(text),
+            _ => LogError::transient(text),
+        }
+    }
+}
