@@ -41,8 +41,16 @@ pub struct Instance {
 #[serde(rename_all = "lowercase")]
 pub enum BackendKind {
     Kafka,
+    Pulsar,
     Embedded,
     Memory,
+}
+
+impl BackendKind {
+    /// A cluster of brokers, which several processes use; the others belong to one.
+    pub fn is_cluster(self) -> bool {
+        matches!(self, BackendKind::Kafka | BackendKind::Pulsar)
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -50,6 +58,7 @@ pub struct Log {
     pub backend: BackendKind,
     pub topic_prefix: String,
     pub kafka: Kafka,
+    pub pulsar: Pulsar,
     pub schema_registry: SchemaRegistry,
     pub embedded: Embedded,
 }
@@ -70,6 +79,30 @@ impl std::fmt::Debug for SchemaRegistry {
         // The URL too may hold it.
         let Self { username, ca_file, .. } = self;
         f.debug_struct("SchemaRegistry").field("username", username).field("ca_file", ca_file).finish_non_exhaustive()
+    }
+}
+
+#[derive(Clone, Deserialize)]
+pub struct Pulsar {
+    pub service_url: String,
+    pub admin_url: String,
+    pub tenant: String,
+    pub namespace: String,
+    pub token: String,
+    pub ca_file: PathBuf,
+}
+
+impl std::fmt::Debug for Pulsar {
+    /// Without what lets somebody in.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { service_url, admin_url, tenant, namespace, ca_file, token: _ } = self;
+        f.debug_struct("Pulsar")
+            .field("service_url", service_url)
+            .field("admin_url", admin_url)
+            .field("tenant", tenant)
+            .field("namespace", namespace)
+            .field("ca_file", ca_file)
+            .finish_non_exhaustive()
     }
 }
 

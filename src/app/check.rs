@@ -88,6 +88,7 @@ pub async fn run(config: &Config, clock: &Clock) -> Vec<Finding> {
 fn backend(config: &Config) -> &'static str {
     match config.log.backend {
         BackendKind::Kafka => "kafka",
+        BackendKind::Pulsar => "pulsar",
         BackendKind::Embedded => "embedded",
         BackendKind::Memory => "memory",
     }
@@ -151,7 +152,7 @@ async fn store(config: &Config) -> Finding {
     let remedy =
         "is it up, reachable from here, and is store.url right? Events are delivered without it; job status waits";
     let file = open::store_file(&open::store_url(config));
-    if file.is_some() && config.log.backend == BackendKind::Kafka {
+    if file.is_some() && config.log.backend.is_cluster() {
         let says = "it is a file: reporters and gateways on several machines would each have their own";
         return Finding::warning(subject, says, "name a Postgres (store.url), unless all of it runs on this machine");
     }
@@ -228,6 +229,9 @@ async fn log(config: &Config, topics: &Topics, clock: &Clock) -> Vec<Finding> {
         BackendKind::Kafka => {
             "is it up, reachable from here, and are log.kafka.bootstrap_servers and .properties right?"
         }
+        BackendKind::Pulsar => {
+            "is it up, reachable from here, and are log.pulsar.service_url, .admin_url, .tenant, .namespace and .token right?"
+        }
         BackendKind::Embedded => {
             "start the engine once (`laneway run all`), or name its folder (log.embedded.data_dir)"
         }
@@ -276,7 +280,7 @@ async fn schemas(any: &open::AnyLog, topics: &Topics) -> Vec<Finding> {
 async fn look<B: Backend>(log: &B, config: &Config, topics: &Topics) -> Result<Vec<Finding>, LogError> {
     let there = log.admin()?.topics().await?;
     let mut found = vec![Finding::ok("log", format!("answers, {} topics", there.len()))];
-    let is_own = config.log.backend != BackendKind::Kafka;
+    let is_own = !config.log.backend.is_cluster();
     for compared in drift::compare(log, topics.iter()).await? {
         let subject = format!("topic {}", compared.spec.name);
         if compared.found.is_none() {

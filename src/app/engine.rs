@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 use super::serve::{Admittance, serve};
 use super::{job_status, open, placement, retention};
 use crate::clock::Clock;
-use crate::config::{BackendKind, Config};
+use crate::config::Config;
 use crate::control::follow::{self, FollowError};
 use crate::control::remote::RemoteSettings;
 use crate::control::uploads::Uploads;
@@ -333,7 +333,7 @@ fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings
 /// Where a stage's failures go.
 pub fn failures(log: &crate::config::Log, placement: Placement, stage: Stage, topic: Topic) -> FailureTopic {
     // The embedded log knows no prefix.
-    let prefix = if log.backend == BackendKind::Kafka { log.topic_prefix.as_str() } else { "" };
+    let prefix = if log.backend.is_cluster() { log.topic_prefix.as_str() } else { "" };
     // What the gateway cannot use came over HTTP.
     let input = stage.input().unwrap_or(Topic::new("webhook"));
     FailureTopic {

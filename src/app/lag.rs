@@ -31,7 +31,7 @@ pub struct PartitionLag {
     /// Below it everything is decided.
     pub end: Offset,
     /// Offsets from the position to the end; 0 where no record is among them. An upper bound: on Kafka ends of transactions
-    /// have offsets too, and a router's position is its lowest unfinished delivery.
+    /// have offsets too, and a router's position is its lowest unfinished delivery. On Pulsar batches are counted.
     pub behind: u64,
     /// When the record at the position was written.
     pub oldest: Option<Timestamp>,
@@ -113,6 +113,6 @@ async fn between<B: Backend>(
     }
     let mut reader = log.reader(topic, partition, from).await?;
     let Read::Records(records) = reader.read(ONE).await? else { return Ok((0, None)) };
-    let count = u64::try_from(to.raw() - from.raw()).unwrap_or(u64::MAX);
+    let count = log.admin()?.distance(topic, partition, from, to).await?;
     Ok((count, records.first().map(|record| record.timestamp)))
 }

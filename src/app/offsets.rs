@@ -107,8 +107,8 @@ pub async fn plan<B: Backend>(
 }
 
 fn shifted(at: Offset, by: i64) -> Offset {
-    let distance = u128::from(by.unsigned_abs());
-    Offset::new(if by < 0 { at.raw().saturating_sub(distance) } else { at.raw().saturating_add(distance) })
+    let distance = by.unsigned_abs();
+    if by < 0 { at.back(distance) } else { at.forward(distance) }
 }
 
 /// Sets the positions, and looks whether they are set.

@@ -15,6 +15,8 @@ use crate::log::embedded::memory::Faults;
 use crate::log::embedded::{Access, Embedded};
 #[cfg(feature = "kafka")]
 use crate::log::kafka::{Kafka, KafkaConfig};
+#[cfg(feature = "pulsar")]
+use crate::log::pulsar::{PulsarConfig, PulsarLog};
 use crate::log::registry::Registry;
 #[cfg(feature = "kafka")]
 use crate::log::registry::{Registered, RegistryConfig};
@@ -53,6 +55,8 @@ pub enum AnyLog {
     Embedded(Embedded),
     #[cfg(feature = "kafka")]
     Kafka(Registered<Kafka>),
+    #[cfg(feature = "pulsar")]
+    Pulsar(PulsarLog),
 }
 
 /// Runs an expression with whichever log there is.
@@ -63,6 +67,8 @@ macro_rules! with_log {
             $crate::app::open::AnyLog::Embedded($name) => $body,
             #[cfg(feature = "kafka")]
             $crate::app::open::AnyLog::Kafka($name) => $body,
+            #[cfg(feature = "pulsar")]
+            $crate::app::open::AnyLog::Pulsar($name) => $body,
         }
     };
 }
@@ -93,6 +99,20 @@ fn kafka(config: &Config) -> anyhow::Result<Registered<Kafka>> {
     )?)
 }
 
+#[cfg(feature = "pulsar")]
+fn pulsar(config: &Config) -> anyhow::Result<PulsarLog> {
+    let pulsar = &config.log.pulsar;
+    Ok(PulsarLog::new(PulsarConfig {
+        service_url: pulsar.service_url.clone(),
+        admin_url: pulsar.admin_url.clone(),
+        tenant: pulsar.tenant.clone(),
+        namespace: pulsar.namespace.clone(),
+        prefix: config.log.topic_prefix.clone(),
+        token: pulsar.token.clone(),
+        ca_file: pulsar.ca_file.clone(),
+    })?)
+}
+
 impl AnyLog {
     /// # Errors
     /// Where the configured log cannot be opened, or was not built in.
@@ -107,6 +127,10 @@ impl AnyLog {
             BackendKind::Kafka => Ok(AnyLog::Kafka(kafka(config)?)),
             #[cfg(not(feature = "kafka"))]
             BackendKind::Kafka => anyhow::bail!("this laneway was built without the feature kafka"),
+            #[cfg(feature = "pulsar")]
+            BackendKind::Pulsar => Ok(AnyLog::Pulsar(pulsar(config)?)),
+            #[cfg(not(feature = "pulsar"))]
+            BackendKind::Pulsar => anyhow::bail!("this laneway was built without the feature pulsar"),
         }
     }
 
@@ -116,6 +140,8 @@ impl AnyLog {
             AnyLog::Embedded(_) => None,
             #[cfg(feature = "kafka")]
             AnyLog::Kafka(log) => log.registry(),
+            #[cfg(feature = "pulsar")]
+            AnyLog::Pulsar(_) => None,
         }
     }
 
@@ -125,6 +151,8 @@ impl AnyLog {
             AnyLog::Embedded(log) => log.close().await,
             #[cfg(feature = "kafka")]
             AnyLog::Kafka(_) => {}
+            #[cfg(feature = "pulsar")]
+            AnyLog::Pulsar(_) => {}
         }
     }
 }

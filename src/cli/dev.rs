@@ -42,7 +42,7 @@ pub struct Dev {
     /// Keep the log in memory: gone when the process ends.
     #[arg(long, conflicts_with = "data_dir")]
     memory: bool,
-    /// Another log than the embedded one: kafka://host:port. Its topics are created where they are missing.
+    /// Another log than the embedded one: kafka://host:port, or pulsar://host:port (its admin API as in log.pulsar.admin_url). Its topics are created where they are missing.
     #[arg(long, value_name = "URL", conflicts_with_all = ["memory", "data_dir"])]
     log: Option<String>,
     /// One JSON object for each delivery, instead of a line for people.
@@ -107,6 +107,7 @@ impl Dev {
             (Some(url), _) => url.clone(),
             (None, BackendKind::Memory) => "memory".into(),
             (None, BackendKind::Kafka) => format!("kafka://{}", config.log.kafka.bootstrap_servers),
+            (None, BackendKind::Pulsar) => config.log.pulsar.service_url.clone(),
             (None, BackendKind::Embedded) => config.log.embedded.data_dir.display().to_string(),
         }
     }
@@ -119,11 +120,15 @@ impl Dev {
             flags.push(("log.backend", "memory".into()));
         }
         if let Some(url) = &self.log {
-            let Some(servers) = url.strip_prefix("kafka://") else {
-                bail!(Usage(format!("--log {url}: expected kafka://host:port")));
-            };
-            flags.push(("log.backend", "kafka".into()));
-            flags.push(("log.kafka.bootstrap_servers", servers.trim_end_matches('/').into()));
+            if let Some(servers) = url.strip_prefix("kafka://") {
+                flags.push(("log.backend", "kafka".into()));
+                flags.push(("log.kafka.bootstrap_servers", servers.trim_end_matches('/').into()));
+            } else if url.starts_with("pulsar://") || url.starts_with("pulsar+ssl://") {
+                flags.push(("log.backend", "pulsar".into()));
+                flags.push(("log.pulsar.service_url", url.trim_end_matches('/').into()));
+            } else {
+                bail!(Usage(format!("--log {url}: expected kafka://host:port or pulsar://host:port")));
+            }
         }
         if let Some(folder) = &self.data_dir {
             flags.push(("log.embedded.data_dir", folder.display().to_string()));

@@ -31,7 +31,7 @@ use crate::log::topic::TopicError;
 use crate::log::{LogError, Misconfigured};
 use crate::model::redrive::Shelf;
 
-/// Customer events in over HTTP, ordered deliveries out: a streaming engine on Kafka, or on one file.
+/// Customer events in over HTTP, ordered deliveries out: a streaming engine on Kafka, on Pulsar, or on one file.
 #[derive(Parser)]
 #[command(name = "laneway", version, about)]
 struct Cli {

@@ -219,8 +219,8 @@ impl Reset {
         }
         let row = |(partition, step): (&Partition, &Step)| {
             let change = at(step).map(|at| match step.to >= at {
-                true => format!("+{}", step.to.raw() - at.raw()),
-                false => format!("-{}", at.raw() - step.to.raw()),
+                true => format!("+{}", step.to.distance_from(at)),
+                false => format!("-{}", at.distance_from(step.to)),
             });
             let dash = || "-".to_owned();
             vec![

@@ -7,7 +7,7 @@ use super::{ConfigArgs, Usage, signalled};
 use crate::app::engine::{self, Listeners, Parts, Stage, StoreCell};
 use crate::app::open::{self, AnyLog};
 use crate::clock::Clock;
-use crate::config::{BackendKind, Config};
+use crate::config::Config;
 use crate::control::Current;
 use crate::control::file::FileWatch;
 use crate::control::workspace::Workspace;
@@ -36,9 +36,9 @@ impl Run {
         telemetry::tracing::start("info");
         let config = self.config.load(&[], &[])?;
         let stages = parse_stages(&self.stages)?;
-        if config.log.backend != BackendKind::Kafka && stages.len() < Stage::ALL.len() {
+        if !config.log.backend.is_cluster() && stages.len() < Stage::ALL.len() {
             bail!(Usage(
-                "the embedded log belongs to one process: run all stages in it (`laneway run all`), or use log.backend = \"kafka\""
+                "the embedded log belongs to one process: run all stages in it (`laneway run all`), or use log.backend = \"kafka\" or \"pulsar\""
                     .into()
             ));
         }
@@ -61,7 +61,7 @@ impl Run {
         let instance = open::instance_id(&config)?;
         let any = AnyLog::open(&config, Access::Engine, &clock).await?;
         let ended = with_log!(&any, log => {
-            if config.log.backend != BackendKind::Kafka {
+            if !config.log.backend.is_cluster() {
                 apply(log, &topics).await?;
             }
             let log = log.clone();

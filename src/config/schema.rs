@@ -9,7 +9,7 @@ use super::DEFAULTS;
 // Each may be looked up elsewhere instead (`layers`).
 const DURATION: &str = "^[0-9]+(\\.[0-9]+)?(ms|s|m|h)( ?[0-9]+(ms|s|m|h))*$|\\$\\{|^file:";
 const SIZE: &str = "^[0-9]+ ?(B|KiB|MiB|GiB)?$|\\$\\{|^file:";
-const BACKEND: &str = "^(kafka|embedded|memory)$|\\$\\{|^file:";
+const BACKEND: &str = "^(kafka|pulsar|embedded|memory)$|\\$\\{|^file:";
 
 /// JSON Schema, draft 2020-12.
 pub fn schema() -> Value {

@@ -263,6 +263,17 @@ pub trait Admin: Send + Sync + 'static {
         partition: Partition,
     ) -> impl Future<Output = Result<Watermarks, LogError>> + Send;
 
+    /// About how many records lie from one place to another: what the log can say without reading them.
+    fn distance(
+        &self,
+        _topic: &Topic,
+        _partition: Partition,
+        from: Offset,
+        to: Offset,
+    ) -> impl Future<Output = Result<u64, LogError>> + Send {
+        async move { Ok(u64::try_from(to.raw().saturating_sub(from.raw())).unwrap_or(u64::MAX)) }
+    }
+
     /// The first record at or after a time; the end where there is none.
     fn offset_at(
         &self,

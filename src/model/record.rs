@@ -93,6 +93,41 @@ impl Offset {
         Some(((self.0 >> 72 & LEDGER) as u64, (self.0 >> 24 & ENTRY) as u64, (self.0 & INDEX) as u32))
     }
 
+    /// A place so many offsets before, or entries of the same ledger.
+    #[must_use]
+    pub const fn back(self, count: u64) -> Offset {
+        match self.entry() {
+            Some((ledger, entry, _)) => Self::of_entry(ledger, entry.saturating_sub(count), 0),
+            None => Offset(self.0.saturating_sub(count as u128)),
+        }
+    }
+
+    /// A place so many offsets behind, or entries of the same ledger, whether there is something or not.
+    #[must_use]
+    pub const fn forward(self, count: u64) -> Offset {
+        match self.entry() {
+            Some((ledger, entry, _)) => Self::of_entry(ledger, entry.saturating_add(count), 0),
+            None => Offset(self.0.saturating_add(count as u128)),
+        }
+    }
+
+    /// About how much lies between an earlier place and this one: offsets, or entries where it is a log of ledgers (what a ledger holds
+    /// is not known here: a broker's usual measure stands for it). To weigh one way against another, not to count.
+    pub fn distance_from(self, earlier: Offset) -> u64 {
+        const ENTRIES: u64 = 50_000;
+        match (self.entry(), earlier.entry()) {
+            (Some((ledger, entry, index)), Some((other, before, place))) if ledger == other => {
+                entry.saturating_sub(before).saturating_add(u64::from(index > place))
+            }
+            (Some((ledger, entry, _)), Some((other, before, _))) => {
+                let ledgers = ledger.saturating_sub(other).saturating_mul(ENTRIES);
+                ledgers.saturating_add(entry).saturating_sub(before.min(ENTRIES))
+            }
+            (Some((_, entry, _)), None) => entry.saturating_add(ENTRIES),
+            (None, _) => u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(u64::MAX),
+        }
+    }
+
     pub fn parse(text: &str) -> Option<Offset> {
         let mut parts = text.split(':');
         match (parts.next(), parts.next(), parts.next(), parts.next()) {

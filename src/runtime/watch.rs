@@ -16,7 +16,7 @@ const READ: Limit = Limit { records: 500, bytes: 1 << 20 };
 /// Whether somebody looks, and whether reading keeps up, is asked so often.
 const LOOK: Duration = Duration::from_secs(1);
 /// Who begins to look sees what lies within so many offsets of the end of each partition.
-const HISTORY: u128 = 1_000;
+const HISTORY: u64 = 1_000;
 /// Who is so far behind goes on near the end.
 const LATE: Duration = Duration::from_secs(30);
 
@@ -135,7 +135,7 @@ impl<B: Backend, W: Watch> Watching<B, W> {
         at_least: Offset,
     ) -> Result<Option<Place>, LogError> {
         let marks = self.admin.watermarks(&self.topic, partition).await?;
-        let next = Offset::new(marks.stable.raw().saturating_sub(HISTORY)).max(marks.start);
+        let next = marks.stable.back(HISTORY).max(marks.start);
         if next < at_least {
             return Ok(None);
         }

@@ -1,4 +1,4 @@
-//! Real faults on a real Kafka, judged by `load`: members that come and go, owners that stand still for longer than they may,
+//! Real faults on real brokers, judged by `load`: members that come and go, owners that stand still for longer than they may,
 //! processes and brokers that end at any moment. Short forms; `tests/soak storm` and `tests/soak faults` are the long ones,
 //! which set the lengths by the environment.
 
@@ -63,10 +63,19 @@ async fn pause(load: &mut Load, random: &mut StdRng, from: u64, to: u64) -> bool
 
 #[tokio::test(flavor = "multi_thread")]
 async fn routers_that_come_and_go_lose_nothing_and_converge() {
+    let partitions = Some(setting("STORM_PARTITIONS", 16) as u32);
+    storm(&Flow::on_kafka_with(&crate::support::kafka_address(), partitions)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn routers_that_come_and_go_lose_nothing_and_converge_on_pulsar() {
+    storm(&Flow::on_pulsar_with(&crate::support::pulsar_config(), Some(setting("STORM_PARTITIONS", 16) as u32))).await;
+}
+
+async fn storm(flow: &Flow) {
     let (members, partitions) = (setting("STORM_MEMBERS", 4) as usize, setting("STORM_PARTITIONS", 16) as u32);
     let seconds = setting("STORM_SECONDS", 12);
     let events = setting("STORM_RATE", 200) * (seconds + 20);
-    let flow = Flow::on_kafka_with(&crate::support::kafka_address(), Some(partitions));
     let mut random = chance();
     let mut steady = [flow.start("gateway", "gateway-1"), flow.start("processor", "processor-1")];
     let name = |member: usize| format!("router-{member}");
@@ -99,12 +108,20 @@ async fn routers_that_come_and_go_lose_nothing_and_converge() {
     }
     converged(&routers.iter().flatten().collect::<Vec<_>>(), partitions).await;
     assert_sound(&load.report_within(Duration::from_secs(seconds + 240)).await, events);
-    ledger_closes(&flow).await;
+    ledger_closes(flow).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn owners_that_stand_still_are_replaced_and_do_no_harm_when_they_wake() {
-    let flow = Flow::on_kafka();
+    stand_still(&Flow::on_kafka()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn owners_that_stand_still_are_replaced_and_do_no_harm_when_they_wake_on_pulsar() {
+    stand_still(&Flow::on_pulsar()).await;
+}
+
+async fn stand_still(flow: &Flow) {
     let mut all: Vec<Process> = ["gateway", "processor", "router", "processor", "router"]
         .iter()
         .enumerate()
@@ -130,7 +147,7 @@ async fn owners_that_stand_still_are_replaced_and_do_no_harm_when_they_wake() {
     assert_eq!(number(&report, "duplicated_other_delivery_id"), 0, "{report}");
     converged(&[&all[2], &all[4]], 12).await;
     converged(&[&all[1], &all[3]], 12).await;
-    ledger_closes(&flow).await;
+    ledger_closes(flow).await;
 }
 
 /// Everything that may happen to a flow on a broker of its own.
@@ -141,9 +158,8 @@ struct Struck {
 }
 
 impl Struck {
-    async fn start() -> Self {
-        let broker = Broker::start();
-        let flow = Flow::on_kafka_at(&broker.address());
+    async fn start(broker: Broker) -> Self {
+        let flow = broker.flow();
         let mut all = Vec::new();
         for (part, instance) in [
             ("gateway", "gateway-1"),
@@ -217,10 +233,19 @@ impl Struck {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_happens_to_processes_loses_nothing() {
+    whatever_happens(Broker::start()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_happens_to_processes_loses_nothing_on_pulsar() {
+    whatever_happens(Broker::start_pulsar()).await;
+}
+
+async fn whatever_happens(broker: Broker) {
     let (seconds, rate) = (setting("FAULTS_SECONDS", 25), setting("FAULTS_RATE", 150));
     let events = seconds * rate;
     let mut random = chance();
-    let mut struck = Struck::start().await;
+    let mut struck = Struck::start(broker).await;
     let args = ["--users", "300", "--sink-delay", "10", "--patience", "150"];
     let mut load =
         struck.flow.load(&[&["--events", &events.to_string(), "--rate", &rate.to_string()][..], &args].concat());

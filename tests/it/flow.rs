@@ -39,6 +39,14 @@ async fn events_arrive_once_and_in_order_on_kafka() {
     assert_clean(&report, 20_000);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn events_arrive_once_and_in_order_on_pulsar() {
+    let flow = Flow::on_pulsar();
+    let _running = flow.start_all().await;
+    let report = flow.load(&["--events", "20000", "--batch", "20"]).report().await;
+    assert_clean(&report, 20_000);
+}
+
 /// How long a killed process stays away from a flow under load.
 const OUTAGE: Duration = Duration::from_secs(1);
 
@@ -74,9 +82,20 @@ async fn a_kill_of_each_process_loses_nothing_on_kafka() {
     survive_kills(Flow::on_kafka(), &["gateway", "processor", "router"]).await;
 }
 
+/// Positions follow their outputs there: what lies between is done again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_of_each_process_loses_nothing_on_pulsar() {
+    survive_kills(Flow::on_pulsar(), &["gateway", "processor", "router"]).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_instance_takes_over_what_a_killed_one_owned() {
-    let flow = Flow::on_kafka();
+    for flow in [Flow::on_kafka(), Flow::on_pulsar()] {
+        take_over(&flow).await;
+    }
+}
+
+async fn take_over(flow: &Flow) {
     let mut first = flow.start_all().await;
     let mut second: Vec<Process> =
         ["processor", "router"].iter().map(|part| flow.start(part, &format!("{part}-2"))).collect();
@@ -93,7 +112,7 @@ async fn a_second_instance_takes_over_what_a_killed_one_owned() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_user_does_not_delay_another_and_arrives_in_order_later() {
-    for flow in [Flow::embedded(), Flow::on_kafka()] {
+    for flow in [Flow::embedded(), Flow::on_kafka(), Flow::on_pulsar()] {
         let _running = flow.start_all().await;
         let args = ["--events", "3000", "--rate", "300", "--users", "100", "--fail-users", "1", "--fail-for", "8"];
         let report = flow.load(&args).report().await;
@@ -106,7 +125,7 @@ async fn a_failing_user_does_not_delay_another_and_arrives_in_order_later() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_under_load_drains_and_repeats_nothing() {
-    for (flow, part) in [(Flow::embedded(), "all"), (Flow::on_kafka(), "router")] {
+    for (flow, part) in [(Flow::embedded(), "all"), (Flow::on_kafka(), "router"), (Flow::on_pulsar(), "router")] {
         let mut running = flow.start_all().await;
         let load = flow.load(&["--events", "4000", "--rate", "500", "--users", "200", "--sink-delay", "20"]);
         running[0].takes(800.0).await;
@@ -123,8 +142,13 @@ async fn sigterm_under_load_drains_and_repeats_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_goes_away_costs_503_and_nothing_else() {
-    let broker = Broker::start();
-    let flow = Flow::on_kafka_at(&broker.address());
+    for broker in [Broker::start(), Broker::start_pulsar()] {
+        goes_away(&broker).await;
+    }
+}
+
+async fn goes_away(broker: &Broker) {
+    let flow = broker.flow();
     let running = flow.start_all().await;
     let load = flow.load(&["--events", "4000", "--rate", "300", "--users", "100", "--patience", "90"]);
     running[0].takes(800.0).await;
@@ -161,8 +185,13 @@ async fn is_refused(flow: &Flow) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_is_heeded_while_the_broker_is_away() {
-    let broker = Broker::start();
-    let mut flow = Flow::on_kafka_at(&broker.address());
+    for broker in [Broker::start(), Broker::start_pulsar()] {
+        ends_without(&broker).await;
+    }
+}
+
+async fn ends_without(broker: &Broker) {
+    let mut flow = broker.flow();
     flow.set("LANEWAY_RUNTIME__DRAIN_TIMEOUT", "2s");
     let mut running = flow.start_all().await;
     let _load = flow.load(&["--events", "100000", "--rate", "500", "--patience", "1"]);

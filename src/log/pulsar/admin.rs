@@ -62,6 +62,13 @@ impl Internals {
         self.ledgers.iter().find(is_filled).map(|ledger| Offset::of_entry(ledger.ledger_id, 0, 0))
     }
 
+    /// How many entries lie before a place.
+    fn before(&self, at: Offset) -> u64 {
+        let Some((ledger, entry, index)) = at.entry() else { return 0 };
+        let filled = self.ledgers.iter().filter(|it| it.ledger_id < ledger).map(|it| it.entries.max(0).unsigned_abs());
+        filled.sum::<u64>() + entry + u64::from(index > 0)
+    }
+
     /// Before everything that will be written.
     fn empty(&self) -> Offset {
         let mut parts = self.last_confirmed.split(':').map(|part| part.parse::<i64>().unwrap_or(-1));
@@ -196,6 +203,16 @@ impl Admin for PulsarAdmin {
         };
         // What is there is decided: nothing is undone.
         Ok(Watermarks { start: internals.start().unwrap_or(end).min(end), stable: end, end })
+    }
+
+    /// In entries, each of them a batch, as the broker counts too; one at least where the places differ.
+    async fn distance(&self, topic: &Topic, partition: Partition, from: Offset, to: Offset) -> Result<u64, LogError> {
+        if from >= to {
+            return Ok(0);
+        }
+        let path = format!("{}/internalStats", self.rest.partition(topic, partition));
+        let internals: Internals = self.rest.get(&path).await?.ok_or_else(|| self.missing(topic))?;
+        Ok((internals.before(to) - internals.before(from)).max(1))
     }
 
     async fn offset_at(&self, topic: &Topic, partition: Partition, at: Timestamp) -> Result<Offset, LogError> {

@@ -24,7 +24,7 @@ pub struct Bounds {
     /// Cursors of a partition.
     pub cursors: usize,
     /// A cursor further away than this from where a lane wants to go on is no help to it.
-    pub near: u128,
+    pub near: u64,
 }
 
 impl Default for Bounds {

@@ -10,7 +10,7 @@
 use crate::model::record::Offset;
 
 /// A note covers so many more offsets than have come, so that it seldom has to be waited for.
-const MARGIN: u128 = 5_000;
+const MARGIN: u64 = 5_000;
 /// So many unclean stops over the same records, and they run one by one.
 const STOPS: u32 = 2;
 /// So many unclean stops in one record, and it is not run any more.
@@ -152,9 +152,9 @@ impl Stops {
             Note::Together { until, stops: noted, .. } if *noted >= stops => *until,
             _ => Offset::START,
         };
-        if reach(&self.wanted).raw() < last.raw() + MARGIN / 2 {
+        if reach(&self.wanted) < last.forward(MARGIN / 2) {
             // What is doubtful stays so until it is behind.
-            let until = Offset::new(last.raw() + MARGIN).max(if stops > 0 { self.doubtful } else { Offset::START });
+            let until = last.forward(MARGIN).max(if stops > 0 { self.doubtful } else { Offset::START });
             self.wanted = Note::Together { until, stops, process: self.process.clone() };
         }
         self.committed.as_ref().is_some_and(|note| reach(note) > last)

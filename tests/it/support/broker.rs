@@ -1,9 +1,12 @@
-//! A Kafka of a test's own, for tests that stop it or ask for more than the shared one has.
+//! A Kafka or Pulsar of a test's own, for tests that stop it or ask for more than the shared one has.
 
-use super::process::{free_port, services};
+use super::process::{Flow, free_port, services};
+use super::pulsar_at;
 
 /// One node, or a cluster of several.
 pub struct Broker {
+    kind: &'static str,
+    /// One for each node; of a Pulsar the broker's and the admin API's.
     ports: Vec<u16>,
     /// Of the listeners with TLS and SASL; the next ports are those with TLS and client certificates. Empty: none.
     tls_ports: Vec<u16>,
@@ -15,6 +18,21 @@ impl Broker {
         Self::up(1, false)
     }
 
+    pub fn start_pulsar() -> Self {
+        let (ports, folder) = (vec![free_port(), free_port()], tempfile::tempdir().expect("a folder"));
+        let broker = Self { kind: "pulsar", ports, tls_ports: Vec::new(), folder };
+        broker.run("up", "pulsar");
+        broker
+    }
+
+    /// A flow on it.
+    pub fn flow(&self) -> Flow {
+        match self.kind {
+            "pulsar" => Flow::on_pulsar_at(&pulsar_at(self.ports[0], self.ports[1])),
+            _ => Flow::on_kafka_at(&self.address()),
+        }
+    }
+
     /// So many nodes with the listeners that companies have; three replicas from three nodes on.
     pub fn start_secured(nodes: usize) -> Self {
         Self::up(nodes, true)
@@ -23,7 +41,8 @@ impl Broker {
     fn up(nodes: usize, is_secured: bool) -> Self {
         let ports = |count: usize| (0..count).map(|_| free_port()).collect();
         let tls_ports = ports(if is_secured { nodes } else { 0 });
-        let broker = Self { ports: ports(nodes), tls_ports, folder: tempfile::tempdir().expect("a folder") };
+        let broker =
+            Self { kind: "kafka", ports: ports(nodes), tls_ports, folder: tempfile::tempdir().expect("a folder") };
         broker.run("up", "kafka");
         broker
     }
@@ -49,11 +68,11 @@ impl Broker {
 
     /// With -9: nothing is written or told any more.
     pub fn kill(&self) {
-        self.run("kill", "kafka");
+        self.run("kill", self.kind);
     }
 
     pub fn stop(&self) {
-        self.run("stop", "kafka");
+        self.run("stop", self.kind);
     }
 
     /// Where it keeps its partitions.
@@ -63,7 +82,7 @@ impl Broker {
 
     /// With what it has on disk.
     pub fn start_again(&self) {
-        self.run("start", "kafka");
+        self.run("start", self.kind);
     }
 
     /// One node of a cluster, from 1 on.
@@ -73,6 +92,11 @@ impl Broker {
 
     fn run(&self, what: &str, name: &str) {
         let list = |ports: &[u16]| ports.iter().map(u16::to_string).collect::<Vec<_>>().join(",");
+        if self.kind == "pulsar" {
+            let [broker, web] = [self.ports[0], self.ports[1]].map(|port| port.to_string());
+            let ports = [("LANEWAY_PULSAR_PORT", broker), ("LANEWAY_PULSAR_WEB_PORT", web)];
+            return services(what, name, &ports, self.folder.path());
+        }
         let ports = [("LANEWAY_KAFKA_PORT", list(&self.ports)), ("LANEWAY_KAFKA_TLS_PORT", list(&self.tls_ports))];
         services(what, name, &ports, self.folder.path());
     }
@@ -88,6 +112,9 @@ fn addresses(ports: &[u16]) -> String {
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        (1..=self.ports.len()).for_each(|number| self.kill_node(number));
+        match self.kind {
+            "pulsar" => self.kill(),
+            _ => (1..=self.ports.len()).for_each(|number| self.kill_node(number)),
+        }
     }
 }

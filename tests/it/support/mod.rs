@@ -39,16 +39,20 @@ pub fn kafka_address() -> String {
 
 /// The test Pulsar; `deploy/services up pulsar` starts it.
 pub fn pulsar_config() -> PulsarConfig {
-    let port = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
-    let broker = format!("127.0.0.1:{}", port("LANEWAY_PULSAR_PORT", "16650"));
-    let web = format!("127.0.0.1:{}", port("LANEWAY_PULSAR_WEB_PORT", "18080"));
-    let socket = broker.parse().expect("LANEWAY_PULSAR_PORT is a port");
+    let port = |name: &str, default: u16| std::env::var(name).map_or(default, |text| text.parse().expect("a port"));
+    let (broker, web) = (port("LANEWAY_PULSAR_PORT", 16_650), port("LANEWAY_PULSAR_WEB_PORT", 18_080));
+    let socket = ([127, 0, 0, 1], broker).into();
     if let Err(error) = std::net::TcpStream::connect_timeout(&socket, Duration::from_secs(2)) {
-        panic!("this test needs a Pulsar on {broker} ({error}): start it with `deploy/services up pulsar`");
+        panic!("this test needs a Pulsar on {socket} ({error}): start it with `deploy/services up pulsar`");
     }
+    pulsar_at(broker, web)
+}
+
+/// A Pulsar on these ports.
+pub fn pulsar_at(broker: u16, web: u16) -> PulsarConfig {
     PulsarConfig {
-        service_url: format!("pulsar://{broker}"),
-        admin_url: format!("http://{web}"),
+        service_url: format!("pulsar://127.0.0.1:{broker}"),
+        admin_url: format!("http://127.0.0.1:{web}"),
         tenant: "public".into(),
         namespace: "default".into(),
         ..PulsarConfig::default()

@@ -6,9 +6,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use laneway::log::pulsar::PulsarConfig;
 use serde_json::{Value, json};
 
-use super::{holds_within, kafka_address, unique};
+use super::{holds_within, kafka_address, pulsar_config, unique};
 
 /// A loopback port that is free now, with the next one. Below the range that outgoing connections take theirs from, so that it
 /// is still free when a process that was killed starts again.
@@ -155,11 +156,11 @@ pub struct Flow {
     pub gateway: u16,
     pub sink: u16,
     environment: Vec<(String, String)>,
-    on_kafka: bool,
+    is_cluster: bool,
 }
 
 impl Flow {
-    fn new(on_kafka: bool) -> Self {
+    fn new(is_cluster: bool) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let (gateway, sink) = (free_port(), free_port());
         let workspace = workspace(&[("dst-1", &format!("http://127.0.0.1:{sink}/"))]);
@@ -167,7 +168,7 @@ impl Flow {
         let environment =
             [("LANEWAY_GATEWAY__LISTEN", format!("127.0.0.1:{gateway}")), ("LANEWAY_ROUTER__RETRY_CAP", "2s".into())];
         let environment = environment.map(|(name, value)| (name.to_owned(), value)).to_vec();
-        Self { folder, gateway, sink, environment, on_kafka }
+        Self { folder, gateway, sink, environment, is_cluster }
     }
 
     pub fn embedded() -> Self {
@@ -198,6 +199,27 @@ impl Flow {
         flow
     }
 
+    /// On the test Pulsar, with topics of its own.
+    pub fn on_pulsar() -> Self {
+        Self::on_pulsar_at(&pulsar_config())
+    }
+
+    pub fn on_pulsar_at(pulsar: &PulsarConfig) -> Self {
+        Self::on_pulsar_with(pulsar, None)
+    }
+
+    pub fn on_pulsar_with(pulsar: &PulsarConfig, partitions: Option<u32>) -> Self {
+        let settings = [
+            ("LANEWAY_LOG__BACKEND", "pulsar"),
+            ("LANEWAY_LOG__PULSAR__SERVICE_URL", &pulsar.service_url),
+            ("LANEWAY_LOG__PULSAR__ADMIN_URL", &pulsar.admin_url),
+        ];
+        let mut flow = Self::unapplied("", &settings);
+        flow.repartition(partitions);
+        flow.apply();
+        flow
+    }
+
     pub fn apply(&self) {
         let applied = self.command(&["topics", "apply"]);
         assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
@@ -206,18 +228,21 @@ impl Flow {
     /// With so many partitions instead of the declared ones, for `deliveries` and what goes with it.
     pub fn on_kafka_with(address: &str, partitions: Option<u32>) -> Self {
         let mut flow = Self::unapplied(address, &[]);
-        if let Some(partitions) = partitions {
-            let declared = Path::new(env!("CARGO_MANIFEST_DIR")).join("topics");
-            for name in ["deliveries.yaml", "progress.yaml"] {
-                let text = std::fs::read_to_string(declared.join(name)).expect("a declaration");
-                let changed = text.replace("partitions: 12", &format!("partitions: {partitions}"));
-                assert_ne!(text, changed, "{name} declares 12 partitions");
-                std::fs::write(flow.folder.path().join(name), changed).expect("written");
-            }
-            flow.set("LANEWAY_TOPICS__DIR", ".");
-        }
+        flow.repartition(partitions);
         flow.apply();
         flow
+    }
+
+    fn repartition(&mut self, partitions: Option<u32>) {
+        let Some(partitions) = partitions else { return };
+        let declared = Path::new(env!("CARGO_MANIFEST_DIR")).join("topics");
+        for name in ["deliveries.yaml", "progress.yaml"] {
+            let text = std::fs::read_to_string(declared.join(name)).expect("a declaration");
+            let changed = text.replace("partitions: 12", &format!("partitions: {partitions}"));
+            assert_ne!(text, changed, "{name} declares 12 partitions");
+            std::fs::write(self.folder.path().join(name), changed).expect("written");
+        }
+        self.set("LANEWAY_TOPICS__DIR", ".");
     }
 
     pub fn set(&mut self, name: &str, value: &str) {
@@ -253,9 +278,9 @@ impl Flow {
         Process::spawn(&["run", stages], &environment, admin, self.folder.path())
     }
 
-    /// Starts the whole flow: one process on the embedded log, three on Kafka.
+    /// Starts the whole flow: one process on the embedded log, three on a cluster.
     pub async fn start_all(&self) -> Vec<Process> {
-        let parts = if self.on_kafka { vec!["gateway", "processor", "router"] } else { vec!["all"] };
+        let parts = if self.is_cluster { vec!["gateway", "processor", "router"] } else { vec!["all"] };
         let mut processes: Vec<Process> =
             parts.into_iter().map(|part| self.start(part, &format!("{part}-1"))).collect();
         for process in &mut processes {

@@ -275,7 +275,7 @@ impl PartitionState {
             if self.arrive(&seeker, at, now) {
                 continue;
             }
-            let ahead = u64::try_from(self.frontier().raw().saturating_sub(at.raw())).unwrap_or(u64::MAX);
+            let ahead = self.frontier().distance_from(at);
             let may_open = budget >= ahead || self.is_owed(&seeker, ahead, now);
             let opened = self.cursors.last_id;
             match self.find_seat(&seeker, at, may_open) {
@@ -318,9 +318,9 @@ impl PartitionState {
         let behind = self.cursors.open.iter().filter(|(id, open)| Some(**id) != avoid && open.position <= at);
         let nearest = behind.max_by_key(|(_, open)| open.position).map(|(id, open)| (*id, open.position));
         // One that has to come half of the way that another would go is near too.
-        let ahead = frontier.raw().saturating_sub(at.raw());
+        let ahead = frontier.distance_from(at);
         if let Some((id, position)) = nearest
-            && at.raw() - position.raw() <= bounds.near.max(ahead / 2)
+            && at.distance_from(position) <= bounds.near.max(ahead / 2)
         {
             return Some(id);
         }
