@@ -38,12 +38,14 @@ struct Internals {
     #[serde(rename = "currentLedgerEntries")]
     current_entries: i64,
     ledgers: Vec<Ledger>,
+    #[serde(rename = "compactedLedger")]
+    compacted: Ledger,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Ledger {
-    ledger_id: u64,
+    ledger_id: i64,
     entries: i64,
 }
 
@@ -56,16 +58,24 @@ struct Retention {
 impl Internals {
     /// The first entry that is still there.
     fn start(&self) -> Option<Offset> {
+        // What is kept of older ledgers has the places that it had there.
+        if self.compacted.entries > 0 {
+            return Some(Offset::of_entry(0, 0, 0));
+        }
         let last = self.ledgers.last().map(|ledger| ledger.ledger_id);
         let is_filled =
             |ledger: &&Ledger| ledger.entries > 0 || (Some(ledger.ledger_id) == last && self.current_entries > 0);
-        self.ledgers.iter().find(is_filled).map(|ledger| Offset::of_entry(ledger.ledger_id, 0, 0))
+        self.ledgers.iter().find(is_filled).map(|ledger| Offset::of_entry(ledger.ledger_id.unsigned_abs(), 0, 0))
     }
 
     /// How many entries lie before a place.
     fn before(&self, at: Offset) -> u64 {
         let Some((ledger, entry, index)) = at.entry() else { return 0 };
-        let filled = self.ledgers.iter().filter(|it| it.ledger_id < ledger).map(|it| it.entries.max(0).unsigned_abs());
+        let filled = self
+            .ledgers
+            .iter()
+            .filter(|it| it.ledger_id.unsigned_abs() < ledger)
+            .map(|it| it.entries.max(0).unsigned_abs());
         filled.sum::<u64>() + entry + u64::from(index > 0)
     }
 
@@ -94,7 +104,19 @@ impl PulsarAdmin {
         LogError::transient(format!("there is no partitioned topic {}", self.client.config.name(topic)))
     }
 
-    async fn last(&self, topic: &Topic, partition: Partition) -> Result<Option<Offset>, LogError> {
+    async fn last(
+        &self,
+        topic: &Topic,
+        partition: Partition,
+        internals: &Internals,
+    ) -> Result<Option<Offset>, LogError> {
+        if internals.compacted.entries > 0
+            && internals.ledgers.iter().all(|it| it.entries <= 0)
+            && internals.current_entries <= 0
+        {
+            // Only brokers tell of what is left in compacted form alone.
+            return Feed::open(&self.client, topic, partition, From::At(Offset::START)).await?.last().await;
+        }
         let path = format!("{}/lastMessageId", self.rest.partition(topic, partition));
         let last: Option<LastMessage> = self.rest.get(&path).await?;
         Ok(last.and_then(|last| {
@@ -116,11 +138,8 @@ impl PulsarAdmin {
             self.rest.post(&format!("{path}/retention"), &policy).await?;
         }
         if config.get("cleanup.policy").is_some_and(|policy| policy.contains("compact")) {
+            // What is compacted is deleted; until then a cursor of the broker's own keeps it.
             self.rest.post(&format!("{path}/compactionThreshold"), &COMPACT_AFTER).await?;
-            if !config.contains_key("retention.ms") {
-                let policy = serde_json::json!({"retentionTimeInMinutes": -1, "retentionSizeInMB": -1});
-                self.rest.post(&format!("{path}/retention"), &policy).await?;
-            }
         }
         if let Some(size) = number("max.message.bytes")? {
             self.rest.post(&format!("{path}/maxMessageSize"), &size).await?;
@@ -197,7 +216,7 @@ impl Admin for PulsarAdmin {
     async fn watermarks(&self, topic: &Topic, partition: Partition) -> Result<Watermarks, LogError> {
         let path = format!("{}/internalStats", self.rest.partition(topic, partition));
         let internals: Internals = self.rest.get(&path).await?.ok_or_else(|| self.missing(topic))?;
-        let end = match self.last(topic, partition).await? {
+        let end = match self.last(topic, partition, &internals).await? {
             Some(last) => last.just_after(),
             None => internals.empty(),
         };

@@ -8,10 +8,10 @@ use std::collections::HashMap;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
-use pulsar::Error;
 use pulsar::error::{ConnectionError, ConsumerError, ProducerError, ServiceDiscoveryError};
 use pulsar::message::proto::{MessageIdData, MessageMetadata, ServerError};
 use pulsar::producer::Message;
+use pulsar::{Error, Payload};
 
 use crate::clock::Timestamp;
 use crate::log::LogError;
@@ -69,6 +69,13 @@ pub fn message(record: &Addressed) -> Message {
         partition_key_b64_encoded: encoded.then_some(true),
         ..Message::default()
     }
+}
+
+/// What compaction leaves of a message in a batch of which it keeps others: no key, no properties, no bytes. The client does not tell.
+pub fn is_compacted_out(id: &MessageIdData, payload: &Payload) -> bool {
+    let metadata = &payload.metadata;
+    let is_batched = id.batch_index.is_some_and(|index| index >= 0);
+    is_batched && metadata.partition_key.is_none() && metadata.properties.is_empty() && payload.data.is_empty()
 }
 
 pub fn record(partition: Partition, id: &MessageIdData, metadata: &MessageMetadata, data: Vec<u8>) -> Record {

@@ -42,7 +42,9 @@ pub struct Feed {
 impl Feed {
     pub async fn open(client: &Client, topic: &Topic, partition: Partition, from: From) -> Result<Self, LogError> {
         exists(client, topic, partition).await?;
-        let mut options = ConsumerOptions::default().durable(false).with_receiver_queue_size(AHEAD);
+        // Of a compacted topic the broker may have deleted what is not in the compacted form any more.
+        let mut options =
+            ConsumerOptions::default().durable(false).read_compacted(true).with_receiver_queue_size(AHEAD);
         let next = match from {
             From::At(at) => {
                 options.start_message_id = convert::entry(at);
@@ -75,12 +77,11 @@ impl Feed {
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(convert::error(error))),
                 Poll::Ready(Some(Ok(message))) => message,
             };
-            let record = convert::record(
-                self.partition,
-                &message.message_id.id,
-                &message.payload.metadata,
-                message.payload.data,
-            );
+            let (id, payload) = (&message.message_id.id, message.payload);
+            if convert::is_compacted_out(id, &payload) {
+                continue;
+            }
+            let record = convert::record(self.partition, id, &payload.metadata, payload.data);
             if record.offset >= self.next {
                 self.next = record.offset.just_after();
                 return Poll::Ready(Ok(record));
