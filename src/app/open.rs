@@ -11,6 +11,8 @@ use crate::control::file::FileWatch;
 use crate::control::follow;
 use crate::control::remote::RemoteSettings;
 use crate::control::workspace::Workspace;
+#[cfg(any(feature = "kafka", feature = "pulsar"))]
+use crate::log::Backend;
 use crate::log::embedded::memory::Faults;
 use crate::log::embedded::{Access, Embedded};
 #[cfg(feature = "kafka")]
@@ -18,10 +20,10 @@ use crate::log::kafka::{Kafka, KafkaConfig};
 #[cfg(feature = "pulsar")]
 use crate::log::pulsar::{PulsarConfig, PulsarLog};
 use crate::log::registry::Registry;
-#[cfg(feature = "kafka")]
+#[cfg(any(feature = "kafka", feature = "pulsar"))]
 use crate::log::registry::{Registered, RegistryConfig};
 use crate::log::topic::Topics;
-#[cfg(feature = "kafka")]
+#[cfg(any(feature = "kafka", feature = "pulsar"))]
 use crate::model::codec::KnownSchema;
 use crate::store::job_status::JobStatusStore;
 use crate::telemetry::seldom;
@@ -56,7 +58,7 @@ pub enum AnyLog {
     #[cfg(feature = "kafka")]
     Kafka(Registered<Kafka>),
     #[cfg(feature = "pulsar")]
-    Pulsar(PulsarLog),
+    Pulsar(Registered<PulsarLog>),
 }
 
 /// Runs an expression with whichever log there is.
@@ -80,6 +82,27 @@ fn kafka(config: &Config) -> anyhow::Result<Registered<Kafka>> {
         prefix: config.log.topic_prefix.clone(),
         properties: config.log.kafka.properties.clone(),
     });
+    registered(log, config)
+}
+
+#[cfg(feature = "pulsar")]
+fn pulsar(config: &Config) -> anyhow::Result<Registered<PulsarLog>> {
+    let pulsar = &config.log.pulsar;
+    let log = PulsarLog::new(PulsarConfig {
+        service_url: pulsar.service_url.clone(),
+        admin_url: pulsar.admin_url.clone(),
+        tenant: pulsar.tenant.clone(),
+        namespace: pulsar.namespace.clone(),
+        prefix: config.log.topic_prefix.clone(),
+        token: pulsar.token.clone(),
+        ca_file: pulsar.ca_file.clone(),
+    })?;
+    registered(log, config)
+}
+
+/// With the schema registry, where there is one.
+#[cfg(any(feature = "kafka", feature = "pulsar"))]
+fn registered<B: Backend>(log: B, config: &Config) -> anyhow::Result<Registered<B>> {
     let registry = &config.log.schema_registry;
     let urls = registry.url.split(',').map(str::trim).filter(|url| !url.is_empty());
     Ok(Registered::new(
@@ -97,20 +120,6 @@ fn kafka(config: &Config) -> anyhow::Result<Registered<Kafka>> {
                 .collect(),
         },
     )?)
-}
-
-#[cfg(feature = "pulsar")]
-fn pulsar(config: &Config) -> anyhow::Result<PulsarLog> {
-    let pulsar = &config.log.pulsar;
-    Ok(PulsarLog::new(PulsarConfig {
-        service_url: pulsar.service_url.clone(),
-        admin_url: pulsar.admin_url.clone(),
-        tenant: pulsar.tenant.clone(),
-        namespace: pulsar.namespace.clone(),
-        prefix: config.log.topic_prefix.clone(),
-        token: pulsar.token.clone(),
-        ca_file: pulsar.ca_file.clone(),
-    })?)
 }
 
 impl AnyLog {
@@ -141,7 +150,7 @@ impl AnyLog {
             #[cfg(feature = "kafka")]
             AnyLog::Kafka(log) => log.registry(),
             #[cfg(feature = "pulsar")]
-            AnyLog::Pulsar(_) => None,
+            AnyLog::Pulsar(log) => log.registry(),
         }
     }
 

@@ -293,3 +293,42 @@ pub mod header {
     /// `content-type` of an Avro single-object value.
     pub const AVRO: &str = "application/avro";
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_in_ledgers_are_ordered_and_written_as_they_are() {
+        let places =
+            [(0, 0, 0), (0, 0, 1), (0, 7, 0), (12, 0, 0), (12, 3, 999), ((1 << 55) - 1, (1 << 48) - 1, (1 << 24) - 1)];
+        let offsets = places.map(|(ledger, entry, index)| Offset::of_entry(ledger, entry, index));
+        assert!(offsets.is_sorted() && offsets[0] > Offset::new(u128::from(u64::MAX)));
+        for (place, offset) in places.into_iter().zip(offsets) {
+            assert_eq!(offset.entry(), Some(place));
+            let (ledger, entry, index) = place;
+            assert_eq!(offset.to_string(), format!("{ledger}:{entry}:{index}"));
+            assert_eq!(Offset::parse(&offset.to_string()), Some(offset));
+        }
+        let (last, next) = (Offset::of_entry(12, 3, 49), Offset::of_entry(12, 4, 0));
+        assert!(last.just_after() > last && last.just_after() <= next);
+        assert_eq!(Offset::new(7).entry(), None);
+        for text in ["", "1:2", "1:2:3:4", "a:b:c", "-1", &(1_u128 << 127).to_string()] {
+            assert_eq!(Offset::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn ways_are_weighed_in_offsets_or_entries() {
+        let at = Offset::of_entry;
+        assert_eq!(Offset::new(100).distance_from(Offset::new(40)), 60);
+        assert_eq!(Offset::new(40).distance_from(Offset::new(100)), 0);
+        assert_eq!(at(5, 90, 3).distance_from(at(5, 30, 0)), 61);
+        assert_eq!(at(5, 30, 3).distance_from(at(5, 30, 3)), 0);
+        assert!(at(7, 10, 0).distance_from(at(5, 30, 0)) > at(6, 10, 0).distance_from(at(5, 30, 0)));
+        assert!(at(5, 10, 0).distance_from(Offset::START) > 0);
+        assert_eq!((at(5, 90, 3).back(20), at(5, 10, 3).back(20)), (at(5, 70, 0), at(5, 0, 0)));
+        assert_eq!((Offset::new(90).back(100), Offset::new(90).forward(10)), (Offset::START, Offset::new(100)));
+        assert_eq!(at(5, 90, 3).forward(20), at(5, 110, 0));
+    }
+}

@@ -76,7 +76,7 @@ contract! {
     positions_are_reset_where_nobody_is_in_the_group
 }
 
-fn spec(name: &str, partitions: u32) -> TopicSpec {
+pub fn spec(name: &str, partitions: u32) -> TopicSpec {
     TopicSpec {
         name: name.into(),
         partitions,
@@ -92,7 +92,7 @@ fn spec(name: &str, partitions: u32) -> TopicSpec {
     }
 }
 
-async fn topic<B: Backend>(log: &B, name: &str, partitions: u32) -> Topic {
+pub async fn topic<B: Backend>(log: &B, name: &str, partitions: u32) -> Topic {
     log.admin().unwrap().create(&spec(name, partitions)).await.expect("created");
     let topic = Topic::new(name);
     // A broker tells its creation before every part of it knows.
@@ -103,7 +103,7 @@ async fn topic<B: Backend>(log: &B, name: &str, partitions: u32) -> Topic {
     topic
 }
 
-fn addressed(topic: &Topic, partition: u32, value: impl Into<String>) -> Addressed {
+pub fn addressed(topic: &Topic, partition: u32, value: impl Into<String>) -> Addressed {
     Addressed {
         topic: topic.clone(),
         partition: Partition(partition),
@@ -130,7 +130,7 @@ async fn numbers<B: Backend>(log: &B, topic: &Topic, partitions: u32, count: usi
     log.publisher().unwrap().publish(records).await.expect("published");
 }
 
-fn value(record: &Record) -> usize {
+pub fn value(record: &Record) -> usize {
     std::str::from_utf8(record.value.as_ref().expect("a value")).unwrap().parse().expect("a number")
 }
 
@@ -204,7 +204,7 @@ impl<B: Backend> Tester<B> {
     }
 }
 
-async fn read_all<B: Backend>(log: &B, topic: &Topic, partition: u32) -> Vec<Record> {
+pub async fn read_all<B: Backend>(log: &B, topic: &Topic, partition: u32) -> Vec<Record> {
     let mut reader = log.reader(topic, Partition(partition), Offset::START).await.expect("a reader");
     let mut records = Vec::new();
     loop {
@@ -512,48 +512,6 @@ async fn many_publishers_write_at_once<B: Backend>(log: B) {
     seen.sort_unstable();
     seen.dedup();
     assert_eq!(seen.len(), 1_000);
-}
-
-/// The broker has compacted what is read, in the middle of batches, and deleted the rest.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_pulsar_has_compacted_is_read_without_what_is_gone() {
-    let config = PulsarConfig { prefix: unique("c") + ".", ..pulsar_config() };
-    let log = PulsarLog::new(config.clone()).expect("a log");
-    let mut compacted = spec("state", 1);
-    compacted.config.insert("cleanup.policy".into(), "compact".into());
-    log.admin().unwrap().create(&compacted).await.unwrap();
-    let topic = topic(&log, "state", 1).await;
-    let keyed = |n: usize, value: Option<usize>| {
-        let mut record = addressed(&topic, 0, "");
-        (record.key, record.value) = (Some(format!("key-{n}").into()), value.map(|value| value.to_string().into()));
-        record
-    };
-    let publisher = log.publisher().unwrap();
-    for round in 0..10 {
-        publisher.publish((0..5).map(|n| keyed(n, Some(round * 10 + n))).collect()).await.unwrap();
-    }
-    // The last of a batch whose others are replaced, and one that is gone.
-    publisher.publish(vec![keyed(5, Some(95)), keyed(6, Some(96)), keyed(6, None), keyed(0, Some(100))]).await.unwrap();
-    let before = read_all(&log, &topic, 0).await;
-    let partition =
-        format!("{}/admin/v2/persistent/public/default/{}state-partition-0", config.admin_url, config.prefix);
-    let client = reqwest::Client::new();
-    for what in ["compaction", "unload"] {
-        let put = client.put(format!("{partition}/{what}")).send().await.expect("an answer");
-        assert!(put.status().is_success(), "{what}: {put:?}");
-        eventually("it is compacted", PATIENCE, async || {
-            let state = client.get(format!("{partition}/compaction")).send().await.expect("an answer");
-            let text = state.text().await.expect("a body");
-            text.contains("SUCCESS") || text.contains("NOT_RUN")
-        })
-        .await;
-    }
-    let after = read_all(&log, &topic, 0).await;
-    let values: Vec<usize> = after.iter().filter(|record| record.value.is_some()).map(value).collect();
-    assert_eq!(values, [91, 92, 93, 94, 95, 100]);
-    assert!(after.iter().all(|record| before.contains(record)), "at the same places");
-    let marks = log.admin().unwrap().watermarks(&topic, Partition(0)).await.unwrap();
-    assert!(marks.start <= after[0].offset && marks.end == before[before.len() - 1].offset.just_after(), "{marks:?}");
 }
 
 /// What lay there was deleted before it was read: reading goes on at the earliest record, never silently at the end.

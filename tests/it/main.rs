@@ -21,6 +21,7 @@ mod log_contract;
 mod offsets;
 #[cfg(feature = "oidc")]
 mod oidc;
+mod pulsar;
 mod registry;
 mod sdks;
 mod security;

@@ -1,7 +1,9 @@
 //! A cluster as companies run it: TLS, passwords, client certificates. And no secret anywhere.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
+use laneway::log::pulsar::PulsarConfig;
 use serde_json::Value;
 
 use crate::support::broker::Broker;
@@ -122,4 +124,28 @@ async fn one_of_three_nodes_may_die() {
     // What the gateway could not answer for is posted again.
     let at_most = Duration::from_secs(240 + count.parse::<u64>().expect("a number") / 150);
     are_none(&load.report_within(at_most).await, &["lost", "out_of_order"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_flow_runs_on_pulsar_over_tls_with_a_token() {
+    let broker = Broker::start_pulsar_secured();
+    let flow = Flow::on_pulsar_at(&broker.tls_config(&format!("file:{}", broker.token_file())));
+    let _running = flow.start_all().await;
+    let report = flow.load(&["--events", &events("4000"), "--users", "200"]).report().await;
+    are_none(&report, &["lost", "out_of_order"]);
+    let shown = flow.command(&["config", "show"]);
+    let token = std::fs::read_to_string(broker.token_file()).expect("a token");
+    assert!(!String::from_utf8_lossy(&shown.stdout).contains(token.trim()), "a secret is told");
+
+    let stranger = broker.tls_config(&format!("file:{}", broker.token_file()));
+    for (config, reason) in [
+        (broker.tls_config("hunter2"), "401"),
+        (broker.tls_config(""), "401"),
+        (PulsarConfig { ca_file: PathBuf::new(), ..stranger.clone() }, "certificate"),
+        (PulsarConfig { ca_file: "/nowhere/ca.pem".into(), ..stranger }, "log.pulsar.ca_file"),
+    ] {
+        let (says, whole) = log_problem(&Flow::unapplied_on_pulsar(&config));
+        assert!(says.contains(reason), "{config:?}: {says}");
+        assert!(!whole.contains("hunter2"), "a secret is told: {whole}");
+    }
 }

@@ -96,7 +96,12 @@ impl Rest {
     }
 
     fn silent(&self, error: reqwest::Error) -> LogError {
-        LogError::transient(format!("{}: {error}", self.config.admin_url))
+        // What went wrong stands innermost.
+        let mut cause: &dyn std::error::Error = &error;
+        while let Some(next) = cause.source() {
+            cause = next;
+        }
+        LogError::transient(format!("{}: {cause}", self.config.admin_url))
     }
 
     fn unexpected(&self, path: &str, status: StatusCode, body: &str) -> LogError {

@@ -1,5 +1,7 @@
 //! A Kafka or Pulsar of a test's own, for tests that stop it or ask for more than the shared one has.
 
+use laneway::log::pulsar::PulsarConfig;
+
 use super::process::{Flow, free_port, services};
 use super::pulsar_at;
 
@@ -23,6 +25,26 @@ impl Broker {
         let broker = Self { kind: "pulsar", ports, tls_ports: Vec::new(), folder };
         broker.run("up", "pulsar");
         broker
+    }
+
+    /// With TLS, for those with a token only.
+    pub fn start_pulsar_secured() -> Self {
+        let (ports, tls_ports) = (vec![free_port(), free_port()], vec![free_port()]);
+        let broker = Self { kind: "pulsar", ports, tls_ports, folder: tempfile::tempdir().expect("a folder") };
+        broker.run("up", "pulsar");
+        broker
+    }
+
+    /// The way in over TLS, with a token.
+    pub fn tls_config(&self, token: &str) -> PulsarConfig {
+        let port = self.tls_ports[0];
+        PulsarConfig {
+            service_url: format!("pulsar+ssl://127.0.0.1:{port}"),
+            admin_url: format!("https://127.0.0.1:{}", port + 1),
+            token: token.into(),
+            ca_file: self.tls_file("ca.pem").into(),
+            ..pulsar_at(0, 0)
+        }
     }
 
     /// A flow on it.
@@ -63,7 +85,12 @@ impl Broker {
 
     /// A file that a client needs.
     pub fn tls_file(&self, name: &str) -> String {
-        self.folder.path().join("kafka/tls").join(name).display().to_string()
+        self.folder.path().join(self.kind).join("tls").join(name).display().to_string()
+    }
+
+    /// A token that lets everybody in.
+    pub fn token_file(&self) -> String {
+        self.folder.path().join("pulsar/token").display().to_string()
     }
 
     /// With -9: nothing is written or told any more.
@@ -94,7 +121,10 @@ impl Broker {
         let list = |ports: &[u16]| ports.iter().map(u16::to_string).collect::<Vec<_>>().join(",");
         if self.kind == "pulsar" {
             let [broker, web] = [self.ports[0], self.ports[1]].map(|port| port.to_string());
-            let ports = [("LANEWAY_PULSAR_PORT", broker), ("LANEWAY_PULSAR_WEB_PORT", web)];
+            let mut ports = vec![("LANEWAY_PULSAR_PORT", broker), ("LANEWAY_PULSAR_WEB_PORT", web)];
+            if let [tls] = self.tls_ports[..] {
+                ports.extend([("LANEWAY_PULSAR_TLS_PORT", tls.to_string()), ("LANEWAY_PULSAR_TOKENS", "1".into())]);
+            }
             return services(what, name, &ports, self.folder.path());
         }
         let ports = [("LANEWAY_KAFKA_PORT", list(&self.ports)), ("LANEWAY_KAFKA_TLS_PORT", list(&self.tls_ports))];

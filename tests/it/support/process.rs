@@ -209,15 +209,22 @@ impl Flow {
     }
 
     pub fn on_pulsar_with(pulsar: &PulsarConfig, partitions: Option<u32>) -> Self {
+        let mut flow = Self::unapplied_on_pulsar(pulsar);
+        flow.repartition(partitions);
+        flow.apply();
+        flow
+    }
+
+    /// Without its topics.
+    pub fn unapplied_on_pulsar(pulsar: &PulsarConfig) -> Self {
         let settings = [
             ("LANEWAY_LOG__BACKEND", "pulsar"),
             ("LANEWAY_LOG__PULSAR__SERVICE_URL", &pulsar.service_url),
             ("LANEWAY_LOG__PULSAR__ADMIN_URL", &pulsar.admin_url),
+            ("LANEWAY_LOG__PULSAR__TOKEN", &pulsar.token),
+            ("LANEWAY_LOG__PULSAR__CA_FILE", &pulsar.ca_file.display().to_string()),
         ];
-        let mut flow = Self::unapplied("", &settings);
-        flow.repartition(partitions);
-        flow.apply();
-        flow
+        Self::unapplied("", &settings)
     }
 
     pub fn apply(&self) {
