@@ -114,17 +114,22 @@ fn setting(name: &str, default: usize) -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redrive_that_is_killed_goes_on_and_doubles_nothing() {
+    for flow in [Flow::on_kafka(), Flow::on_pulsar()] {
+        goes_on(&flow).await;
+    }
+}
+
+async fn goes_on(flow: &Flow) {
     let all = setting("REDRIVE_LETTERS", 600);
     let slowly = (all / 10).to_string();
-    let flow = Flow::on_kafka();
-    let (_running, destinations) = given_up(&flow, all / USERS).await;
-    let plan = letters(&flow, &["redrive", "--destination", "a", "--rate", &slowly]);
+    let (_running, destinations) = given_up(flow, all / USERS).await;
+    let plan = letters(flow, &["redrive", "--destination", "a", "--rate", &slowly]);
     assert_eq!((&plan["letters"], &plan["executed"]), (&json!(all), &json!(false)), "{plan}");
     assert_eq!((&plan["groups"][0]["reason"], &plan["takes_seconds"]), (&json!("rejected"), &json!(10.0)), "{plan}");
     assert_eq!(destinations.count("/a"), 0, "nothing is sent without --execute");
 
     let args = ["--destination", "a", "--rate", &slowly];
-    let mut first = sends(&flow, &args, || destinations.count("/a") >= all / 10).await;
+    let mut first = sends(flow, &args, || destinations.count("/a") >= all / 10).await;
     first.kill();
     let before = destinations.count("/a");
     // Another command leaves its letters out, and says who has them.
@@ -132,7 +137,7 @@ async fn a_redrive_that_is_killed_goes_on_and_doubles_nothing() {
     let said = String::from_utf8_lossy(&other.stderr);
     assert!(other.status.code() == Some(3) && said.contains("--execute` goes on with it"), "{said}");
     let rate = all / 3;
-    let done = letters(&flow, &["redrive", "--destination", "a", "--rate", &rate.to_string(), "--execute"]);
+    let done = letters(flow, &["redrive", "--destination", "a", "--rate", &rate.to_string(), "--execute"]);
     assert_eq!((&done["sent"], &done["finished"]), (&json!(all), &json!(true)), "the same plan: {done}");
     // Of what the first start had sent not everything had arrived yet: a second's letters at most. Nothing waits for the last.
     let least = (all - before).saturating_sub(all / 10 + rate / 10) as f64 / rate as f64;
@@ -141,11 +146,11 @@ async fn a_redrive_that_is_killed_goes_on_and_doubles_nothing() {
     destinations.are_whole("/a");
     assert_eq!((destinations.count("/a"), destinations.count("/b")), (all, 0), "to the one that was asked for");
 
-    let nothing = letters(&flow, &["redrive", "--destination", "a", "--execute"]);
+    let nothing = letters(flow, &["redrive", "--destination", "a", "--execute"]);
     assert_eq!((&nothing["letters"], &nothing["planned_before"]), (&json!(0), &json!(all)), "{nothing}");
-    let again = letters(&flow, &["redrive", "--destination", "a", "--again"]);
+    let again = letters(flow, &["redrive", "--destination", "a", "--again"]);
     assert_eq!(again["letters"], all, "{again}");
-    let others = letters(&flow, &["redrive"]);
+    let others = letters(flow, &["redrive"]);
     assert_eq!((&others["letters"], &others["planned_before"]), (&json!(all), &json!(all)), "{others}");
     let record = flow.command(&["tail", "dead-letters", "--from-start", "--until-end", "--output", "json"]);
     let record: Value =
@@ -160,12 +165,17 @@ async fn a_redrive_that_is_killed_goes_on_and_doubles_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_start_takes_over_from_the_first() {
+    for flow in [Flow::on_kafka(), Flow::on_pulsar()] {
+        takes_over(&flow).await;
+    }
+}
+
+async fn takes_over(flow: &Flow) {
     const EACH: usize = 30;
     let all = EACH * USERS;
-    let flow = Flow::on_kafka();
-    let (_running, destinations) = given_up(&flow, EACH).await;
-    let mut first = sends(&flow, &["--destination", "a", "--rate", "60"], || destinations.count("/a") >= 30).await;
-    let done = letters(&flow, &["redrive", "--destination", "a", "--rate", "1000", "--execute"]);
+    let (_running, destinations) = given_up(flow, EACH).await;
+    let mut first = sends(flow, &["--destination", "a", "--rate", "60"], || destinations.count("/a") >= 30).await;
+    let done = letters(flow, &["redrive", "--destination", "a", "--rate", "1000", "--execute"]);
     assert_eq!((&done["sent"], &done["finished"]), (&json!(all), &json!(true)), "{done}");
     assert_eq!(first.ended(SOON).await.code(), Some(1), "{}", first.said());
     assert!(first.said().contains("another start has taken over"), "{}", first.said());

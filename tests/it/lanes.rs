@@ -137,6 +137,11 @@ async fn a_dead_destination_delays_nobody_and_comes_back_in_order_on_kafka() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_dead_destination_delays_nobody_and_comes_back_in_order_on_pulsar() {
+    dead_and_back(Flow::on_pulsar(), "router").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_operator_pauses_resumes_and_drains() {
     let (flow, destinations) = flow(Flow::embedded()).await;
     let mut running = flow.start_all().await;

@@ -127,3 +127,8 @@ async fn events_are_shown_to_who_looks_embedded() {
 async fn events_are_shown_to_who_looks_on_kafka() {
     is_shown_to_who_looks(Flow::on_kafka()).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_are_shown_to_who_looks_on_pulsar() {
+    is_shown_to_who_looks(Flow::on_pulsar()).await;
+}
