@@ -35,16 +35,27 @@ async fn what_pulsar_has_compacted_is_read_without_what_is_gone() {
     let partition =
         format!("{}/admin/v2/persistent/public/default/{}state-partition-0", config.admin_url, config.prefix);
     let client = reqwest::Client::new();
-    for what in ["compaction", "unload"] {
-        let put = client.put(format!("{partition}/{what}")).send().await.expect("an answer");
-        assert!(put.status().is_success(), "{what}: {put:?}");
+    let text = async |what: &str| {
+        let answer = client.get(format!("{partition}/{what}")).send().await.expect("an answer");
+        answer.text().await.expect("a body")
+    };
+    // Nothing of it is left but what is compacted.
+    for what in ["compaction", "unload", "trim"] {
+        let url = format!("{partition}/{what}");
+        let request = if what == "trim" { client.post(url) } else { client.put(url) };
+        let answer = request.send().await.expect("an answer");
+        assert!(answer.status().is_success(), "{what}: {answer:?}");
         eventually("it is compacted", PATIENCE, async || {
-            let state = client.get(format!("{partition}/compaction")).send().await.expect("an answer");
-            let text = state.text().await.expect("a body");
-            text.contains("SUCCESS") || text.contains("NOT_RUN")
+            let state = text("compaction").await;
+            state.contains("SUCCESS") || state.contains("NOT_RUN")
         })
         .await;
     }
+    let (ledger, ..) = before[0].offset.entry().expect("a place");
+    eventually("the ledger is deleted", PATIENCE, async || {
+        !text("internalStats").await.contains(&format!("\"ledgers\":[{{\"ledgerId\":{ledger},"))
+    })
+    .await;
     let after = read_all(&log, &topic, 0).await;
     let values: Vec<usize> = after.iter().filter(|record| record.value.is_some()).map(value).collect();
     assert_eq!(values, [91, 92, 93, 94, 95, 100]);

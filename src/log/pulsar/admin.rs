@@ -16,6 +16,7 @@ use crate::model::record::{Offset, Partition, Topic};
 
 use super::config::{Alone, Client};
 use super::floor;
+use super::internals::Internals;
 use super::positions::{LastMessage, Place};
 use super::publisher::partitions;
 use super::reader::{Feed, From};
@@ -32,62 +33,9 @@ pub struct PulsarAdmin {
 }
 
 #[derive(Deserialize)]
-struct Internals {
-    #[serde(rename = "lastConfirmedEntry")]
-    last_confirmed: String,
-    #[serde(rename = "currentLedgerEntries")]
-    current_entries: i64,
-    ledgers: Vec<Ledger>,
-    #[serde(rename = "compactedLedger")]
-    compacted: Ledger,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Ledger {
-    ledger_id: i64,
-    entries: i64,
-}
-
-#[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Retention {
     retention_time_in_minutes: i64,
-}
-
-impl Internals {
-    /// The first entry that is still there.
-    fn start(&self) -> Option<Offset> {
-        // What is kept of older ledgers has the places that it had there.
-        if self.compacted.entries > 0 {
-            return Some(Offset::of_entry(0, 0, 0));
-        }
-        let last = self.ledgers.last().map(|ledger| ledger.ledger_id);
-        let is_filled =
-            |ledger: &&Ledger| ledger.entries > 0 || (Some(ledger.ledger_id) == last && self.current_entries > 0);
-        self.ledgers.iter().find(is_filled).map(|ledger| Offset::of_entry(ledger.ledger_id.unsigned_abs(), 0, 0))
-    }
-
-    /// How many entries lie before a place.
-    fn before(&self, at: Offset) -> u64 {
-        let Some((ledger, entry, index)) = at.entry() else { return 0 };
-        let filled = self
-            .ledgers
-            .iter()
-            .filter(|it| it.ledger_id.unsigned_abs() < ledger)
-            .map(|it| it.entries.max(0).unsigned_abs());
-        filled.sum::<u64>() + entry + u64::from(index > 0)
-    }
-
-    /// Before everything that will be written.
-    fn empty(&self) -> Offset {
-        let mut parts = self.last_confirmed.split(':').map(|part| part.parse::<i64>().unwrap_or(-1));
-        let (ledger, entry) = (parts.next().unwrap_or(-1), parts.next().unwrap_or(-1));
-        match u64::try_from(ledger) {
-            Ok(ledger) => Offset::of_entry(ledger, u64::try_from(entry + 1).unwrap_or(0), 0),
-            Err(_) => Offset::START,
-        }
-    }
 }
 
 impl PulsarAdmin {
@@ -110,10 +58,7 @@ impl PulsarAdmin {
         partition: Partition,
         internals: &Internals,
     ) -> Result<Option<Offset>, LogError> {
-        if internals.compacted.entries > 0
-            && internals.ledgers.iter().all(|it| it.entries <= 0)
-            && internals.current_entries <= 0
-        {
+        if internals.is_compacted_only() {
             // Only brokers tell of what is left in compacted form alone.
             return Feed::open(&self.client, topic, partition, From::At(Offset::START)).await?.last().await;
         }
@@ -244,7 +189,8 @@ impl Admin for PulsarAdmin {
         // The broker may point a little before it; the records say.
         let mut feed = Feed::open(&self.client, topic, partition, From::At(from.unwrap_or(marks.start))).await?;
         while feed.position() < marks.end {
-            let record = feed.next().await?;
+            // What is compacted away may be the last that was there.
+            let Some(record) = feed.soon().await? else { break };
             if record.timestamp.millis() >= at.millis() {
                 return Ok(record.offset);
             }

@@ -119,15 +119,14 @@ pub async fn apart<T: Send + 'static>(work: impl Future<Output = T> + Send + 'st
     tokio::spawn(work).await.map_err(LogError::transient)
 }
 
-/// How producers that share their topic with others send.
+/// A batch holds so many records at most, and so many bytes where it holds more than one.
+pub const BATCH: (usize, usize) = (1_000, 256 * 1024);
+
+/// How producers send: what is handed over goes out when they are told to.
 pub fn batching() -> ProducerOptions {
-    ProducerOptions {
-        batch_size: Some(1_000),
-        batch_byte_size: Some(128 * 1024),
-        batch_timeout: Some(Duration::from_millis(1)),
-        block_queue_if_full: true,
-        ..ProducerOptions::default()
-    }
+    // One more than a batch ever holds: where it ends is ours to say.
+    let batch_size = Some(BATCH.0 as u32 + 1);
+    ProducerOptions { batch_size, block_queue_if_full: true, ..ProducerOptions::default() }
 }
 
 /// Who else may write there.

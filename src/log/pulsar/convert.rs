@@ -22,16 +22,22 @@ const SHAPE: &str = "lw-headers";
 /// Of a value of no bytes: without it that is a tombstone, as compaction takes it.
 const EMPTY: &str = "lw-empty";
 
+/// -1, as both parts of a place.
+const EARLIEST: u64 = u64::MAX;
+
 /// The place of a message. Without a batch it is the only one of its entry.
 pub fn offset(id: &MessageIdData) -> Offset {
     Offset::of_entry(id.ledger_id, id.entry_id, u32::try_from(id.batch_index.unwrap_or(0)).unwrap_or(0))
 }
 
 /// Where reading begins so that a place is among what comes: with its whole entry.
-pub fn entry(at: Offset) -> Option<MessageIdData> {
-    let (ledger_id, entry_id, _) = at.entry()?;
-    // With an index, the broker begins at this entry; without, behind it.
-    Some(MessageIdData { ledger_id, entry_id, batch_index: Some(0), ..MessageIdData::default() })
+pub fn entry(at: Offset) -> MessageIdData {
+    // With an index, the broker begins at this entry; without, behind it. Its name for the earliest makes it begin with what it has compacted.
+    let (ledger_id, entry_id, batch_index) = match at.entry() {
+        Some((ledger, entry, _)) => (ledger, entry, Some(0)),
+        None => (EARLIEST, EARLIEST, None),
+    };
+    MessageIdData { ledger_id, entry_id, batch_index, ..MessageIdData::default() }
 }
 
 pub fn message(record: &Addressed) -> Message {
@@ -122,6 +128,7 @@ fn reason(error: &Error) -> Option<ServerError> {
         | Error::Consumer(ConsumerError::Connection(error))
         | Error::ServiceDiscovery(ServiceDiscoveryError::Connection(error)) => error,
         Error::ServiceDiscovery(ServiceDiscoveryError::Query(kind, _)) => return *kind,
+        Error::Producer(ProducerError::Batch(error)) => return reason(error),
         _ => return None,
     };
     match connection {
@@ -140,6 +147,10 @@ pub fn error(error: Error) -> LogError {
     match reason(&error) {
         Some(ServerError::AuthenticationError | ServerError::AuthorizationError) => {
             LogError::fatal(format!("the broker refuses us: {error}"))
+        }
+        // Nothing will take what is sent there.
+        Some(ServerError::NotAllowedError | ServerError::TopicTerminatedError | ServerError::IncompatibleSchema) => {
+            LogError::fatal(error)
         }
         Some(ServerError::ProducerFenced) => LogError::fenced(error),
         _ => LogError::transient(error),

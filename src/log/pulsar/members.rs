@@ -26,7 +26,8 @@ pub struct Word {
     pub session: String,
     /// When it joined, in microseconds: of two sessions of an instance the later one is right.
     pub since: i64,
-    pub owned: BTreeSet<Partition>,
+    /// With the term of each: of two who claim one the later owner is right.
+    pub owned: BTreeMap<Partition, u64>,
     /// It wants to hear who is there.
     #[serde(default)]
     pub asks: bool,
@@ -74,7 +75,8 @@ impl View {
             return Meaning::Known;
         }
         let is_new = !self.0.contains_key(&word.instance);
-        let stolen: BTreeSet<Partition> = word.owned.intersection(&me.owned).copied().collect();
+        let is_later = |(partition, term): &(&Partition, &u64)| me.owned.get(partition).is_some_and(|own| *term >= own);
+        let stolen: BTreeSet<Partition> = word.owned.iter().filter(is_later).map(|(partition, _)| *partition).collect();
         let asks = word.asks || is_new;
         self.0.insert(word.instance.clone(), Heard { word, at });
         match stolen.is_empty() {
@@ -91,12 +93,12 @@ impl View {
 
     /// Whether somebody else says that it has a partition.
     pub fn is_owned(&self, partition: Partition) -> bool {
-        self.0.values().any(|heard| heard.word.owned.contains(&partition))
+        self.0.values().any(|heard| heard.word.owned.contains_key(&partition))
     }
 
     /// What is ours of so many.
     pub fn share(&self, me: &Word, partitions: u32) -> BTreeSet<Partition> {
-        let mut members: BTreeMap<&str, &BTreeSet<Partition>> =
+        let mut members: BTreeMap<&str, &BTreeMap<Partition, u64>> =
             self.0.iter().map(|(instance, heard)| (instance.as_str(), &heard.word.owned)).collect();
         members.insert(&me.instance, &me.owned);
         shares(&members, partitions).remove(me.instance.as_str()).unwrap_or_default()
@@ -105,7 +107,7 @@ impl View {
 
 /// An even share for everybody, of what it has as far as that goes.
 fn shares<'m>(
-    members: &BTreeMap<&'m str, &BTreeSet<Partition>>,
+    members: &BTreeMap<&'m str, &BTreeMap<Partition, u64>>,
     partitions: u32,
 ) -> BTreeMap<&'m str, BTreeSet<Partition>> {
     let count = u32::try_from(members.len()).unwrap_or(u32::MAX).max(1);
@@ -119,7 +121,7 @@ fn shares<'m>(
     for (instance, owned) in order {
         let quota = least + usize::from(one_more > 0);
         one_more = one_more.saturating_sub(1);
-        let kept: BTreeSet<Partition> = owned.iter().copied().filter(|it| free.contains(it)).take(quota).collect();
+        let kept: BTreeSet<Partition> = owned.keys().copied().filter(|it| free.contains(it)).take(quota).collect();
         for partition in &kept {
             free.remove(partition);
         }
@@ -146,20 +148,24 @@ mod tests {
         numbers.iter().copied().map(Partition).collect()
     }
 
+    fn terms(numbers: &[u32], term: u64) -> BTreeMap<Partition, u64> {
+        numbers.iter().map(|number| (Partition(*number), term)).collect()
+    }
+
     fn word(instance: &str, since: i64, owned: &[u32]) -> Word {
         Word {
             instance: instance.into(),
             session: format!("{instance}-{since}"),
             since,
-            owned: set(owned),
+            owned: terms(owned, 1),
             asks: false,
             leaves: false,
         }
     }
 
     fn shared(members: &[(&str, &[u32])], partitions: u32) -> Vec<BTreeSet<Partition>> {
-        let owned: Vec<_> = members.iter().map(|(_, owned)| set(owned)).collect();
-        let members: BTreeMap<&str, &BTreeSet<Partition>> =
+        let owned: Vec<_> = members.iter().map(|(_, owned)| terms(owned, 1)).collect();
+        let members: BTreeMap<&str, &BTreeMap<Partition, u64>> =
             members.iter().map(|(name, _)| *name).zip(owned.iter()).collect();
         shares(&members, partitions).into_values().collect()
     }
@@ -187,6 +193,12 @@ mod tests {
         assert_eq!(view.share(&me, 2), set(&[0]));
         assert!(view.is_owned(Partition(2)) && !view.is_owned(Partition(0)));
         assert_eq!(view.hear(&me, word("b", 6, &[1, 2]), start), Meaning::Stolen(set(&[1])));
+        let me = Word { owned: terms(&[0, 1], 2), ..me };
+        assert_eq!(
+            view.hear(&me, word("b", 6, &[1, 2]), start),
+            Meaning::Known,
+            "it had it before us, and does not know"
+        );
         view.forget(start + Duration::from_secs(5), Duration::from_secs(6));
         assert!(view.is_owned(Partition(2)));
         view.forget(start + Duration::from_secs(6), Duration::from_secs(6));

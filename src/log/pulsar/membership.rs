@@ -46,6 +46,10 @@ struct State {
     is_fenced: bool,
     stolen: BTreeSet<Partition>,
     /// When what it said last was stored: others believe that it lives from then on.
+    said_at: Instant,
+    /// It was not heard for too long, and has not let go of what it had.
+    was_silent: bool,
+    /// When it heard its own word last: until then it hears the others too.
     heard_at: Instant,
 }
 
@@ -56,12 +60,19 @@ impl Own {
             instance: member.instance.to_string(),
             session: uuid::Uuid::new_v4().simple().to_string(),
             since: clock.now().micros(),
-            owned: BTreeSet::new(),
+            owned: BTreeMap::new(),
             asks: true,
             leaves: false,
         };
-        let state =
-            State { view: View::default(), word, is_fenced: false, stolen: BTreeSet::new(), heard_at: clock.instant() };
+        let state = State {
+            view: View::default(),
+            word,
+            is_fenced: false,
+            stolen: BTreeSet::new(),
+            said_at: clock.instant(),
+            was_silent: false,
+            heard_at: clock.instant(),
+        };
         Self {
             place,
             member,
@@ -83,9 +94,27 @@ impl Own {
         self.state().is_fenced
     }
 
-    /// Whether others may believe that it is gone.
+    /// Whether others may believe that it is gone, or did since [`Own::lives_again`].
     pub fn is_silent(&self) -> bool {
-        self.clock.instant().saturating_duration_since(self.state().heard_at) >= self.member.session_timeout
+        let mut state = self.state();
+        state.was_silent |= self.is_past(state.said_at);
+        state.was_silent
+    }
+
+    /// It has let go of what it had when it was silent.
+    pub fn lives_again(&self) {
+        let mut state = self.state();
+        state.was_silent = self.is_past(state.said_at);
+    }
+
+    /// Whether it knows who else is there: who hears nobody must cut nobody off.
+    pub fn hears(&self) -> bool {
+        let heard_at = self.state().heard_at;
+        !self.is_past(heard_at)
+    }
+
+    fn is_past(&self, at: Instant) -> bool {
+        self.clock.instant().saturating_duration_since(at) >= self.member.session_timeout
     }
 
     /// Refuses what only a member may do that others believe to live.
@@ -116,7 +145,7 @@ impl Own {
     }
 
     /// Says what it owns now.
-    pub fn owns(&self, change: impl FnOnce(&mut BTreeSet<Partition>)) {
+    pub fn owns(&self, change: impl FnOnce(&mut BTreeMap<Partition, u64>)) {
         change(&mut self.state().word.owned);
         self.nudge.notify_one();
     }
@@ -148,43 +177,51 @@ impl Own {
             headers: Headers::new(),
         };
         self.publisher.publish(vec![record]).await?;
-        self.state().heard_at = began;
+        // Whoever was silent before is not heard again before it knows.
+        self.is_silent();
+        self.state().said_at = began;
         Ok(())
     }
 
     /// Says that it goes, so that nobody waits.
     pub async fn leave(&self) {
-        let word = Word { leaves: true, owned: BTreeSet::new(), ..self.state().word.clone() };
+        let word = Word { leaves: true, owned: BTreeMap::new(), ..self.state().word.clone() };
         if let Err(error) = self.say(&word).await {
             tracing::debug!(%error, "the group was not told that this member leaves");
         }
     }
 
-    async fn hear(&self, word: Word) {
+    /// Waits for nothing: who is deaf while something is committed would take others for gone.
+    fn hear(self: &Arc<Self>, word: Word) {
         let now = self.clock.instant();
         let meaning = {
             let mut state = self.state();
-            let State { view, word: own, .. } = &mut *state;
+            let State { view, word: own, heard_at, .. } = &mut *state;
+            if word.session == own.session {
+                *heard_at = now;
+            }
             view.hear(own, word, now)
         };
         match meaning {
             Meaning::Known => {}
             Meaning::Asked => self.nudge.notify_one(),
             Meaning::Stolen(partitions) => {
-                let mut locks = self.locks.lock().await;
-                for partition in &partitions {
-                    locks.remove(partition);
-                }
-                drop(locks);
-                self.lose(partitions);
+                self.lose(partitions.iter().copied());
+                self.release(move |locks| locks.retain(|partition, _| !partitions.contains(partition)));
             }
             Meaning::Fenced => {
                 self.state().is_fenced = true;
                 // Another one waits for them.
-                self.locks.lock().await.clear();
+                self.release(BTreeMap::clear);
             }
         }
         self.bell.notify_one();
+    }
+
+    /// Lets go of locks, behind a commit that is under way.
+    pub fn release(self: &Arc<Self>, which: impl FnOnce(&mut BTreeMap<Partition, Lock>) + Send + 'static) {
+        let own = Arc::clone(self);
+        tokio::spawn(async move { which(&mut *own.locks.lock().await) });
     }
 }
 
@@ -247,15 +284,16 @@ async fn hear_all(own: Arc<Own>, first: Feed) {
             }
             continue;
         };
-        match listening.next().await {
-            Ok(record) => {
+        // Its own words come at least.
+        match tokio::time::timeout(own.member.session_timeout / 2, listening.next()).await {
+            Ok(Ok(record)) => {
                 let word = record.value.as_ref().and_then(|value| serde_json::from_slice::<Word>(value).ok());
                 match word {
-                    Some(word) => own.hear(word).await,
+                    Some(word) => own.hear(word),
                     None => tracing::debug!(offset = %record.offset, "not a member's word"),
                 }
             }
-            Err(_) => feed = None,
+            Ok(Err(_)) | Err(_) => feed = None,
         }
     }
 }

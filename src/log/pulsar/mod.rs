@@ -14,6 +14,7 @@ mod admin;
 mod config;
 mod convert;
 mod floor;
+mod internals;
 mod members;
 mod membership;
 mod positions;

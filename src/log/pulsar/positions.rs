@@ -13,7 +13,8 @@ use crate::log::{Committed, LogError};
 use crate::model::record::{Addressed, Headers, Offset, Partition, Record, Topic};
 
 use super::config::{Alone, Client, apart};
-use super::publisher::{exists, send};
+use super::internals::Internals;
+use super::publisher::{exists, write};
 use super::reader::{Feed, From};
 use super::rest::Rest;
 use super::{convert, floor};
@@ -101,12 +102,16 @@ impl Place {
         let last: Option<LastMessage> = self.rest.get(&path).await?;
         let Some(last) = last.filter(|last| last.entry_id >= 0) else { return Ok(Kept::default()) };
         let (ledger, entry) = (last.ledger_id.unsigned_abs(), last.entry_id.unsigned_abs());
-        let from = Offset::of_entry(ledger, entry.saturating_sub(LOOK_BACK), 0);
+        let path = format!("{}/internalStats", self.rest.partition(&topic, partition));
+        let internals: Option<Internals> = self.rest.get(&path).await?;
+        let from = internals.map_or(Offset::START, |internals| internals.back(ledger, entry, LOOK_BACK));
         let mut feed = Feed::open(&self.client, &topic, partition, From::At(from)).await?;
         let end = feed.last().await?;
         let mut kept = Kept::default();
         while end.is_some_and(|end| feed.position() <= end) {
-            if let Some(found) = Kept::of(&feed.next().await?).filter(|found| found.term >= kept.term) {
+            let record =
+                feed.soon().await?.ok_or_else(|| LogError::transient("a position is there, but does not come"))?;
+            if let Some(found) = Kept::of(&record).filter(|found| found.term >= kept.term) {
                 kept = found;
             }
         }
@@ -166,10 +171,8 @@ impl Place {
         instance: &str,
     ) -> Result<(), LogError> {
         let record = kept.record(self.topic(), partition, instance);
-        for receipt in send(&mut lock.positions, &[&record]).await? {
-            let receipt = receipt.await.map_err(convert::error)?;
-            lock.at = receipt.message_id.as_ref().map_or(lock.at, convert::offset);
-        }
+        let at = write(&mut lock.positions, &[&record]).await?;
+        lock.at = at.as_ref().map_or(lock.at, convert::offset);
         lock.kept = kept;
         Ok(())
     }
@@ -179,10 +182,7 @@ impl Lock {
     /// Writes what only the owner writes.
     pub async fn write(&mut self, records: &[&Addressed]) -> Result<(), LogError> {
         let Some(producer) = &mut self.state else { return Ok(()) };
-        for receipt in send(producer, records).await? {
-            receipt.await.map_err(convert::error)?;
-        }
-        Ok(())
+        write(producer, records).await.map(drop)
     }
 
     /// Lets go of it, so that the next owner need not wait.

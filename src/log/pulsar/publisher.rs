@@ -1,26 +1,42 @@
 //! Writing: a producer for each partition, since which partition a record goes to is ours to say.
+//!
+//! The client goes on with its next batch when one has failed, which would turn records around. So one batch of a partition is under way
+//! at a time, and nothing follows one that failed. Calls that come meanwhile wait, and go out together in the next.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::future::try_join_all;
+use pulsar::message::proto::MessageIdData;
 use pulsar::{Producer, TokioExecutor};
+use tokio::sync::oneshot;
+use tokio::sync::oneshot::error::TryRecvError;
 
 use crate::log::{LogError, Publisher};
 use crate::model::record::{Addressed, Partition, Topic};
 
-use super::config::{Client, apart, batching};
+use super::config::{BATCH, Client, apart, batching};
 use super::convert;
 
 #[derive(Clone)]
 pub struct PulsarPublisher(Arc<Shared>);
 
-/// A producer while there is one that works. Held while a call hands over its records, so that these stay together.
-type Slot = Arc<tokio::sync::Mutex<Option<Producer<TokioExecutor>>>>;
-
 struct Shared {
     client: Arc<Client>,
-    slots: Mutex<HashMap<(Topic, Partition), Slot>>,
+    slots: Mutex<HashMap<(Topic, Partition), Arc<Slot>>>,
+}
+
+#[derive(Default)]
+struct Slot {
+    waiting: Mutex<Vec<Call>>,
+    /// A producer while there is one that works.
+    producer: tokio::sync::Mutex<Option<Producer<TokioExecutor>>>,
+}
+
+/// The records of a call for one partition.
+struct Call {
+    records: Vec<Addressed>,
+    done: oneshot::Sender<Result<(), LogError>>,
 }
 
 impl PulsarPublisher {
@@ -28,35 +44,60 @@ impl PulsarPublisher {
         Self(Arc::new(Shared { client, slots: Mutex::default() }))
     }
 
-    fn slot(&self, place: (Topic, Partition)) -> Slot {
+    fn slot(&self, place: &(Topic, Partition)) -> Arc<Slot> {
         let mut slots = self.0.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(slots.entry(place).or_default())
+        Arc::clone(slots.entry(place.clone()).or_default())
     }
 
-    async fn to(&self, place: (Topic, Partition), records: Vec<&Addressed>) -> Result<(), LogError> {
-        let slot = self.slot(place.clone());
-        let receipts = {
-            let mut producer = slot.lock().await;
-            if producer.is_none() {
-                *producer = Some(open(&self.0.client, &place).await?);
-            }
-            let sent = match producer.as_mut() {
-                Some(producer) => send(producer, &records).await,
-                None => return Ok(()),
-            };
-            if sent.is_err() {
-                *producer = None;
-            }
-            sent?
-        };
-        for receipt in receipts {
-            if let Err(error) = receipt.await {
-                // What is behind it may be stored. The next call begins with a new one.
-                *slot.lock().await = None;
-                return Err(convert::error(error));
-            }
+    async fn to(&self, place: (Topic, Partition), records: Vec<Addressed>) -> Result<(), LogError> {
+        let slot = self.slot(&place);
+        let waiting = || slot.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let (done, mut answer) = oneshot::channel();
+        waiting().push(Call { records, done });
+        let mut kept = slot.producer.lock().await;
+        match answer.try_recv() {
+            // It went out with another call's.
+            Ok(answer) => return answer,
+            Err(TryRecvError::Closed) => return Err(LogError::transient("the call that sent it was given up")),
+            Err(TryRecvError::Empty) => {}
         }
-        Ok(())
+        let calls = std::mem::take(&mut *waiting());
+        // Not kept while it is in use: whoever gives up in the middle leaves nothing in it.
+        let producer = kept.take();
+        let all: Vec<&Addressed> = calls.iter().flat_map(|call| &call.records).collect();
+        let sent = self.send(&place, producer, &all).await;
+        let result = sent.map(|producer| *kept = Some(producer));
+        for call in calls {
+            // Who has given up does not listen.
+            let _ = call.done.send(result.as_ref().map(|()| ()).map_err(copy));
+        }
+        result
+    }
+
+    /// With a new producer where there is none. It comes back where it can be used again.
+    async fn send(
+        &self,
+        place: &(Topic, Partition),
+        producer: Option<Producer<TokioExecutor>>,
+        records: &[&Addressed],
+    ) -> Result<Producer<TokioExecutor>, LogError> {
+        let mut producer = match producer {
+            Some(producer) => producer,
+            None => open(&self.0.client, place).await?,
+        };
+        write(&mut producer, records).await?;
+        Ok(producer)
+    }
+}
+
+/// The same for another call.
+fn copy(error: &LogError) -> LogError {
+    let text = error.to_string();
+    match error {
+        LogError::Transient(_) => LogError::transient(text),
+        LogError::Broken(_) => LogError::broken(text),
+        LogError::Fenced(_) => LogError::fenced(text),
+        LogError::Fatal(_) => LogError::fatal(text),
     }
 }
 
@@ -93,26 +134,44 @@ pub(super) async fn partitions(client: &Client, topic: &Topic) -> Result<u32, Lo
     }
 }
 
-/// Hands records over in their order; their receipts come.
-pub(super) async fn send(
+/// Writes records in their order, a batch after the other. The place of the last. After an error the producer is of no use: what it still
+/// has may go out yet.
+pub(super) async fn write(
     producer: &mut Producer<TokioExecutor>,
     records: &[&Addressed],
-) -> Result<Vec<pulsar::producer::SendFuture>, LogError> {
-    let mut receipts = Vec::with_capacity(records.len());
-    for record in records {
-        receipts.push(producer.send_non_blocking(convert::message(record)).await.map_err(convert::error)?);
+) -> Result<Option<MessageIdData>, LogError> {
+    let (mut rest, mut last) = (records, None);
+    while !rest.is_empty() {
+        let mut bytes = 0;
+        let fits = |record: &&&Addressed| {
+            bytes += record.size();
+            bytes <= BATCH.1
+        };
+        let count = rest.iter().take(BATCH.0).take_while(fits).count().max(1);
+        let (batch, more) = rest.split_at(count);
+        let mut receipts = Vec::with_capacity(count);
+        for record in batch {
+            receipts.push(producer.send_non_blocking(convert::message(record)).await.map_err(convert::error)?);
+        }
+        producer.send_batch().await.map_err(convert::error)?;
+        for receipt in receipts {
+            last = receipt.await.map_err(convert::error)?.message_id;
+        }
+        rest = more;
     }
-    Ok(receipts)
+    Ok(last)
 }
 
 impl Publisher for PulsarPublisher {
     async fn publish(&self, records: Vec<Addressed>) -> Result<(), LogError> {
-        let mut places: Vec<((Topic, Partition), Vec<&Addressed>)> = Vec::new();
-        for record in &records {
-            let place = (record.topic.clone(), record.partition);
-            match places.iter_mut().find(|(known, _)| *known == place) {
+        let mut places: Vec<((Topic, Partition), Vec<Addressed>)> = Vec::new();
+        for record in records {
+            let place = places
+                .iter_mut()
+                .find(|((topic, partition), _)| *partition == record.partition && *topic == record.topic);
+            match place {
                 Some((_, all)) => all.push(record),
-                None => places.push((place, vec![record])),
+                None => places.push(((record.topic.clone(), record.partition), vec![record])),
             }
         }
         try_join_all(places.into_iter().map(|(place, records)| self.to(place, records))).await.map(drop)

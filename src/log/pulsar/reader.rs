@@ -12,12 +12,14 @@ use pulsar::{Consumer, SubType, TokioExecutor};
 use crate::log::{Limit, LogError, Read, Reader};
 use crate::model::record::{Offset, Partition, Record, Topic};
 
-use super::config::{Client, apart};
+use super::config::{CALL, Client, apart};
 use super::convert;
 use super::publisher::exists;
 
 /// A read at the end waits so long for more.
 const WAIT: Duration = Duration::from_millis(50);
+/// What is there comes within so long.
+const SOON: Duration = Duration::from_secs(3);
 /// While there is more it waits again, so often.
 const LOOKS: usize = 40;
 /// So many messages come ahead of the reading.
@@ -47,7 +49,7 @@ impl Feed {
             ConsumerOptions::default().durable(false).read_compacted(true).with_receiver_queue_size(AHEAD);
         let next = match from {
             From::At(at) => {
-                options.start_message_id = convert::entry(at);
+                options.start_message_id = Some(convert::entry(at));
                 options = options.with_initial_position(InitialPosition::Earliest);
                 at
             }
@@ -82,6 +84,12 @@ impl Feed {
                 continue;
             }
             let record = convert::record(self.partition, id, &payload.metadata, payload.data);
+            if record.offset.entry().map(|(ledger, entry, _)| (ledger, entry))
+                < self.next.entry().map(|(ledger, entry, _)| (ledger, entry))
+            {
+                // A connection that was lost begins again where the first one did, however long ago that was.
+                return Poll::Ready(Err(LogError::transient("reading has begun again from where it was opened")));
+            }
             if record.offset >= self.next {
                 self.next = record.offset.just_after();
                 return Poll::Ready(Ok(record));
@@ -95,8 +103,18 @@ impl Feed {
 
     /// The last record that there is.
     pub async fn last(&mut self) -> Result<Option<Offset>, LogError> {
-        let last = self.consumer.get_last_message_id().await.map_err(convert::error)?;
+        // The client asks itself first, and does not answer while it has much to hand over.
+        let asked = tokio::time::timeout(CALL, self.consumer.get_last_message_id()).await;
+        let last = asked.map_err(LogError::transient)?.map_err(convert::error)?;
         Ok(last.first().filter(|id| i64::try_from(id.entry_id).is_ok()).map(convert::offset))
+    }
+
+    /// The next record, where one comes soon.
+    pub async fn soon(&mut self) -> Result<Option<Record>, LogError> {
+        match tokio::time::timeout(SOON, self.next()).await {
+            Ok(record) => record.map(Some),
+            Err(_) => Ok(None),
+        }
     }
 
     /// Where it reads next.

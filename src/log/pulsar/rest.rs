@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use reqwest::header::LOCATION;
+use reqwest::redirect::Policy;
 use reqwest::{Method, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -12,6 +14,7 @@ use crate::model::record::{Partition, Topic};
 use super::config::PulsarConfig;
 
 const CALL: Duration = Duration::from_secs(10);
+const REDIRECTS: usize = 4;
 
 #[derive(Clone)]
 pub struct Rest {
@@ -22,7 +25,7 @@ pub struct Rest {
 impl Rest {
     pub fn new(config: &PulsarConfig) -> Result<Self, LogError> {
         let wrong = |error: reqwest::Error| LogError::fatal(Misconfigured(format!("log.pulsar: {error}")));
-        let mut client = reqwest::Client::builder().timeout(CALL).connect_timeout(CALL / 3);
+        let mut client = reqwest::Client::builder().timeout(CALL).connect_timeout(CALL / 3).redirect(Policy::none());
         if let Some(authorities) = config.authorities()? {
             for authority in reqwest::Certificate::from_pem_bundle(&authorities).map_err(wrong)? {
                 client = client.add_root_certificate(authority);
@@ -81,18 +84,26 @@ impl Rest {
         path: &str,
         body: Option<&B>,
     ) -> Result<(StatusCode, String), LogError> {
-        let url = format!("{}/admin/v2/{path}", self.config.admin_url.trim_end_matches('/'));
-        let mut request = self.client.request(method, url);
-        if !self.config.token.is_empty() {
-            request = request.bearer_auth(&self.config.token);
+        let mut url = format!("{}/admin/v2/{path}", self.config.admin_url.trim_end_matches('/'));
+        let body = body.map(serde_json::to_vec).transpose().map_err(LogError::fatal)?;
+        for _ in 0..REDIRECTS {
+            let mut request = self.client.request(method.clone(), &url);
+            if !self.config.token.is_empty() {
+                request = request.bearer_auth(&self.config.token);
+            }
+            if let Some(body) = &body {
+                request = request.header("content-type", "application/json").body(body.clone());
+            }
+            let answer = request.send().await.map_err(|error| self.silent(error))?;
+            let status = answer.status();
+            // A broker sends on to the one that has the partition, which wants the token too: the client would leave it out.
+            let onwards = answer.headers().get(LOCATION).filter(|_| status.is_redirection());
+            match onwards.and_then(|location| location.to_str().ok()) {
+                Some(location) => url = location.to_owned(),
+                None => return Ok((status, answer.text().await.map_err(|error| self.silent(error))?)),
+            }
         }
-        if let Some(body) = body {
-            let body = serde_json::to_vec(body).map_err(LogError::fatal)?;
-            request = request.header("content-type", "application/json").body(body);
-        }
-        let answer = request.send().await.map_err(|error| self.silent(error))?;
-        let status = answer.status();
-        Ok((status, answer.text().await.map_err(|error| self.silent(error))?))
+        Err(LogError::transient(format!("{}: {path}: sent from broker to broker", self.config.admin_url)))
     }
 
     fn silent(&self, error: reqwest::Error) -> LogError {

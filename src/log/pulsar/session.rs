@@ -13,7 +13,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::log::{Assignment, Commit, Committer, Guarantee, Limit, LogError, Member, Polled, Publisher, Session};
-use crate::model::record::{Epoch, Offset, Partition, Record};
+use crate::model::record::{Addressed, Epoch, Offset, Partition, Record, Topic};
+use crate::telemetry::seldom;
 
 use super::config::Alone;
 use super::membership::{Membership, Own};
@@ -24,6 +25,10 @@ use super::{Background, floor};
 
 /// A poll without anything to tell ends after so long.
 const IDLE: Duration = Duration::from_millis(200);
+/// To take a partition takes so long at most.
+const ACQUIRE: Duration = Duration::from_secs(30);
+/// What is left of a session when it is closed is let go of within so long.
+const CLOSE: Duration = Duration::from_secs(5);
 /// A partition that somebody else has is asked for so often.
 const ASK: Duration = Duration::from_millis(100);
 
@@ -55,12 +60,24 @@ struct Reading {
     /// Counts seeks: what an earlier one opened is of no use.
     seek: u64,
     feed: At,
+    /// After an error it is not read before then.
+    not_before: Instant,
 }
 
 enum At {
     Closed,
     Opening,
     Open(Box<Feed>),
+}
+
+impl Reading {
+    /// It is opened again, a little later.
+    fn fails(&mut self, error: &LogError, partition: Partition, now: Instant) {
+        if let Some(left_out) = seldom::due("pulsar reading", &error.to_string()) {
+            tracing::warn!(%error, left_out, partition = partition.0, "reading is interrupted");
+        }
+        (self.feed, self.not_before) = (At::Closed, now + ASK);
+    }
 }
 
 impl PulsarSession {
@@ -97,13 +114,13 @@ impl PulsarSession {
         let mut lost: Vec<Partition> = self.own.take_stolen().into_iter().collect();
         if self.own.is_silent() {
             lost.extend(self.read.keys());
-            let own = Arc::clone(&self.own);
-            // Closing them may take as long as the broker is away.
-            tokio::spawn(async move { own.locks.lock().await.clear() });
+            self.own.release(BTreeMap::clear);
+            self.own.owns(BTreeMap::clear);
+            self.own.lives_again();
         }
         lost.retain(|partition| self.read.remove(partition).is_some());
         if !lost.is_empty() {
-            self.own.owns(|owned| owned.retain(|partition| !lost.contains(partition)));
+            self.own.owns(|owned| owned.retain(|partition, _| !lost.contains(partition)));
             return Ok(Some(Polled::Lost(lost)));
         }
         let share = self.own.share();
@@ -133,7 +150,7 @@ impl PulsarSession {
                     lock.close().await;
                 }
             }
-            own.owns(|owned| owned.retain(|partition| !releasing.contains(partition)));
+            own.owns(|owned| owned.retain(|partition, _| !releasing.contains(partition)));
         });
     }
 
@@ -155,12 +172,14 @@ impl PulsarSession {
                 continue;
             }
             let is_silent = now.saturating_duration_since(wanted.since) >= self.own.member.session_timeout;
-            let alone = if is_silent { Alone::Fencing } else { Alone::IfFree };
+            let alone = if is_silent && self.own.hears() { Alone::Fencing } else { Alone::IfFree };
             (wanted.tried, wanted.is_asked) = (Some(now), true);
             let own = Arc::clone(&self.own);
             self.asking.spawn(async move {
                 let (state, instance) = (own.member.state.as_ref(), own.member.instance.as_str());
-                (partition, alone, own.place.acquire(partition, state, alone, instance).await)
+                let acquired =
+                    tokio::time::timeout(ACQUIRE, own.place.acquire(partition, state, alone, instance)).await;
+                (partition, alone, acquired.unwrap_or_else(|late| Err(LogError::transient(late))))
             });
         }
     }
@@ -173,7 +192,13 @@ impl PulsarSession {
     ) -> Result<Option<Polled>, LogError> {
         let lock = match answer {
             Ok(Some(lock)) => lock,
-            Ok(None) | Err(LogError::Transient(_) | LogError::Fenced(_)) => {
+            answer @ (Ok(None) | Err(LogError::Transient(_) | LogError::Fenced(_))) => {
+                if let Err(error) = answer
+                    && let Some(left_out) = seldom::due("pulsar partition", &self.own.member.group)
+                {
+                    let (group, partition) = (self.own.member.group.as_str(), partition.0);
+                    tracing::warn!(%error, left_out, group, partition, "a partition cannot be taken yet");
+                }
                 if let Some(wanted) = self.wanted.get_mut(&partition) {
                     wanted.is_asked = false;
                 }
@@ -197,25 +222,26 @@ impl PulsarSession {
         locks.insert(partition, lock);
         drop(locks);
         self.own.owns(|owned| {
-            owned.insert(partition);
+            owned.insert(partition, term);
         });
         let next = committed.as_ref().map_or(Offset::START, |committed| committed.offset);
-        self.read.insert(partition, Reading { next, is_paused: true, seek: 0, feed: At::Closed });
+        self.read.insert(
+            partition,
+            Reading { next, is_paused: true, seek: 0, feed: At::Closed, not_before: self.own.clock.instant() },
+        );
         Ok(Some(Polled::Assigned(vec![Assignment { partition, epoch: Epoch(term), committed }])))
     }
 
     fn open(&mut self) {
+        let now = self.own.clock.instant();
         for (partition, reading) in &mut self.read {
-            if reading.is_paused || !matches!(reading.feed, At::Closed) {
+            if reading.is_paused || !matches!(reading.feed, At::Closed) || now < reading.not_before {
                 continue;
             }
             reading.feed = At::Opening;
             let (own, partition, seek, from) = (Arc::clone(&self.own), *partition, reading.seek, reading.next);
             self.opening.spawn(async move {
                 let feed = Feed::open(&own.place.client, &own.member.topic, partition, From::At(from)).await;
-                if feed.is_err() {
-                    own.clock.sleep(ASK).await;
-                }
                 (partition, seek, feed)
             });
         }
@@ -226,10 +252,7 @@ impl PulsarSession {
         match feed {
             Ok(feed) => reading.feed = At::Open(Box::new(feed)),
             Err(error @ LogError::Fatal(_)) => return Err(error),
-            Err(error) => {
-                tracing::debug!(%error, partition = partition.0, "cannot be read yet");
-                reading.feed = At::Closed;
-            }
+            Err(error) => reading.fails(&error, partition, self.own.clock.instant()),
         }
         Ok(())
     }
@@ -261,9 +284,10 @@ impl Session for PulsarSession {
                 return Ok(Polled::Idle);
             }
             // What is still to be asked for is asked for in time.
-            let pause = if self.wanted.is_empty() { until - now } else { ASK.min(until - now) };
+            let is_closed = self.read.values().any(|it| !it.is_paused && matches!(it.feed, At::Closed));
+            let pause = if self.wanted.is_empty() && !is_closed { until - now } else { ASK.min(until - now) };
             let Self { asking, opening, read, turn, .. } = &mut *self;
-            let records = std::future::poll_fn(|context| match take(read, turn, context, limit) {
+            let records = std::future::poll_fn(|context| match take(read, turn, context, limit, now) {
                 records if records.is_empty() => Poll::Pending,
                 records => Poll::Ready(records),
             });
@@ -316,11 +340,14 @@ impl Session for PulsarSession {
     async fn close(mut self) {
         // What is being acquired right now goes with its task.
         self.asking.shutdown().await;
-        let locks = std::mem::take(&mut *self.own.locks.lock().await);
-        for lock in locks.into_values() {
-            lock.close().await;
-        }
-        self.own.leave().await;
+        let own = Arc::clone(&self.own);
+        let release = async move {
+            let locks = std::mem::take(&mut *own.locks.lock().await);
+            futures_util::future::join_all(locks.into_values().map(Lock::close)).await;
+            own.leave().await;
+        };
+        // With the broker away nobody waits for it.
+        let _ = tokio::time::timeout(CLOSE, release).await;
     }
 }
 
@@ -330,6 +357,7 @@ fn take(
     turn: &mut usize,
     context: &mut std::task::Context<'_>,
     limit: Limit,
+    now: Instant,
 ) -> Vec<Record> {
     let open = |reading: &Reading| !reading.is_paused && matches!(reading.feed, At::Open(_));
     let ready: Vec<Partition> = read.iter().filter(|(_, reading)| open(reading)).map(|(it, _)| *it).collect();
@@ -340,7 +368,8 @@ fn take(
     *turn = turn.wrapping_add(1);
     let (count, size) = (limit.records.div_ceil(ready.len()), limit.bytes.div_ceil(ready.len()));
     for step in 0..ready.len() {
-        let Some(reading) = read.get_mut(&ready[(*turn + step) % ready.len()]) else { continue };
+        let partition = ready[(*turn + step) % ready.len()];
+        let Some(reading) = read.get_mut(&partition) else { continue };
         let (mut taken, mut bytes) = (0, 0);
         while taken < count && bytes < size {
             let At::Open(feed) = &mut reading.feed else { break };
@@ -350,10 +379,7 @@ fn take(
                     reading.next = record.offset.just_after();
                     records.push(record);
                 }
-                Poll::Ready(Err(error)) => {
-                    tracing::debug!(%error, "reading begins anew");
-                    reading.feed = At::Closed;
-                }
+                Poll::Ready(Err(error)) => reading.fails(&error, partition, now),
                 Poll::Pending => break,
             }
         }
@@ -381,39 +407,45 @@ impl Committer for PulsarCommitter {
                 return Err(LogError::transient(format!("partition {partition} is not this member's any more")));
             }
         }
-        let is_state = |topic| own.member.state.as_ref() == Some(topic);
+        let is_state = |topic: &Topic| own.member.state.as_ref() == Some(topic);
+        let without = |output: &&Addressed| is_state(&output.topic) && !commit.offsets.contains_key(&output.partition);
+        if let Some(output) = commit.outputs.iter().find(without) {
+            let text = format!("state of partition {} is to be written without its position", output.partition);
+            return Err(LogError::broken(text));
+        }
         let shared = commit.outputs.iter().filter(|output| !is_state(&output.topic)).cloned().collect();
         own.publisher.publish(shared).await?;
-        for (partition, lock) in locks.iter_mut() {
-            let ours = commit.outputs.iter().filter(|it| is_state(&it.topic) && it.partition == *partition);
-            let ours: Vec<_> = ours.collect();
-            if !ours.is_empty() {
-                lock.write(&ours).await?;
-            }
-        }
+        // That may have taken long.
+        own.check()?;
+        let instance = own.member.instance.as_str();
         let kept = locks.iter_mut().filter_map(|(partition, lock)| {
             let (_, committed) = commit.offsets.get(partition)?;
+            let state: Vec<_> =
+                commit.outputs.iter().filter(|it| is_state(&it.topic) && it.partition == *partition).collect();
             let kept = Kept { term: lock.kept.term, committed: Some(committed.clone()) };
-            Some(
-                async move { (*partition, own.place.keep(lock, *partition, kept, own.member.instance.as_str()).await) },
-            )
+            Some(async move {
+                let written = match lock.write(&state).await {
+                    Ok(()) => own.place.keep(lock, *partition, kept, instance).await,
+                    refused => refused,
+                };
+                (*partition, written)
+            })
         });
         let results = futures_util::future::join_all(kept).await;
         let mut refused = None;
         for (partition, result) in results {
             if let Err(error) = result {
-                if matches!(error, LogError::Fenced(_)) {
-                    locks.remove(&partition);
-                    own.lose([partition]);
-                }
+                // Whether it is stored is not known, nor whether it is still ours: the next owner finds out.
+                locks.remove(&partition);
+                own.lose([partition]);
                 refused = Some(error);
             }
         }
         match refused {
             None => Ok(()),
-            // Others' positions may have moved: the same again moves them to the same place.
-            Some(LogError::Fenced(error)) => Err(LogError::Transient(error)),
-            Some(error) => Err(error),
+            Some(LogError::Fatal(error)) => Err(LogError::Fatal(error)),
+            // The positions of other partitions may have moved: the same again moves them to the same place.
+            Some(error) => Err(LogError::transient(error)),
         }
     }
 }
