@@ -20,18 +20,26 @@ pub struct Setting {
     pub folder: tempfile::TempDir,
     pub prefix: String,
     admin: u16,
+    log: Vec<(&'static str, String)>,
 }
 
 impl Setting {
-    /// With its topics.
+    /// On Kafka, with its topics.
     pub fn new(workspace: &serde_json::Value, config: &str) -> Self {
+        let log =
+            vec![("LANEWAY_LOG__BACKEND", "kafka".into()), ("LANEWAY_LOG__KAFKA__BOOTSTRAP_SERVERS", bootstrap())];
+        Self::on(log, workspace, config)
+    }
+
+    /// On a log, by its settings, with its topics.
+    pub fn on(log: Vec<(&'static str, String)>, workspace: &serde_json::Value, config: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         std::fs::write(folder.path().join("workspace.json"), workspace.to_string()).expect("written");
         std::fs::write(folder.path().join("laneway.toml"), config).expect("written");
         let prefix = format!("bench-{}.", uuid::Uuid::new_v4().simple());
-        let setting = Self { folder, prefix, admin: 21_000 + (std::process::id() % 4_000) as u16 };
+        let setting = Self { folder, prefix, admin: 21_000 + (std::process::id() % 4_000) as u16, log };
         let applied = setting.command(&["topics", "apply"]).status().expect("laneway runs");
-        assert!(applied.success(), "is there a Kafka (deploy/services up kafka)?\n{}", setting.said());
+        assert!(applied.success(), "is there a broker (deploy/services up kafka, or pulsar)?\n{}", setting.said());
         setting
     }
 
@@ -43,8 +51,7 @@ impl Setting {
             .args(args)
             .args(["--config", "laneway.toml"])
             .env("LANEWAY_CONTROL__WORKSPACE_FILE", "workspace.json")
-            .env("LANEWAY_LOG__BACKEND", "kafka")
-            .env("LANEWAY_LOG__KAFKA__BOOTSTRAP_SERVERS", bootstrap())
+            .envs(self.log.iter().map(|(name, value)| (name, value)))
             .env("LANEWAY_LOG__TOPIC_PREFIX", &self.prefix)
             .env("LANEWAY_RUNTIME__SESSION_TIMEOUT", "6s")
             .env("LANEWAY_ADMIN__LISTEN", format!("127.0.0.1:{}", self.admin))

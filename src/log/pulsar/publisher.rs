@@ -69,7 +69,7 @@ impl PulsarPublisher {
         let result = sent.map(|producer| *kept = Some(producer));
         for call in calls {
             // Who has given up does not listen.
-            let _ = call.done.send(result.as_ref().map(|()| ()).map_err(copy));
+            let _ = call.done.send(result.as_ref().copied().map_err(copy));
         }
         result
     }

@@ -1,4 +1,4 @@
-//! What the stages cost beside the least that could do their work, on a real Kafka: each figure stands beside that of a bare
+//! What the stages cost beside the least that could do their work, on a real broker: each figure stands beside that of a bare
 //! loop in the same run, in turns. Figures are lines of JSON.
 //!
 //! ```text
@@ -7,11 +7,13 @@
 //!                                               handler, and one that writes the five headers of our format too)
 //! cargo bench --bench flow -- processor 500000
 //! cargo bench --bench flow -- embedded
+//! cargo bench --bench flow -- pulsar 500000       (the processor; deploy/services up pulsar)
 //! ```
 
 #![allow(clippy::disallowed_methods, reason = "it measures time")]
 
 mod bare;
+mod bare_pulsar;
 #[path = "../process.rs"]
 mod process;
 #[path = "../../waiting.rs"]
@@ -25,9 +27,10 @@ use std::time::{Duration, Instant};
 use laneway::clock::Clock;
 use laneway::log::embedded::{Access, Embedded};
 use laneway::log::kafka::{Kafka, KafkaConfig};
+use laneway::log::pulsar::{PulsarConfig, PulsarLog};
 use laneway::log::topic::Topics;
 use laneway::log::{Admin, Backend, Publisher};
-use laneway::model::record::{Addressed, Headers, Partition, Topic};
+use laneway::model::record::{Addressed, Headers, Offset, Partition, Topic};
 use laneway::runtime::tally::JobTopic;
 use laneway::stages::gateway::request::{Call, Facts, admit};
 use laneway::stages::gateway::{Admission, Along};
@@ -50,11 +53,16 @@ async fn main() -> ExitCode {
         (Some("gateway"), _) => gateway().await,
         (Some("processor"), count) => processor(count.and_then(|text| text.parse().ok()).unwrap_or(500_000)).await,
         (Some("embedded"), _) => embedded().await,
+        (Some("pulsar"), count) => on_pulsar(count.and_then(|text| text.parse().ok()).unwrap_or(500_000)).await,
         // The other side of a comparison, in a process of its own.
         (Some("bare-gateway"), Some(topic)) => bare::gateway(GATEWAY, topic, argument(2) == Some("headers")).await,
         (Some("bare-processor"), Some(prefix)) => bare::processor(prefix),
+        (Some("bare-pulsar"), Some(prefix)) => {
+            let count = argument(2).and_then(|text| text.parse().ok()).expect("how many");
+            bare_pulsar::processor(&pulsar_config(prefix), count).await;
+        }
         _ => {
-            eprintln!("which? gateway, processor, embedded (see tests/bench/flow)");
+            eprintln!("which? gateway, processor, embedded, pulsar (see tests/bench/flow)");
             return ExitCode::from(2);
         }
     }
@@ -174,7 +182,7 @@ impl Side {
 }
 
 /// Fills `events` as the gateway would.
-async fn fill(log: &Kafka, count: u64) {
+async fn fill<B: Backend>(log: &B, count: u64) {
     let workspace = laneway::control::workspace::Workspace::parse(&workspace().to_string()).expect("a workspace");
     let source = workspace.by_write_key("wk-1").expect("a source");
     let topics = Topics::load(None).expect("topics");
@@ -198,18 +206,18 @@ async fn fill(log: &Kafka, count: u64) {
 }
 
 /// Waits until a group has read everything. Tells how long that took from its first step on, and the CPU.
-async fn drained(log: &Kafka, group: &str, running: &Running) -> (Duration, f64) {
+async fn drained<B: Backend>(log: &B, group: &str, running: &Running) -> (Duration, f64) {
     let admin = log.admin().expect("an admin");
     let is_begun = async || {
         let committed = admin.committed(group, &Topic::EVENTS).await.expect("positions");
-        committed.values().any(|it| it.offset.raw() > 0)
+        committed.values().any(|it| it.offset > Offset::START)
     };
     let is_done = async || {
         let committed = admin.committed(group, &Topic::EVENTS).await.expect("positions");
         let mut is_done = committed.len() == 12;
         for (partition, at) in &committed {
             let end = admin.watermarks(&Topic::EVENTS, *partition).await.expect("marks").stable;
-            is_done &= at.offset.raw() + 1 >= end.raw();
+            is_done &= at.offset.forward(1).max(at.offset) >= end;
         }
         is_done
     };
@@ -243,6 +251,52 @@ async fn processor(count: u64) {
     println!(
         "{}",
         json!({"run": "processor", "events_per_second": ours.round(), "bare": bare.round(), "ratio": ours / bare,
+            "cpu_us_per_event": our_cpu, "bare_cpu_us_per_event": bare_cpu})
+    );
+}
+
+/// The test Pulsar.
+fn pulsar_config(prefix: &str) -> PulsarConfig {
+    let port = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
+    PulsarConfig {
+        service_url: format!("pulsar://127.0.0.1:{}", port("LANEWAY_PULSAR_PORT", "16650")),
+        admin_url: format!("http://127.0.0.1:{}", port("LANEWAY_PULSAR_WEB_PORT", "18080")),
+        tenant: "public".into(),
+        namespace: "default".into(),
+        prefix: prefix.into(),
+        ..PulsarConfig::default()
+    }
+}
+
+/// The processor on Pulsar, beside its client's bare loop: what each takes from the first record to the last.
+async fn on_pulsar(count: u64) {
+    let (mut ours, mut bare, mut our_cpu, mut bare_cpu) = (vec![], vec![], vec![], vec![]);
+    for _ in 0..setting("PAIRS", 3) {
+        let config = pulsar_config("");
+        let log = vec![
+            ("LANEWAY_LOG__BACKEND", "pulsar".into()),
+            ("LANEWAY_LOG__PULSAR__SERVICE_URL", config.service_url),
+            ("LANEWAY_LOG__PULSAR__ADMIN_URL", config.admin_url),
+        ];
+        let place = Setting::on(log, &workspace(), "");
+        let log = PulsarLog::new(pulsar_config(&place.prefix)).expect("a log");
+        fill(&log, count).await;
+        let running = place.start("processor").await;
+        let (time, cpu) = drained(&log, "laneway.processor", &running).await;
+        ours.push(count as f64 / time.as_secs_f64());
+        our_cpu.push(cpu * 1e6 / count as f64);
+        drop(running);
+        let program = std::env::current_exe().expect("a path");
+        let told = Command::new(program).args(["bare-pulsar", &place.prefix, &count.to_string()]).output();
+        let told: Value = serde_json::from_slice(&told.expect("it runs").stdout).expect("JSON");
+        let figure = |name: &str| told[name].as_f64().expect("a number");
+        bare.push(count as f64 / figure("seconds"));
+        bare_cpu.push(figure("cpu") * 1e6 / count as f64);
+    }
+    let (ours, bare, our_cpu, bare_cpu) = (median(ours), median(bare), median(our_cpu), median(bare_cpu));
+    println!(
+        "{}",
+        json!({"run": "processor on pulsar", "events_per_second": ours.round(), "bare": bare.round(), "ratio": ours / bare,
             "cpu_us_per_event": our_cpu, "bare_cpu_us_per_event": bare_cpu})
     );
 }

@@ -1,0 +1,78 @@
+//! The least that could do a processor's work with Pulsar's client.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use laneway::log::pulsar::PulsarConfig;
+use pulsar::consumer::{ConsumerOptions, InitialPosition};
+use pulsar::producer::Message;
+use pulsar::{Consumer, ProducerOptions, Pulsar, SubType, TokioExecutor};
+
+/// Reads `events` and writes each record as it is to `deliveries`; every twenty milliseconds it waits for the receipts and acknowledges what
+/// it has read. Prints how long that took from the first record on, and its CPU.
+pub async fn processor(config: &PulsarConfig, count: u64) {
+    let client: Pulsar<_> = Pulsar::builder(&config.service_url, TokioExecutor).build().await.expect("a broker");
+    let seen = Arc::new(AtomicU64::new(0));
+    let mut tasks = tokio::task::JoinSet::new();
+    for partition in 0..12 {
+        let name = |topic: &str| format!("persistent://public/default/{}{topic}-partition-{partition}", config.prefix);
+        tasks.spawn(copy(client.clone(), name("events"), name("deliveries"), Arc::clone(&seen)));
+    }
+    let mut began = None;
+    while seen.load(Ordering::Relaxed) < count {
+        if began.is_none() && seen.load(Ordering::Relaxed) > 0 {
+            began = Some(Instant::now());
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let seconds = began.map_or(0.0, |began| began.elapsed().as_secs_f64());
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks = |index: usize| fields.get(index).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
+    println!("{}", serde_json::json!({"seconds": seconds, "cpu": (ticks(11) + ticks(12)) / 100.0}));
+    std::process::exit(0);
+}
+
+async fn copy(client: Pulsar<TokioExecutor>, from: String, to: String, seen: Arc<AtomicU64>) {
+    let options = ConsumerOptions::default().with_initial_position(InitialPosition::Earliest);
+    let mut consumer: Consumer<Vec<u8>, _> = client
+        .consumer()
+        .with_topic(from)
+        .with_subscription("bare")
+        .with_subscription_type(SubType::Exclusive)
+        .with_options(options)
+        .build()
+        .await
+        .expect("a consumer");
+    let options = ProducerOptions {
+        batch_size: Some(1_000),
+        batch_byte_size: Some(128 * 1024),
+        batch_timeout: Some(Duration::from_millis(1)),
+        block_queue_if_full: true,
+        ..ProducerOptions::default()
+    };
+    let mut producer = client.producer().with_topic(to).with_options(options).build().await.expect("a producer");
+    loop {
+        let until = tokio::time::Instant::now() + Duration::from_millis(20);
+        let (mut receipts, mut last) = (Vec::new(), None);
+        while let Ok(Some(message)) = tokio::time::timeout_at(until, consumer.next()).await {
+            let message = message.expect("a message");
+            let copied = Message {
+                payload: message.payload.data.clone(),
+                partition_key: message.payload.metadata.partition_key.clone(),
+                ..Message::default()
+            };
+            receipts.push(producer.send_non_blocking(copied).await.expect("sent"));
+            last = Some(message);
+        }
+        let Some(last) = last else { continue };
+        let count = receipts.len() as u64;
+        for receipt in receipts {
+            receipt.await.expect("stored");
+        }
+        consumer.cumulative_ack(&last).await.expect("acknowledged");
+        seen.fetch_add(count, Ordering::Relaxed);
+    }
+}
