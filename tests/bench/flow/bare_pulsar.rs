@@ -20,14 +20,16 @@ pub async fn processor(config: &PulsarConfig, count: u64) {
         let name = |topic: &str| format!("persistent://public/default/{}{topic}-partition-{partition}", config.prefix);
         tasks.spawn(copy(client.clone(), name("events"), name("deliveries"), Arc::clone(&seen)));
     }
-    let mut began = None;
-    while seen.load(Ordering::Relaxed) < count {
-        if began.is_none() && seen.load(Ordering::Relaxed) > 0 {
-            began = Some(Instant::now());
+    let until = async |goal: u64| {
+        while seen.load(Ordering::Relaxed) < goal {
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    let seconds = began.map_or(0.0, |began| began.elapsed().as_secs_f64());
+    };
+    // What came before the clock started does not count.
+    until(1).await;
+    let (before, began) = (seen.load(Ordering::Relaxed), Instant::now());
+    until(count).await;
+    let seconds = began.elapsed().as_secs_f64() * count as f64 / (count - before).max(1) as f64;
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
     let ticks = |index: usize| fields.get(index).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
@@ -57,7 +59,10 @@ async fn copy(client: Pulsar<TokioExecutor>, from: String, to: String, seen: Arc
     loop {
         let until = tokio::time::Instant::now() + Duration::from_millis(20);
         let (mut receipts, mut last) = (Vec::new(), None);
-        while let Ok(Some(message)) = tokio::time::timeout_at(until, consumer.next()).await {
+        // What is there is taken without a look at the clock.
+        while tokio::time::Instant::now() < until
+            && let Ok(Some(message)) = tokio::time::timeout_at(until, consumer.next()).await
+        {
             let message = message.expect("a message");
             let copied = Message {
                 payload: message.payload.data.clone(),
