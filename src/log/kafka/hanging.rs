@@ -28,13 +28,13 @@ use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 use tokio::sync::oneshot;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::clock::Clock;
 use crate::log::{Commit, LogError};
 use crate::model::record::{Addressed, Headers, Partition, Topic, header};
 use crate::telemetry::events;
 
-use super::Background;
 use super::admin::{self, KafkaAdmin};
 use super::config::TRANSACTION_TIMEOUT;
 use super::convert;
@@ -66,8 +66,8 @@ pub fn undecided(admin: &KafkaAdmin, topics: &[Topic]) -> Result<Vec<(Topic, Par
 }
 
 /// Looks after these topics beside the session's work.
-pub fn mend(admin: KafkaAdmin, topics: Vec<Topic>, orders: Sender<Order>) -> Background {
-    Background::start(async move {
+pub fn mend(admin: KafkaAdmin, topics: Vec<Topic>, orders: Sender<Order>) -> AbortOnDropHandle<()> {
+    AbortOnDropHandle::new(tokio::spawn(async move {
         let clock = Clock::system();
         let (mut before, mut filled) = (Undecided::new(), BTreeSet::new());
         loop {
@@ -93,7 +93,7 @@ pub fn mend(admin: KafkaAdmin, topics: Vec<Topic>, orders: Sender<Order>) -> Bac
             }
             before = now;
         }
-    })
+    }))
 }
 
 /// Blocks. Partitions that cannot be asked are left out.

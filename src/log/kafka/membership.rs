@@ -12,12 +12,12 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc::WeakSender;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::clock::Clock;
 use crate::log::{LogError, Polled};
 use crate::model::record::{Epoch, Partition};
 
-use super::Background;
 use super::admin::KafkaAdmin;
 use super::consume::Owned;
 
@@ -79,8 +79,8 @@ impl std::fmt::Display for Rift {
 }
 
 /// Looks until the session ends.
-pub fn watch(watched: Watched) -> Background {
-    Background::start(async move {
+pub fn watch(watched: Watched) -> AbortOnDropHandle<()> {
+    AbortOnDropHandle::new(tokio::spawn(async move {
         let clock = Clock::system();
         let (mut before, mut polls) = (None, 0);
         loop {
@@ -106,7 +106,7 @@ pub fn watch(watched: Watched) -> Background {
             }
             (before, polls) = (now, polled);
         }
-    })
+    }))
 }
 
 fn judge(described: &Described, instance: &str, topic: &str, owned: &BTreeMap<Partition, Epoch>) -> Option<Rift> {

@@ -28,7 +28,6 @@ mod reader;
 mod session;
 mod transact;
 
-use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::log::{Backend, LogError, Member};
@@ -78,21 +77,6 @@ impl Backend for Kafka {
             Some(admin) => Ok(admin.clone()),
             None => Ok(admin.insert(KafkaAdmin::new(&self.config)?).clone()),
         }
-    }
-}
-
-/// Work beside a session, which ends with it.
-struct Background(tokio::task::AbortHandle);
-
-impl Background {
-    fn start(work: impl Future<Output = ()> + Send + 'static) -> Self {
-        Self(tokio::spawn(work).abort_handle())
-    }
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        self.0.abort();
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::log::{Assignment, Commit, Committer, Guarantee, Limit, LogError, Member, Polled, Session};
 use crate::model::record::{Epoch, Offset, Partition};
@@ -19,7 +20,7 @@ use super::hanging::{self, DECIDED};
 use super::known::Known;
 use super::membership::{self, Watched};
 use super::transact::{Order, Receipts, TransactionalProducer, Transactions};
-use super::{Background, convert, thread};
+use super::{convert, thread};
 
 /// Batches that wait for the runtime: with librdkafka's own queue behind them, more would only be memory.
 const BATCHES: usize = 2;
@@ -41,7 +42,7 @@ const LEAVE: Duration = Duration::from_secs(5);
 pub struct KafkaSession {
     ends: consume::Ends,
     /// What looks after it.
-    watches: [Background; 2],
+    watches: [AbortOnDropHandle<()>; 2],
     orders: Sender<Order>,
     limits: Arc<Limits>,
     /// Which epoch of a partition this session has been told of: what a command is about.

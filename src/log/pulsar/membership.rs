@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::clock::Clock;
 use crate::log::{LogError, Member, Publisher};
@@ -13,11 +14,11 @@ use crate::model::record::{Addressed, Headers, Partition, Topic};
 use crate::telemetry::seldom;
 
 use super::config::Client;
+use super::members;
 use super::members::{Meaning, View, Word};
 use super::positions::{Lock, Place};
 use super::publisher::PulsarPublisher;
 use super::reader::{Feed, From};
-use super::{Background, members};
 
 /// After an error it is tried again after so long.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -227,8 +228,8 @@ impl Own {
 
 /// Speaks and listens until it is dropped.
 pub struct Membership {
-    _speaks: Background,
-    _listens: Background,
+    _speaks: AbortOnDropHandle<()>,
+    _listens: AbortOnDropHandle<()>,
 }
 
 impl Membership {
@@ -239,8 +240,8 @@ impl Membership {
         let hello = own.state().word.clone();
         own.say(&hello).await?;
         own.state().word.asks = false;
-        let speaks = Background::start(speak(Arc::clone(own)));
-        let listens = Background::start(hear_all(Arc::clone(own), feed));
+        let speaks = AbortOnDropHandle::new(tokio::spawn(speak(Arc::clone(own))));
+        let listens = AbortOnDropHandle::new(tokio::spawn(hear_all(Arc::clone(own), feed)));
         own.clock.sleep(SETTLE).await;
         Ok(Self { _speaks: speaks, _listens: listens })
     }

@@ -23,7 +23,6 @@ mod reader;
 mod rest;
 mod session;
 
-use std::future::Future;
 use std::sync::Arc;
 
 use crate::log::{Backend, LogError, Member};
@@ -81,20 +80,5 @@ impl Backend for PulsarLog {
 
     fn admin(&self) -> Result<PulsarAdmin, LogError> {
         Ok(PulsarAdmin { client: Arc::clone(&self.client), rest: self.rest.clone() })
-    }
-}
-
-/// Work beside a session, which ends with it.
-struct Background(tokio::task::AbortHandle);
-
-impl Background {
-    fn start(work: impl Future<Output = ()> + Send + 'static) -> Self {
-        Self(tokio::spawn(work).abort_handle())
-    }
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        self.0.abort();
     }
 }

@@ -11,17 +11,18 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::log::{Assignment, Commit, Committer, Guarantee, Limit, LogError, Member, Polled, Publisher, Session};
 use crate::model::record::{Addressed, Epoch, Offset, Partition, Record, Topic};
 use crate::telemetry::seldom;
 
 use super::config::Alone;
+use super::floor;
 use super::membership::{Membership, Own};
 use super::positions::{Kept, Lock, Place};
 use super::publisher::{PulsarPublisher, partitions};
 use super::reader::{Feed, From};
-use super::{Background, floor};
 
 /// A poll without anything to tell ends after so long.
 const IDLE: Duration = Duration::from_millis(200);
@@ -44,7 +45,7 @@ pub struct PulsarSession {
     opening: JoinSet<(Partition, u64, Result<Feed, LogError>)>,
     turn: usize,
     _membership: Membership,
-    _floor: Background,
+    _floor: AbortOnDropHandle<()>,
 }
 
 struct Wanted {
@@ -91,7 +92,7 @@ impl PulsarSession {
         floor::prepare(&place, &place.input).await?;
         let own = Arc::new(Own::new(place, member, count, publisher));
         let membership = Membership::join(&own).await?;
-        let floor = Background::start(floor::follow(Arc::clone(&own)));
+        let floor = AbortOnDropHandle::new(tokio::spawn(floor::follow(Arc::clone(&own))));
         Ok(Self {
             own,
             read: BTreeMap::new(),

@@ -1,7 +1,5 @@
 //! The least that could do a processor's work with Pulsar's client.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
@@ -9,26 +7,30 @@ use laneway::log::pulsar::PulsarConfig;
 use pulsar::consumer::{ConsumerOptions, InitialPosition};
 use pulsar::producer::Message;
 use pulsar::{Consumer, ProducerOptions, Pulsar, SubType, TokioExecutor};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+
+use crate::PATIENCE;
 
 /// Reads `events` and writes each record as it is to `deliveries`; every twenty milliseconds it waits for the receipts and acknowledges what
 /// it has read. Prints how long that took from the first record on, and its CPU.
 pub async fn processor(config: &PulsarConfig, count: u64) {
     let client: Pulsar<_> = Pulsar::builder(&config.service_url, TokioExecutor).build().await.expect("a broker");
-    let seen = Arc::new(AtomicU64::new(0));
+    let (done, mut told) = unbounded_channel();
     let mut tasks = tokio::task::JoinSet::new();
     for partition in 0..12 {
         let name = |topic: &str| format!("persistent://public/default/{}{topic}-partition-{partition}", config.prefix);
-        tasks.spawn(copy(client.clone(), name("events"), name("deliveries"), Arc::clone(&seen)));
+        tasks.spawn(copy(client.clone(), name("events"), name("deliveries"), done.clone()));
     }
-    let until = async |goal: u64| {
-        while seen.load(Ordering::Relaxed) < goal {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+    let mut next = async || {
+        let some = tokio::time::timeout(PATIENCE, told.recv()).await;
+        some.expect("it goes on").expect("a task")
     };
     // What came before the clock started does not count.
-    until(1).await;
-    let (before, began) = (seen.load(Ordering::Relaxed), Instant::now());
-    until(count).await;
+    let before = next().await;
+    let (mut seen, began) = (before, Instant::now());
+    while seen < count {
+        seen += next().await;
+    }
     let seconds = began.elapsed().as_secs_f64() * count as f64 / (count - before).max(1) as f64;
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
@@ -37,7 +39,7 @@ pub async fn processor(config: &PulsarConfig, count: u64) {
     std::process::exit(0);
 }
 
-async fn copy(client: Pulsar<TokioExecutor>, from: String, to: String, seen: Arc<AtomicU64>) {
+async fn copy(client: Pulsar<TokioExecutor>, from: String, to: String, done: UnboundedSender<u64>) {
     let options = ConsumerOptions::default().with_initial_position(InitialPosition::Earliest);
     let mut consumer: Consumer<Vec<u8>, _> = client
         .consumer()
@@ -78,6 +80,6 @@ async fn copy(client: Pulsar<TokioExecutor>, from: String, to: String, seen: Arc
             receipt.await.expect("stored");
         }
         consumer.cumulative_ack(&last).await.expect("acknowledged");
-        seen.fetch_add(count, Ordering::Relaxed);
+        done.send(count).expect("somebody counts");
     }
 }
