@@ -10,6 +10,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use laneway::clock::{Clock, Timestamp};
 use laneway::control::commands::{Commands, follow};
@@ -37,6 +38,9 @@ const GROUP: &str = "laneway.router";
 /// After the faults everything has to end within this.
 const REST: Duration = Duration::from_secs(3_600);
 const SESSION: Duration = Duration::from_secs(6);
+/// The log is read again after so long where it did not answer, and answers within so long, in simulated time.
+const AGAIN: Duration = Duration::from_millis(20);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// What came of a run.
 pub struct Run {
@@ -147,12 +151,21 @@ async fn note_published(log: &Embedded, world: &World) {
 async fn read(log: &Embedded, topic: &Topic, partition: Partition, from: Offset, all: bool) -> Vec<Record> {
     let mut reader = log.reader(topic, partition, from).await.expect("a reader");
     let (mut found, mut ends) = (Vec::new(), 0);
+    // The log's faults: it is asked again until it answers.
+    let mut tries = tokio::time::interval_at(Instant::now() + AGAIN, AGAIN);
+    tries.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut until = Instant::now() + PATIENCE;
     loop {
         match reader.read(Limit { records: 10_000, bytes: 100 << 20 }).await {
-            Ok(Read::Records(records)) => found.extend(records),
+            Ok(Read::Records(records)) => {
+                found.extend(records);
+                until = Instant::now() + PATIENCE;
+            }
             Ok(Read::End) if all && ends < 10 => ends += 1,
             Ok(Read::End) => return found,
-            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(error) => {
+                assert!(tries.tick().await < until, "{topic} {partition} cannot be read: {error}");
+            }
         }
     }
 }
