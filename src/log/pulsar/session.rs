@@ -39,7 +39,7 @@ pub struct PulsarSession {
     read: BTreeMap<Partition, Reading>,
     /// Revoked, given back at the next poll.
     releasing: BTreeSet<Partition>,
-    asking: JoinSet<(Partition, Alone, Result<Option<Lock>, LogError>)>,
+    asking: JoinSet<(Partition, Result<Option<Lock>, LogError>)>,
     /// Those that are asked for, since when in vain, and when it was last tried.
     wanted: BTreeMap<Partition, Wanted>,
     opening: JoinSet<(Partition, u64, Result<Feed, LogError>)>,
@@ -180,7 +180,7 @@ impl PulsarSession {
                 let (state, instance) = (own.member.state.as_ref(), own.member.instance.as_str());
                 let acquired =
                     tokio::time::timeout(ACQUIRE, own.place.acquire(partition, state, alone, instance)).await;
-                (partition, alone, acquired.unwrap_or_else(|late| Err(LogError::transient(late))))
+                (partition, acquired.unwrap_or_else(|late| Err(LogError::transient(late))))
             });
         }
     }
@@ -215,7 +215,7 @@ impl PulsarSession {
             let again = async move {
                 let locks = own.locks.lock().await;
                 drop(locks);
-                (partition, Alone::IfFree, Ok(Some(lock)))
+                (partition, Ok(Some(lock)))
             };
             self.asking.spawn(again);
             return Ok(None);
@@ -302,7 +302,7 @@ impl Session for PulsarSession {
             };
             match woken {
                 Woken::Answered(answer) => {
-                    let (partition, _, answer) = answer.map_err(LogError::broken)?;
+                    let (partition, answer) = answer.map_err(LogError::broken)?;
                     if let Some(assigned) = self.answered(partition, answer)? {
                         return Ok(assigned);
                     }
