@@ -95,6 +95,8 @@ async fn storm(flow: &Flow) {
             None => routers[member] = Some(flow.start("router", &name(member))),
             Some(mut router) if random.random_bool(0.5) => router.kill(),
             Some(mut router) => {
+                // Before it listens to signals, one just ends it.
+                router.lives().await;
                 router.terminate();
                 let status = router.ended(Duration::from_secs(30)).await;
                 assert_eq!(status.code(), Some(0), "{}", router.said());

@@ -76,6 +76,13 @@ impl Process {
         }
     }
 
+    /// Waits until it has begun, ready or not.
+    pub async fn lives(&self) {
+        let url = format!("http://127.0.0.1:{}/livez", self.admin);
+        let lives = async || reqwest::get(&url).await.is_ok();
+        assert!(holds_within(Duration::from_secs(60), lives).await, "it does not begin:\n{}", self.said());
+    }
+
     /// Waits until this gateway has taken so many more events: the load is under way.
     pub async fn takes(&self, events: f64) {
         let taken = async || self.metric("laneway_gateway_events_total").await.unwrap_or(0.0);
