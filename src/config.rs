@@ -311,6 +311,7 @@ pub struct Router {
     #[serde(deserialize_with = "duration")]
     pub retry_window: Duration,
     pub retry_min_attempts: u32,
+    pub repeat_window: usize,
     /// By destination type or id.
     pub destinations: std::collections::BTreeMap<String, DestinationRules>,
 }

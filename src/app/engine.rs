@@ -21,7 +21,7 @@ use crate::control::{Current, commands};
 use crate::delivery::http::{Client, ClientSettings, Guard};
 use crate::log::partitioner::Placement;
 use crate::log::topic::Topics;
-use crate::log::{Admin, Backend, LogError, Member};
+use crate::log::{Admin, Backend, Guarantee, LogError, Member, Session};
 use crate::model::id::{DestinationType, InstanceId};
 use crate::model::record::Topic;
 use crate::runtime::deliver::{Bounds, Deliver, DeliverSettings, DeliverWork, Destinations, RetryPolicy, Rules};
@@ -485,6 +485,10 @@ fn start_router<B: Backend>(
             ..Bounds::default()
         },
         stage: Stage::Router.as_str(),
+        repeats: match B::Session::GUARANTEE {
+            Guarantee::ExactlyOnce => 0,
+            Guarantee::AtLeastOnce => router.repeat_window,
+        },
         retention,
         seed: rand::random(),
     };

@@ -274,6 +274,17 @@ pub trait Admin: Send + Sync + 'static {
         async move { Ok(u64::try_from(to.raw().saturating_sub(from.raw())).unwrap_or(u64::MAX)) }
     }
 
+    /// A place so many records before another one, or entries where it is a log of ledgers; the start where there are not so many.
+    fn before(
+        &self,
+        topic: &Topic,
+        partition: Partition,
+        at: Offset,
+        count: u64,
+    ) -> impl Future<Output = Result<Offset, LogError>> + Send {
+        async move { Ok(at.back(count).max(self.watermarks(topic, partition).await?.start)) }
+    }
+
     /// The first record at or after a time; the end where there is none.
     fn offset_at(
         &self,

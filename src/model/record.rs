@@ -277,6 +277,8 @@ pub mod header {
     pub const DELIVERY_ID: &str = "lw-delivery-id";
     pub const JOB_RUN: &str = "lw-job-run";
     pub const REPLAY_ID: &str = "lw-replay-id";
+    /// Of what a processor makes of events again after its position was reset: which reset.
+    pub const RERUN: &str = "lw-rerun";
     pub const TRACEPARENT: &str = "traceparent";
     pub const CONTENT_TYPE: &str = "content-type";
     /// Of a request that a webhook source sent: who sent it.

@@ -40,10 +40,12 @@ pub enum Mistake {
     ForgetEpoch,
     /// A failed commit's content is not committed again.
     DropAfterFailedCommit,
+    /// A repeat stays in the ledger as taken.
+    CountRepeats,
 }
 
 impl Mistake {
-    pub const ALL: [Mistake; 17] = [
+    pub const ALL: [Mistake; 18] = [
         Mistake::SkipParked,
         Mistake::ForgetParkedInMark,
         Mistake::CommitPastMark,
@@ -61,6 +63,7 @@ impl Mistake {
         Mistake::ForgetLedger,
         Mistake::ForgetEpoch,
         Mistake::DropAfterFailedCommit,
+        Mistake::CountRepeats,
     ];
 }
 

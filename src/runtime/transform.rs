@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use crate::clock::Clock;
 use crate::log::{Admin, Assignment, Backend, Committed, LogError};
 use crate::model::outcome::{Outcome, Reason};
-use crate::model::record::{Addressed, Offset, Partition, Record};
+use crate::model::record::{Addressed, Offset, Partition, Record, header};
 use crate::model::seen::Identity;
 use crate::runtime::driver::{Ask, Changes, Inbox, Work};
 use crate::runtime::failure::{Cause, FailureTopic};
@@ -98,8 +98,9 @@ impl<B: Backend, T: Transform> TransformWork<B, T> {
     }
 
     /// What the partition's last owner left.
-    async fn stops(&self, partition: Partition, committed: &Committed) -> Result<Stops, LogError> {
-        let mut stops = Stops::new(&committed.metadata, &self.process);
+    async fn stops(&self, partition: Partition, committed: Option<&Committed>) -> Result<Stops, LogError> {
+        let start = committed.map_or(Offset::START, |committed| committed.offset);
+        let mut stops = Stops::new(committed.map(|committed| committed.metadata.as_str()), &self.process);
         if stops.is_unclean() {
             let (admin, input) = (self.backend.admin()?, &self.stage.failures().input);
             let end = loop {
@@ -112,10 +113,10 @@ impl<B: Backend, T: Transform> TransformWork<B, T> {
                     marks => break marks?.end,
                 }
             };
-            stops.bound(committed.offset, end);
+            stops.bound(start, end);
         }
         if stops.is_unclean() {
-            let alone = stops.alone(committed.offset);
+            let alone = stops.alone(start);
             events::unclean_stop(self.stage.failures().stage, partition, stops.count(), alone);
         }
         Ok(stops)
@@ -124,8 +125,8 @@ impl<B: Backend, T: Transform> TransformWork<B, T> {
 
 impl<B: Backend, T: Transform> Work for TransformWork<B, T> {
     async fn run(self: Arc<Self>, assignment: Assignment, mut inbox: Inbox) -> Result<(), LogError> {
-        let committed = assignment.committed.unwrap_or(Committed { offset: Offset::START, metadata: String::new() });
-        let start = committed.offset;
+        let committed = assignment.committed;
+        let start = committed.as_ref().map_or(Offset::START, |committed| committed.offset);
         let remembered = self.remember(assignment.partition, start).await?;
         let mut lane = Running {
             stage: Arc::clone(&self.stage),
@@ -134,7 +135,7 @@ impl<B: Backend, T: Transform> Work for TransformWork<B, T> {
             position: start,
             partition: assignment.partition,
             remembered,
-            stops: self.stops(assignment.partition, &committed).await?,
+            stops: self.stops(assignment.partition, committed.as_ref()).await?,
             turn: None,
             waiting: VecDeque::new(),
             stopped: false,
@@ -324,7 +325,11 @@ impl<T: Transform> Running<T> {
         Ok(())
     }
 
-    fn finish(&mut self, (outputs, position, failed): Worked) {
+    fn finish(&mut self, (mut outputs, position, failed): Worked) {
+        if let Some(rerun) = self.stops.rerun() {
+            let deliveries = outputs.iter_mut().filter(|output| output.headers.text(header::DELIVERY_ID).is_some());
+            deliveries.for_each(|output| output.headers.push_text(header::RERUN, rerun));
+        }
         if let Some(remembered) = &mut self.remembered {
             remembered.failed(&failed);
         }

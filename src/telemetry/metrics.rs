@@ -55,7 +55,7 @@ catalogue! {
     forgotten: IntCounterVec "laneway_processor_forgotten_events_total" [] "Events that would not be known if they came again within processor.dedup_window: processor.dedup_memory is too small.";
     live_events: IntCounterVec "laneway_live_events_total" ["result"] "Events of watched sources: uploaded, dropped (too many at a time) or failed.";
     reporter_unreadable: IntCounterVec "laneway_reporter_unreadable_records_total" [] "Records of job status that say nothing that can be counted.";
-    router_outcomes: IntCounterVec "laneway_router_outcomes_total" ["destination", "outcome"] "Final outcomes: delivered, filtered, aborted, drained.";
+    router_outcomes: IntCounterVec "laneway_router_outcomes_total" ["destination", "outcome"] "Final outcomes: delivered, filtered, aborted, drained; repeated: what the log had twice, sent once.";
     router_aborted: IntCounterVec "laneway_router_aborted_total" ["destination", "reason"] "Deliveries given up, by reason.";
     router_attempts: IntCounterVec "laneway_router_attempts_total" ["destination", "code"] "Requests sent, by status code (0: no answer).";
     router_attempt_seconds: HistogramVec "laneway_router_attempt_seconds" [] "Time of one request to a destination, in seconds.";

@@ -50,17 +50,19 @@ impl Arrived {
 async fn duplicates(processors: &[&Process]) -> f64 {
     let mut sum = 0.0;
     for processor in processors {
-        let page = reqwest::get(format!("http://127.0.0.1:{}/metrics", processor.admin)).await;
-        let page = page.expect("an answer").text().await.expect("text");
-        let of = |line: &&str| line.starts_with("laneway_processor_reasons_total") && line.contains("\"duplicate\"");
-        sum += page.lines().filter(of).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>();
+        sum += processor.metric_with("laneway_processor_reasons_total", "\"duplicate\"").await.expect("an answer");
     }
     sum
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_comes_again_is_delivered_once_over_a_kill_and_a_rebalance() {
-    let flow = Flow::on_kafka();
+    for flow in [Flow::on_kafka(), Flow::on_pulsar()] {
+        comes_again(flow).await;
+    }
+}
+
+async fn comes_again(flow: Flow) {
     let arrived = Arrived::at(&flow).await;
     let _gateway = started(&flow, "gateway", "gateway-1").await;
     let _router = started(&flow, "router", "router-1").await;

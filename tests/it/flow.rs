@@ -88,6 +88,23 @@ async fn a_kill_of_each_process_loses_nothing_on_pulsar() {
     survive_kills(Flow::on_pulsar(), &["gateway", "processor", "router"]).await;
 }
 
+/// Only a router that dies makes a destination see something twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_processor_that_is_killed_repeats_nothing() {
+    for flow in [Flow::on_kafka(), Flow::on_pulsar()] {
+        let mut running = flow.start_all().await;
+        let mut load = flow.load(&["--events", "6000", "--rate", "600", "--users", "200", "--batch", "10"]);
+        running[0].takes(500.0).await;
+        for _ in 0..3 {
+            running[1].kill();
+            load.ends_within(OUTAGE).await;
+            running[1] = flow.start("processor", "processor-1");
+            running[1].ready().await;
+        }
+        assert_clean(&load.report().await, 6_000);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_instance_takes_over_what_a_killed_one_owned() {
     for flow in [Flow::on_kafka(), Flow::on_pulsar()] {

@@ -405,6 +405,12 @@ async fn a_reader_reads_from_anywhere_and_tells_the_end<B: Backend>(log: B) {
     assert_eq!(value(&records[0]), 20);
     let marks = log.admin().unwrap().watermarks(&topic, Partition(0)).await.unwrap();
     assert_eq!((marks.start, marks.end, marks.stable), (offsets[0], offsets[49].just_after(), marks.end));
+    let before = async |count| log.admin().unwrap().before(&topic, Partition(0), offsets[49], count).await.unwrap();
+    let (near, far) = (before(1).await, before(10_000).await);
+    assert!((offsets[0]..offsets[49]).contains(&near) && far <= offsets[0], "{near} {far}");
+    reader.seek(far).await.unwrap();
+    let Read::Records(records) = reader.read(LIMIT).await.unwrap() else { panic!("records were expected") };
+    assert_eq!(value(&records[0]), 0);
 }
 
 async fn offsets_are_found_by_time<B: Backend>(log: B) {

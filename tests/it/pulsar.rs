@@ -1,12 +1,15 @@
 //! What only Pulsar does.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use laneway::log::pulsar::{PulsarConfig, PulsarLog};
 use laneway::log::{Admin, Backend, Publisher};
-use laneway::model::record::Partition;
+use laneway::model::record::{Addressed, Partition, Topic};
 
 use crate::log_contract::{addressed, read_all, spec, topic, value};
+use crate::support::process::{Flow, Process};
+use crate::support::sink::{Sink, publish};
 use crate::support::{eventually, pulsar_config, unique};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -62,4 +65,63 @@ async fn what_pulsar_has_compacted_is_read_without_what_is_gone() {
     assert!(after.iter().all(|record| before.contains(record)), "at the same places");
     let marks = log.admin().unwrap().watermarks(&topic, Partition(0)).await.unwrap();
     assert!(marks.start <= after[0].offset && marks.end == before[before.len() - 1].offset.just_after(), "{marks:?}");
+}
+
+/// Everything on `deliveries` once more, as a processor leaves it that dies before its position is written.
+async fn written_twice(log: &PulsarLog) -> usize {
+    let mut all = Vec::new();
+    for partition in (0..12).map(Partition) {
+        let copy = |record: laneway::model::record::Record| Addressed {
+            topic: Topic::DELIVERIES,
+            partition,
+            key: record.key,
+            value: record.value,
+            headers: record.headers,
+        };
+        all.extend(read_all(log, &Topic::DELIVERIES, partition.0).await.into_iter().map(copy));
+    }
+    let count = all.len();
+    log.publisher().expect("a publisher").publish(all).await.expect("published");
+    count
+}
+
+/// Deliveries that were ended as repeats.
+async fn repeated(router: &Process) -> f64 {
+    router.metric_with("laneway_router_outcomes_total", "outcome=\"repeated\"").await.unwrap_or(0.0)
+}
+
+/// Whether the first one was sent by this owner, by the one before it, or waits for a destination that is down.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_lies_in_the_log_twice_is_sent_once() {
+    let flow = Flow::on_pulsar();
+    let prefix = flow.setting("LANEWAY_LOG__TOPIC_PREFIX").to_owned();
+    let log = PulsarLog::new(PulsarConfig { prefix, ..pulsar_config() }).expect("a log");
+    let sink = Sink::start(flow.sink).await;
+    let mut running = flow.start_all().await;
+    publish(&flow, 50);
+    eventually("all arrive", PATIENCE, async || sink.counts() == (50, 50)).await;
+    assert_eq!(written_twice(&log).await, 50);
+    eventually("they are known", PATIENCE, async || repeated(&running[2]).await == 50.0).await;
+
+    // A new owner looks at what lies just before.
+    running[2].terminate();
+    assert!(running[2].ended(PATIENCE).await.success());
+    running[2] = flow.start("router", "router-1");
+    running[2].ready().await;
+    assert_eq!(written_twice(&log).await, 100);
+    eventually("the new owner knows them", PATIENCE, async || repeated(&running[2]).await == 100.0).await;
+
+    sink.is_down.store(true, Ordering::Relaxed);
+    publish(&flow, 20);
+    let pending = async || {
+        let listed = flow.command(&["lanes", "list", "--output", "json"]);
+        let rows: Vec<serde_json::Value> = serde_json::from_slice(&listed.stdout).unwrap_or_default();
+        rows.iter().filter_map(|row| row["pending"].as_u64()).sum::<u64>()
+    };
+    eventually("they wait", PATIENCE, async || pending().await == 20).await;
+    assert_eq!(written_twice(&log).await, 220);
+    sink.is_down.store(false, Ordering::Relaxed);
+    eventually("nothing waits", PATIENCE * 2, async || pending().await == 0 && sink.counts().0 == 70).await;
+    eventually("all are known", PATIENCE, async || repeated(&running[2]).await == 320.0).await;
+    assert_eq!(sink.counts(), (70, 70));
 }

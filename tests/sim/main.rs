@@ -49,7 +49,7 @@ const FOUND: &[(Mistake, u64)] = &[
     (Mistake::ScanPastLive, 216),
     (Mistake::ForgetFinishedAtDetach, 0),
     (Mistake::ForgetForgotten, 0),
-    (Mistake::ForgetRunsAtRestore, 2),
+    (Mistake::ForgetRunsAtRestore, 3),
     (Mistake::KeepMarks, 0),
     (Mistake::DissolveTooEarly, 0),
     (Mistake::SpendWhileOpen, 0),
@@ -57,6 +57,7 @@ const FOUND: &[(Mistake, u64)] = &[
     (Mistake::ForgetLedger, 0),
     (Mistake::ForgetEpoch, 22),
     (Mistake::DropAfterFailedCommit, 14),
+    (Mistake::CountRepeats, 2),
 ];
 
 /// Panics inside the engine's tasks, which the runtime would swallow.

@@ -57,6 +57,8 @@ pub struct Plan {
     pub destinations: Vec<Destination>,
     pub users: usize,
     pub deliveries: usize,
+    /// After a batch, the chance that it and those just before it are published once more: a processor has died.
+    pub repeats: f64,
     /// All of them are published within this.
     pub span: Duration,
     pub bounds: Bounds,
@@ -164,6 +166,8 @@ impl Plan {
             retry_window,
             retention: None,
             deliveries,
+            // Of its own, so that it moves nothing else.
+            repeats: if StdRng::seed_from_u64(seed ^ 0xD0B1E).random_bool(0.4) { 0.2 } else { 0.0 },
             span: trouble.mul_f64(random.random_range(0.2..0.9)),
             bounds: if random.random_bool(0.8) { near() } else { Bounds::default() },
             in_flight: random.random_range(8..60),
@@ -188,6 +192,7 @@ impl Plan {
             retry_window: Duration::from_secs(3_600),
             retention: None,
             deliveries,
+            repeats: 0.0,
             span,
             bounds: near(),
             in_flight: 40,
@@ -273,6 +278,7 @@ pub fn traces() -> Vec<(&'static str, Plan)> {
     ]
     .into_iter()
     .chain(more_traces())
+    .chain(traces_of_repeats())
     .collect()
 }
 
@@ -323,6 +329,40 @@ fn more_traces() -> Vec<(&'static str, Plan)> {
         (
             "a dead destination beside a well one",
             isolated(Plan::calm(vec![well(), Destination::new(Manner::Dead)], 500, seconds(60))),
+        ),
+    ]
+}
+
+fn traces_of_repeats() -> Vec<(&'static str, Plan)> {
+    let seconds = Duration::from_secs;
+    let well = || Destination::new(Manner::Well);
+    let crash = |at, process, away| (seconds(at), Fault::Crash { process, away: seconds(away) });
+    vec![
+        (
+            "what a processor wrote twice, for destinations and users that wait",
+            Plan {
+                repeats: 0.5,
+                users: 6,
+                ..Plan::calm(
+                    vec![
+                        well(),
+                        Destination::new(Manner::Dead),
+                        Destination::new(Manner::FailingUsers(40)),
+                        Destination { batch: 4, ..Destination::new(Manner::Slow(seconds(2))) },
+                        Destination { ordered: false, ..Destination::new(Manner::Flapping(seconds(4))) },
+                    ],
+                    500,
+                    seconds(30),
+                )
+            },
+        ),
+        (
+            "what a processor wrote twice, and then the router dies",
+            Plan {
+                repeats: 0.5,
+                faults: (1..10).map(|n| crash(n * 3, 0, 1)).collect(),
+                ..Plan::calm(vec![well(), Destination::new(Manner::Flaky(40))], 300, seconds(30))
+            },
         ),
     ]
 }

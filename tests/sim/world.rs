@@ -31,6 +31,9 @@ pub struct Seen {
     /// The deliveries of each key, in the order of the log.
     pub keys: BTreeMap<KeyName, Vec<At>>,
     pub published: BTreeMap<At, Timestamp>,
+    /// What the log has once more, and when it was written; the deliveries that it has, by their ids.
+    pub copies: BTreeMap<At, Timestamp>,
+    pub ids: BTreeMap<(Partition, String), At>,
     /// Of the published values.
     pub bytes: u64,
     pub first_sent: BTreeMap<At, Timestamp>,
@@ -98,6 +101,10 @@ impl World {
             let at = (record.partition, record.offset);
             seen.first_sent.entry(at).or_insert(now);
             (at, now).hash(&mut seen.digest);
+            if seen.copies.contains_key(&at) {
+                self.judge_copy(&mut seen, at);
+                continue;
+            }
             let (destination, user) = self.key_of(record);
             if let Some(last) = seen.finals.get(&at).and_then(|finals| finals.last().copied()) {
                 // Final, and committed unless something went wrong soon after.
@@ -118,6 +125,15 @@ impl World {
                     seen.violations.push(format!("{at:?} is sent before {before:?} is final"));
                 }
             }
+        }
+    }
+
+    /// What lies in the log before is not sent again, unless an owner has died that knew of it.
+    fn judge_copy(&self, seen: &mut Seen, at: At) {
+        let log = self.plan.log;
+        let is_log_sound = log.write_refused == 0.0 && log.write_in_doubt == 0.0 && log.read_refused == 0.0;
+        if is_log_sound && self.plan.processes == 1 && seen.hurt.is_empty() {
+            seen.violations.push(format!("{at:?} is sent although it lies in the log before"));
         }
     }
 

@@ -179,6 +179,13 @@ impl Admin for PulsarAdmin {
         Ok((internals.before(to) - internals.before(from)).max(1))
     }
 
+    async fn before(&self, topic: &Topic, partition: Partition, at: Offset, count: u64) -> Result<Offset, LogError> {
+        let Some((ledger, entry, _)) = at.entry() else { return Ok(Offset::START) };
+        let path = format!("{}/internalStats", self.rest.partition(topic, partition));
+        let internals: Internals = self.rest.get(&path).await?.ok_or_else(|| self.missing(topic))?;
+        Ok(internals.back(ledger, entry, count))
+    }
+
     async fn offset_at(&self, topic: &Topic, partition: Partition, at: Timestamp) -> Result<Offset, LogError> {
         let marks = self.watermarks(topic, partition).await?;
         let path = format!("{}/messageid/{}", self.rest.partition(topic, partition), at.millis());

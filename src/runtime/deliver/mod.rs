@@ -51,6 +51,7 @@
 //! | 9 retention | `retention`, `partition/settle` `drain`; `app/retention` refuses topics |
 //! | 10 pause, drain, retry | `partition/settle`, `destination` |
 //! | 5.3 shares of limits | `destination` |
+//! | 5.4 what lies in the log twice | `repeats` |
 //! | 2.7 lease, 2.8 watchdog | `driver/lease`, `driver/watchdog` |
 
 mod backoff;
@@ -60,6 +61,7 @@ mod key;
 mod memory;
 mod partition;
 mod reading;
+mod repeats;
 mod restore;
 mod retention;
 mod runner;
@@ -111,6 +113,8 @@ pub struct DeliverSettings {
     pub jobs: JobTopic,
     pub bounds: Bounds,
     pub stage: &'static str,
+    /// So many deliveries of a partition are remembered, to know those that a log without transactions has twice; 0: none.
+    pub repeats: usize,
     /// How long the log keeps what is on `input`; none: for ever.
     pub retention: Option<Duration>,
     /// Decides the jitter of retries.

@@ -41,6 +41,7 @@ use crate::telemetry::metrics::metrics;
 use super::destination::{Destinations, Permit, Rules};
 use super::key::{Activity, Item, Key};
 use super::memory::{Account, Memory};
+use super::repeats::Repeats;
 use super::restore::Restored;
 use super::window::{Place, Window};
 use super::{Bounds, DeliverSettings, tell_waiting};
@@ -99,6 +100,8 @@ pub struct PartitionState {
     account: Account,
     /// What memory covers: the records of attached lanes' keys that are not held.
     window: Window,
+    /// What lies in the log twice.
+    repeats: Repeats,
     /// Records below it were counted as taken by an earlier owner, and may be finished or marked.
     taken_until: Offset,
     lanes: Lanes,
@@ -160,6 +163,7 @@ impl PartitionState {
             epoch,
             account: memory.account(),
             window: Window::new(restored.base, runs),
+            repeats: restored.repeats,
             taken_until: restored.live,
             lanes: Lanes::default(),
             cursors: Cursors::default(),
@@ -249,6 +253,7 @@ impl PartitionState {
             return;
         }
         self.changed = true;
+        let is_repeat = self.repeats.pass(&record);
         let index = self.lane(&lane_of(&record));
         if offset >= self.taken_until {
             self.lanes.ledger(index).taken += 1;
@@ -256,6 +261,9 @@ impl PartitionState {
         }
         // Finished already, or covered by a mark that came with the restore.
         let Some(place) = self.window.push(offset, index as u32) else { return };
+        if is_repeat {
+            self.repeats.keep(offset);
+        }
         if self.lanes.at(index).detached.is_some() {
             self.window.finish(place);
             return self.cursors.ask_lane(index);

@@ -15,6 +15,7 @@ use crate::model::record::Offset;
 use crate::telemetry::events;
 
 use super::DeliverSettings;
+use super::repeats::Repeats;
 
 const READ: Limit = Limit { records: 1_000, bytes: 4 << 20 };
 /// Progress that the committed offset names is waited for so long before it counts as missing.
@@ -38,6 +39,8 @@ pub struct Restored {
     pub lanes: Vec<LaneProgress>,
     pub drains: Vec<Drain>,
     pub ledgers: Vec<(Lane, Ledger)>,
+    /// What lies before `base`.
+    pub repeats: Repeats,
     /// Progress records that are not to be believed: these take their place in the first commit.
     pub corrections: Vec<(Bytes, Option<Bytes>)>,
 }
@@ -140,7 +143,10 @@ pub async fn restore<B: Backend>(
             }
         }
     }
-    let restored = judge(found, assignment, settings)?;
+    let mut restored = judge(found, assignment, settings)?;
+    restored.repeats = Repeats::new(settings.repeats);
+    let input = (&settings.input, partition);
+    restored.repeats.look_back((backend, admin), input, restored.base).await?;
     events::restored(settings.stage, partition, bytes, restored.keys.len(), began.elapsed());
     Ok(restored)
 }

@@ -6,6 +6,9 @@
 //! this one stopped without saying so. Once is no reason for anything: processes are killed. After a second time over the same
 //! records they run one by one, each noted before it runs; one that ends the process twice like that is not run any more.
 //! Only one partition of a process does that at a time: two notes that a process leaves would both be believed.
+//!
+//! The note also says whether the position was set by an operator since (`… rerun <id>`): what is made of the records again is
+//! wanted then, and not to be taken for what a crash repeats. A position that an operator has set has no note at all.
 
 use crate::model::record::Offset;
 
@@ -38,7 +41,7 @@ enum Note {
 impl Note {
     fn parse(text: &str) -> Note {
         let words: Vec<&str> = text.split(' ').collect();
-        let offset = |text: &str| text.parse::<u128>().ok().map(Offset::new);
+        let offset = Offset::parse;
         let note = match words[..] {
             ["together", until, stops, process] => offset(until)
                 .zip(stops.parse().ok())
@@ -72,9 +75,14 @@ pub enum Alone {
     Poison,
 }
 
+/// Between a note and the re-run that it stands in.
+const RERUN: &str = " rerun ";
+
 /// The notes of one partition.
 pub struct Stops {
     process: String,
+    /// The last time that an operator set the position; none where none did.
+    rerun: Option<String>,
     /// What the next commit is to say.
     wanted: Note,
     /// What the last one that was handed over says, and the last one that is known to be committed.
@@ -88,10 +96,17 @@ pub struct Stops {
 }
 
 impl Stops {
-    /// `metadata`: that of the committed offset; `process`: an id that no other process has, nor this one's next start.
-    pub fn new(metadata: &str, process: &str) -> Self {
+    /// `metadata`: that of the committed offset, if there is one; `process`: an id that no other process has, nor this one's
+    /// next start.
+    pub fn new(metadata: Option<&str>, process: &str) -> Self {
         let (mut stops, mut doubtful, mut suspect) = (0, Offset::START, None);
-        match Note::parse(metadata) {
+        let (note, rerun) = match metadata {
+            // Nothing runs before a commit has told, so that the next owner says the same.
+            Some("") => ("", Some(process)),
+            Some(text) => text.split_once(RERUN).map_or((text, None), |(note, rerun)| (note, Some(rerun))),
+            None => ("", None),
+        };
+        match Note::parse(note) {
             Note::Clean => {}
             Note::Together { until, stops: before, process: by } => {
                 // A session that this process has built anew is no stop.
@@ -103,7 +118,13 @@ impl Stops {
             }
         }
         let wanted = Note::Clean;
-        Self { process: process.to_owned(), wanted, handed: None, committed: None, stops, doubtful, suspect }
+        let (process, rerun) = (process.to_owned(), rerun.map(str::to_owned));
+        Self { process, rerun, wanted, handed: None, committed: None, stops, doubtful, suspect }
+    }
+
+    /// What the outputs are marked with.
+    pub fn rerun(&self) -> Option<&str> {
+        self.rerun.as_deref()
     }
 
     /// Whether records may have been under way when another process ended.
@@ -187,7 +208,8 @@ impl Stops {
     /// The metadata of the next commit.
     pub fn hand_over(&mut self) -> String {
         self.handed = Some(self.wanted.clone());
-        self.wanted.text()
+        let note = self.wanted.text();
+        self.rerun.as_ref().map_or_else(|| note.clone(), |rerun| format!("{note}{RERUN}{rerun}"))
     }
 
     /// What was handed over is committed.
@@ -211,7 +233,9 @@ mod tests {
 
     #[test]
     fn notes_survive_and_garbage_is_clean() {
-        for text in ["clean", "together 17 1 abc", "one 5 2 900 abc"] {
+        for text in
+            ["clean", "together 17 1 abc", "one 5 2 900 abc", "together 7:12:0 1 abc", "one 7:12:3 1 7:900:0 abc"]
+        {
             assert_eq!(Note::parse(text).text(), text);
         }
         for text in ["", "together", "together x 1 abc", "one 1 2 abc", "4711"] {
@@ -221,7 +245,7 @@ mod tests {
 
     #[test]
     fn nothing_runs_that_is_not_noted() {
-        let mut stops = Stops::new("", "a");
+        let mut stops = Stops::new(None, "a");
         assert!(!stops.is_news() && !stops.together(AT(10)) && stops.is_news());
         assert_eq!(commit(&mut stops), "together 5010 0 a");
         assert!(stops.together(AT(10)) && !stops.is_news());
@@ -232,8 +256,23 @@ mod tests {
     }
 
     #[test]
+    fn a_position_that_was_set_by_hand_is_told_by_every_later_note() {
+        let mut first = Stops::new(None, "a");
+        assert!(first.rerun().is_none() && !first.together(AT(10)));
+        assert_eq!(commit(&mut first), "together 5010 0 a");
+        let mut reset = Stops::new(Some(""), "b");
+        assert!(reset.rerun() == Some("b") && !reset.together(AT(10)), "told before anything runs");
+        let note = commit(&mut reset);
+        assert_eq!(note, "together 5010 0 b rerun b");
+        let mut next = Stops::new(Some(&note), "c");
+        assert_eq!((next.rerun(), next.count()), (Some("b"), 1));
+        next.rest();
+        assert_eq!(commit(&mut next), "clean rerun b");
+    }
+
+    #[test]
     fn one_kill_changes_nothing_and_a_second_over_the_same_records_isolates_them() {
-        let mut second = Stops::new("together 5010 0 a", "b");
+        let mut second = Stops::new(Some("together 5010 0 a"), "b");
         assert_eq!((second.count(), second.alone(AT(7))), (1, None));
         assert!(!second.together(AT(10)));
         assert_eq!(commit(&mut second), "together 5010 1 b");
@@ -242,7 +281,7 @@ mod tests {
         assert!(!second.together(AT(5_010)));
         assert_eq!(commit(&mut second), "together 10010 0 b");
 
-        let mut third = Stops::new("together 5010 1 b", "c");
+        let mut third = Stops::new(Some("together 5010 1 b"), "c");
         assert_eq!((third.alone(AT(7)), third.alone(AT(5_010))), (Some(AT(5_010)), None));
         assert_eq!(third.one(AT(7)), Alone::Note);
         assert_eq!(commit(&mut third), "one 7 1 5010 c");
@@ -252,21 +291,21 @@ mod tests {
 
     #[test]
     fn a_record_that_ends_the_process_twice_alone_is_poison_and_a_new_session_is_no_end() {
-        let mut again = Stops::new("one 7 1 5010 c", "c");
+        let mut again = Stops::new(Some("one 7 1 5010 c"), "c");
         assert_eq!((again.one(AT(7)), commit(&mut again)), (Alone::Note, "one 7 1 5010 c".into()));
-        let mut fourth = Stops::new("one 7 1 5010 c", "d");
+        let mut fourth = Stops::new(Some("one 7 1 5010 c"), "d");
         assert_eq!((fourth.one(AT(7)), commit(&mut fourth)), (Alone::Note, "one 7 2 5010 d".into()));
-        let mut fifth = Stops::new("one 7 2 5010 d", "e");
+        let mut fifth = Stops::new(Some("one 7 2 5010 d"), "e");
         assert_eq!((fifth.one(AT(7)), fifth.one(AT(8))), (Alone::Poison, Alone::Note));
-        assert_eq!(Stops::new("together 5010 1 e", "e").count(), 1, "a session built anew");
+        assert_eq!(Stops::new(Some("together 5010 1 e"), "e").count(), 1, "a session built anew");
     }
 
     #[test]
     fn a_note_says_nothing_of_records_that_had_never_come() {
-        let mut idle = Stops::new("together 5010 1 a", "b");
+        let mut idle = Stops::new(Some("together 5010 1 a"), "b");
         idle.bound(AT(10), AT(10));
         assert!(!idle.is_unclean() && idle.alone(AT(10)).is_none());
-        let mut some = Stops::new("together 5010 1 a", "b");
+        let mut some = Stops::new(Some("together 5010 1 a"), "b");
         some.bound(AT(10), AT(12));
         assert_eq!((some.alone(AT(11)), some.alone(AT(12))), (Some(AT(12)), None));
         assert_eq!((some.one(AT(11)), commit(&mut some)), (Alone::Note, "one 11 1 12 b".into()));

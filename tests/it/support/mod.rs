@@ -4,6 +4,7 @@ pub mod broker;
 pub mod postgres;
 pub mod process;
 pub mod registry;
+pub mod sink;
 #[path = "../../waiting.rs"]
 mod waiting;
 

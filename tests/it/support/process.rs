@@ -127,9 +127,15 @@ impl Process {
 
     /// The sum of a metric's series; none where the process does not answer.
     pub async fn metric(&self, name: &str) -> Option<f64> {
+        self.metric_with(name, "").await
+    }
+
+    /// The sum of those whose labels say this.
+    pub async fn metric_with(&self, name: &str, label: &str) -> Option<f64> {
         let answer = reqwest::get(format!("http://127.0.0.1:{}/metrics", self.admin)).await.ok()?;
         let page = answer.text().await.ok()?;
-        let of_name = |line: &&str| line.starts_with(name) && line[name.len()..].starts_with([' ', '{']);
+        let of_name =
+            |line: &&str| line.starts_with(name) && line[name.len()..].starts_with([' ', '{']) && line.contains(label);
         Some(page.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
     }
 
@@ -261,6 +267,11 @@ impl Flow {
 
     pub fn set(&mut self, name: &str, value: &str) {
         self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// What was set last.
+    pub fn setting(&self, name: &str) -> &str {
+        self.environment.iter().rfind(|(set, _)| set == name).map_or("", |(_, value)| value)
     }
 
     pub fn url(&self) -> String {

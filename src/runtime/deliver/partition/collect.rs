@@ -40,6 +40,7 @@ impl PartitionState {
         self.seq += 1;
         let lowest = self.lowest_unfinished();
         self.drains.retain(|drain| drain.bound > lowest);
+        self.repeats.forget_below(lowest);
         let record = PartitionProgress {
             seq: self.seq,
             epoch: self.epoch.0,

@@ -3,6 +3,7 @@
 //! offset never passes one, the ledger closes.
 
 mod cover;
+mod repeats;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -44,6 +45,7 @@ fn settings(bounds: Bounds) -> DeliverSettings {
         jobs: JobTopic(placement),
         bounds,
         stage: "router",
+        repeats: 0,
         retention: None,
         seed: 0,
     }
