@@ -89,18 +89,29 @@ pub struct Pulsar {
     pub tenant: String,
     pub namespace: String,
     pub token: String,
+    pub oauth2: OAuth2,
     pub ca_file: PathBuf,
+}
+
+/// Who gives tokens for Pulsar.
+#[derive(Clone, Debug, Deserialize)]
+pub struct OAuth2 {
+    pub issuer_url: String,
+    pub credentials_file: PathBuf,
+    pub audience: String,
+    pub scope: String,
 }
 
 impl std::fmt::Debug for Pulsar {
     /// Without what lets somebody in.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { service_url, admin_url, tenant, namespace, ca_file, token: _ } = self;
+        let Self { service_url, admin_url, tenant, namespace, ca_file, oauth2, token: _ } = self;
         f.debug_struct("Pulsar")
             .field("service_url", service_url)
             .field("admin_url", admin_url)
             .field("tenant", tenant)
             .field("namespace", namespace)
+            .field("oauth2", oauth2)
             .field("ca_file", ca_file)
             .finish_non_exhaustive()
     }

@@ -230,7 +230,7 @@ async fn log(config: &Config, topics: &Topics, clock: &Clock) -> Vec<Finding> {
             "is it up, reachable from here, and are log.kafka.bootstrap_servers and .properties right?"
         }
         BackendKind::Pulsar => {
-            "is it up, reachable from here, and are log.pulsar.service_url, .admin_url, .tenant, .namespace and .token right?"
+            "is it up, reachable from here, and are log.pulsar.service_url, .admin_url, .tenant, .namespace, .token and .oauth2 right?"
         }
         BackendKind::Embedded => {
             "start the engine once (`laneway run all`), or name its folder (log.embedded.data_dir)"

@@ -18,7 +18,7 @@ use crate::log::embedded::{Access, Embedded};
 #[cfg(feature = "kafka")]
 use crate::log::kafka::{Kafka, KafkaConfig};
 #[cfg(feature = "pulsar")]
-use crate::log::pulsar::{PulsarConfig, PulsarLog};
+use crate::log::pulsar::{OAuth2, PulsarConfig, PulsarLog};
 use crate::log::registry::Registry;
 #[cfg(any(feature = "kafka", feature = "pulsar"))]
 use crate::log::registry::{Registered, RegistryConfig};
@@ -95,6 +95,12 @@ fn pulsar(config: &Config) -> anyhow::Result<Registered<PulsarLog>> {
         namespace: pulsar.namespace.clone(),
         prefix: config.log.topic_prefix.clone(),
         token: pulsar.token.clone(),
+        oauth2: OAuth2 {
+            issuer_url: pulsar.oauth2.issuer_url.clone(),
+            credentials_file: pulsar.oauth2.credentials_file.clone(),
+            audience: pulsar.oauth2.audience.clone(),
+            scope: pulsar.oauth2.scope.clone(),
+        },
         ca_file: pulsar.ca_file.clone(),
     })?;
     registered(log, config)

@@ -5,6 +5,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use laneway::log::pulsar::PulsarConfig;
+
 use crate::waiting::eventually;
 
 /// Every Linux tells CPU time in hundredths of a second.
@@ -13,6 +15,19 @@ const TICKS: f64 = 100.0;
 /// The test Kafka.
 pub fn bootstrap() -> String {
     format!("127.0.0.1:{}", std::env::var("LANEWAY_KAFKA_PORT").unwrap_or("19092".into()))
+}
+
+/// The test Pulsar.
+pub fn pulsar(prefix: &str) -> PulsarConfig {
+    let port = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
+    PulsarConfig {
+        service_url: format!("pulsar://127.0.0.1:{}", port("LANEWAY_PULSAR_PORT", "16650")),
+        admin_url: format!("http://127.0.0.1:{}", port("LANEWAY_PULSAR_WEB_PORT", "18080")),
+        tenant: "public".into(),
+        namespace: "default".into(),
+        prefix: prefix.into(),
+        ..PulsarConfig::default()
+    }
 }
 
 /// Where processes run: a folder with `workspace.json` and `laneway.toml`, topics under a prefix.
@@ -31,8 +46,18 @@ impl Setting {
         Self::on(log, workspace, config)
     }
 
-    /// On a log, by its settings, with its topics.
-    pub fn on(log: Vec<(&'static str, String)>, workspace: &serde_json::Value, config: &str) -> Self {
+    /// On Pulsar, with its topics.
+    pub fn on_pulsar(workspace: &serde_json::Value, config: &str) -> Self {
+        let at = pulsar("");
+        let log = vec![
+            ("LANEWAY_LOG__BACKEND", "pulsar".into()),
+            ("LANEWAY_LOG__PULSAR__SERVICE_URL", at.service_url),
+            ("LANEWAY_LOG__PULSAR__ADMIN_URL", at.admin_url),
+        ];
+        Self::on(log, workspace, config)
+    }
+
+    fn on(log: Vec<(&'static str, String)>, workspace: &serde_json::Value, config: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         std::fs::write(folder.path().join("workspace.json"), workspace.to_string()).expect("written");
         std::fs::write(folder.path().join("laneway.toml"), config).expect("written");
@@ -96,6 +121,12 @@ impl Running {
     #[allow(dead_code, reason = "not every benchmark has one of its own")]
     pub fn of(child: Child) -> Self {
         Self { child, admin: 0 }
+    }
+
+    /// One that has metrics on this port.
+    #[allow(dead_code, reason = "not every benchmark has one of its own")]
+    pub fn telling_at(child: Child, admin: u16) -> Self {
+        Self { child, admin }
     }
 
     fn proc(&self, file: &str) -> String {

@@ -1,14 +1,15 @@
 //! A cluster as companies run it: TLS, passwords, client certificates. And no secret anywhere.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use laneway::log::pulsar::PulsarConfig;
+use laneway::log::pulsar::{OAuth2, PulsarConfig};
 use serde_json::Value;
 
 use crate::support::broker::Broker;
 use crate::support::eventually;
-use crate::support::process::{Flow, number};
+use crate::support::issuer::{CLIENT, Issuer, Key, SECRET};
+use crate::support::process::{Flow, free_port, number};
 
 const SCRAM: &str = "scram-secret-1";
 const PLAIN: &str = "plain-secret-2";
@@ -146,6 +147,44 @@ async fn the_flow_runs_on_pulsar_over_tls_with_a_token() {
     ] {
         let (says, whole) = log_problem(&Flow::unapplied_on_pulsar(&config));
         assert!(says.contains(reason), "{config:?}: {says}");
+        assert!(!whole.contains("hunter2"), "a secret is told: {whole}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_flow_runs_on_pulsar_with_tokens_that_it_renews_and_tells_no_secret() {
+    let broker = Broker::start_pulsar_secured();
+    let issuer = Issuer::start(Key::Shared(Path::new(&broker.token_file()).with_file_name("secret.key"))).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let with = |name: &str, text: &str| {
+        let credentials_file = folder.path().join(name);
+        std::fs::write(&credentials_file, text).expect("written");
+        let oauth2 = OAuth2 { issuer_url: issuer.url().to_owned(), credentials_file, ..OAuth2::default() };
+        PulsarConfig { oauth2, ..broker.tls_config("") }
+    };
+    let credentials = |secret: &str| format!(r#"{{"client_id":"{CLIENT}","client_secret":"{secret}"}}"#);
+    let flow = Flow::on_pulsar_at(&with("credentials with a blank.json", &credentials(SECRET)));
+    let running = flow.start_all().await;
+    let before = issuer.given();
+    // Longer than two tokens live: connections that stand are asked for a new one.
+    let report = flow.load(&["--events", "2000", "--users", "100", "--rate", "100"]).report().await;
+    are_none(&report, &["lost", "out_of_order", "duplicated_messages"]);
+    assert!(issuer.given() > before + 6, "tokens were not renewed: {} after {before}", issuer.given());
+    let told = flow.command(&["check"]);
+    let mut said = format!("{}{}", String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr));
+    running.iter().for_each(|process| said += &process.said());
+    assert!(told.status.success() && !said.contains(SECRET), "{said}");
+
+    let mut nobody = with("good.json", &credentials(SECRET));
+    nobody.oauth2.issuer_url = format!("http://127.0.0.1:{}", free_port());
+    for (config, reason) in [
+        (with("wrong.json", &credentials("hunter2")), "invalid_client"),
+        (with("broken.json", "{\"client_secret\": \"hunter2\""), "log.pulsar.oauth2.credentials_file"),
+        (nobody, "Connection refused"),
+        (PulsarConfig { token: "t".into(), ..with("both.json", &credentials(SECRET)) }, "both set"),
+    ] {
+        let (says, whole) = log_problem(&Flow::unapplied_on_pulsar(&config));
+        assert!(says.contains(reason), "{reason}: {says}");
         assert!(!whole.contains("hunter2"), "a secret is told: {whole}");
     }
 }

@@ -32,6 +32,7 @@ const OWNED: [(&str, &[&str]); 6] = [
         &[
             "src/log/registry/",
             "src/log/pulsar/rest.rs",
+            "src/log/pulsar/identity.rs",
             "src/control/remote.rs",
             "src/control/regulations.rs",
             "src/control/uploads.rs",

@@ -4,13 +4,14 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use pulsar::{Authentication, ConnectionRetryOptions, OperationRetryOptions, ProducerOptions, Pulsar, TokioExecutor};
+use pulsar::{ConnectionRetryOptions, OperationRetryOptions, ProducerOptions, Pulsar, TokioExecutor};
 use tokio::sync::OnceCell;
 
 use crate::log::{LogError, Misconfigured};
 use crate::model::record::{Partition, Topic};
 
 use super::convert;
+use super::identity::{OAuth2, Tokens};
 
 /// One call to a broker. What takes longer is tried again by whoever asked.
 pub const CALL: Duration = Duration::from_secs(10);
@@ -27,6 +28,8 @@ pub struct PulsarConfig {
     pub prefix: String,
     /// Where it is not empty: what proves who we are.
     pub token: String,
+    /// Who gives tokens instead.
+    pub oauth2: OAuth2,
     /// Authorities to trust besides the built-in ones, in PEM.
     pub ca_file: PathBuf,
 }
@@ -72,12 +75,13 @@ impl PulsarConfig {
 /// The connection, made when it is first wanted.
 pub struct Client {
     pub config: PulsarConfig,
+    tokens: Tokens,
     connected: OnceCell<Pulsar<TokioExecutor>>,
 }
 
 impl Client {
-    pub fn new(config: PulsarConfig) -> Self {
-        Self { config, connected: OnceCell::new() }
+    pub fn new(config: PulsarConfig, tokens: Tokens) -> Self {
+        Self { config, tokens, connected: OnceCell::new() }
     }
 
     /// # Errors
@@ -103,9 +107,8 @@ impl Client {
                 retry_delay: Duration::from_millis(100),
                 max_retries: Some(0),
             });
-        if !self.config.token.is_empty() {
-            let data = self.config.token.clone().into_bytes();
-            builder = builder.with_auth(Authentication { name: "token".into(), data });
+        if !self.tokens.is_none() {
+            builder = builder.with_auth_provider(Box::new(self.tokens.clone()));
         }
         if let Some(authorities) = self.config.authorities()? {
             builder = builder.with_certificate_chain(authorities);

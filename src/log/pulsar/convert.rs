@@ -17,6 +17,8 @@ use crate::clock::Timestamp;
 use crate::log::LogError;
 use crate::model::record::{Addressed, Headers, Offset, Partition, Record};
 
+use super::identity::refused;
+
 /// A list in JSON: the properties that are headers, in their order, each with the header's name and whether its value is base64.
 const SHAPE: &str = "lw-headers";
 /// Of a value of no bytes: without it that is a tombstone, as compaction takes it.
@@ -120,20 +122,27 @@ fn headers(metadata: &MessageMetadata) -> Headers {
     headers
 }
 
-/// What the broker gave as the reason.
-fn reason(error: &Error) -> Option<ServerError> {
-    let connection = match error {
+/// What went wrong with a connection, wherever it was wanted.
+fn connection(error: &Error) -> Option<&ConnectionError> {
+    match error {
         Error::Connection(error)
         | Error::Producer(ProducerError::Connection(error))
         | Error::Consumer(ConsumerError::Connection(error))
-        | Error::ServiceDiscovery(ServiceDiscoveryError::Connection(error)) => error,
-        Error::ServiceDiscovery(ServiceDiscoveryError::Query(kind, _)) => return *kind,
-        Error::Producer(ProducerError::Batch(error)) => return reason(error),
-        _ => return None,
-    };
-    match connection {
-        ConnectionError::PulsarError(kind, _) => *kind,
+        | Error::ServiceDiscovery(ServiceDiscoveryError::Connection(error)) => Some(error),
+        Error::Producer(ProducerError::Batch(error)) => connection(error),
         _ => None,
+    }
+}
+
+/// What the broker gave as the reason.
+fn reason(error: &Error) -> Option<ServerError> {
+    match error {
+        Error::ServiceDiscovery(ServiceDiscoveryError::Query(kind, _)) => *kind,
+        Error::Producer(ProducerError::Batch(error)) => reason(error),
+        _ => match connection(error)? {
+            ConnectionError::PulsarError(kind, _) => *kind,
+            _ => None,
+        },
     }
 }
 
@@ -144,6 +153,9 @@ pub fn is_taken(error: &Error) -> bool {
 
 /// What a failed call means for the caller.
 pub fn error(error: Error) -> LogError {
+    if let Some(ConnectionError::Authentication(reason)) = connection(&error) {
+        return refused(reason);
+    }
     match reason(&error) {
         Some(ServerError::AuthenticationError | ServerError::AuthorizationError) => {
             LogError::fatal(format!("the broker refuses us: {error}"))

@@ -14,6 +14,7 @@ mod admin;
 mod config;
 mod convert;
 mod floor;
+mod identity;
 mod internals;
 mod members;
 mod membership;
@@ -34,6 +35,7 @@ use rest::Rest;
 
 pub use admin::PulsarAdmin;
 pub use config::PulsarConfig;
+pub use identity::OAuth2;
 pub use publisher::PulsarPublisher;
 pub use reader::PulsarReader;
 pub use session::{PulsarCommitter, PulsarSession};
@@ -50,7 +52,7 @@ impl PulsarLog {
     /// Where what is configured cannot be used.
     pub fn new(config: PulsarConfig) -> Result<Self, LogError> {
         let rest = Rest::new(&config)?;
-        Ok(Self { client: Arc::new(Client::new(config)), rest })
+        Ok(Self { client: Arc::new(Client::new(config, rest.tokens())), rest })
     }
 }
 

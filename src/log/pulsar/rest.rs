@@ -1,5 +1,6 @@
 //! The cluster's admin API.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::header::LOCATION;
@@ -12,6 +13,7 @@ use crate::log::{LogError, Misconfigured};
 use crate::model::record::{Partition, Topic};
 
 use super::config::PulsarConfig;
+use super::identity::{Tokens, why};
 
 const CALL: Duration = Duration::from_secs(10);
 const REDIRECTS: usize = 4;
@@ -19,7 +21,8 @@ const REDIRECTS: usize = 4;
 #[derive(Clone)]
 pub struct Rest {
     client: reqwest::Client,
-    config: PulsarConfig,
+    config: Arc<PulsarConfig>,
+    tokens: Tokens,
 }
 
 impl Rest {
@@ -31,7 +34,13 @@ impl Rest {
                 client = client.add_root_certificate(authority);
             }
         }
-        Ok(Self { client: client.build().map_err(wrong)?, config: config.clone() })
+        let client = client.build().map_err(wrong)?;
+        Ok(Self { tokens: Tokens::new(config, &client)?, client, config: Arc::new(config.clone()) })
+    }
+
+    /// What is shown here, for the brokers too.
+    pub fn tokens(&self) -> Tokens {
+        self.tokens.clone()
     }
 
     /// The path of the namespace's topics.
@@ -88,8 +97,8 @@ impl Rest {
         let body = body.map(serde_json::to_vec).transpose().map_err(LogError::fatal)?;
         for _ in 0..REDIRECTS {
             let mut request = self.client.request(method.clone(), &url);
-            if !self.config.token.is_empty() {
-                request = request.bearer_auth(&self.config.token);
+            if let Some(token) = self.tokens.token().await? {
+                request = request.bearer_auth(token);
             }
             if let Some(body) = &body {
                 request = request.header("content-type", "application/json").body(body.clone());
@@ -107,12 +116,7 @@ impl Rest {
     }
 
     fn silent(&self, error: reqwest::Error) -> LogError {
-        // What went wrong stands innermost.
-        let mut cause: &dyn std::error::Error = &error;
-        while let Some(next) = cause.source() {
-            cause = next;
-        }
-        LogError::transient(format!("{}: {cause}", self.config.admin_url))
+        LogError::transient(format!("{}: {}", self.config.admin_url, why(&error)))
     }
 
     fn unexpected(&self, path: &str, status: StatusCode, body: &str) -> LogError {

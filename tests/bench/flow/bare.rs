@@ -16,6 +16,8 @@ use rdkafka::producer::{
 };
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde_json::value::RawValue;
+use sqlx::Connection;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 
 use crate::process::bootstrap;
 
@@ -108,7 +110,7 @@ impl ProducerContext for Reports {
 }
 
 /// Reads `events` and writes each record as it is to `deliveries`, in transactions of what twenty milliseconds bring.
-pub fn processor(prefix: &str) {
+pub fn processor(prefix: &str, count: u64) {
     const CALL: Duration = Duration::from_secs(10);
     let consumer: BaseConsumer = client()
         .set("group.id", format!("{prefix}bare"))
@@ -129,8 +131,10 @@ pub fn processor(prefix: &str) {
     let (from, to) = (format!("{prefix}events"), format!("{prefix}deliveries"));
     producer.init_transactions(CALL).expect("a transactional id");
     consumer.subscribe(&[&from]).expect("subscribed");
-    loop {
+    let mut done = Done::default();
+    while done.seen < count {
         let (mut offsets, mut is_open, mut until) = (HashMap::<i32, i64>::new(), false, None::<Instant>);
+        let mut copied = 0;
         while until.is_none_or(|until| Instant::now() < until) {
             let Some(Ok(message)) = consumer.poll(Duration::from_millis(5)) else { continue };
             if !is_open {
@@ -138,6 +142,7 @@ pub fn processor(prefix: &str) {
                 (is_open, until) = (true, Some(Instant::now() + Duration::from_millis(20)));
             }
             offsets.insert(message.partition(), message.offset() + 1);
+            copied += 1;
             producer.context().waiting.fetch_add(1, Ordering::Release);
             let record: BaseRecord<'_, [u8], [u8]> =
                 BaseRecord::to(&to).partition(message.partition()).payload(message.payload().unwrap_or_default());
@@ -154,19 +159,99 @@ pub fn processor(prefix: &str) {
         let group = consumer.group_metadata().expect("a member");
         producer.send_offsets_to_transaction(&list, &group, CALL).expect("offsets");
         producer.commit_transaction(CALL).expect("committed");
+        done.more(copied);
+    }
+    done.tell(count);
+}
+
+/// What a bare loop has done, from its first step on: what that brought does not count.
+#[derive(Default)]
+pub struct Done {
+    pub seen: u64,
+    first: u64,
+    began: Option<(Instant, f64)>,
+}
+
+impl Done {
+    pub fn more(&mut self, copied: u64) {
+        self.seen += copied;
+        if self.began.is_none() && copied > 0 {
+            (self.first, self.began) = (self.seen, Some((Instant::now(), cpu())));
+        }
+    }
+
+    /// Prints seconds and CPU that all of it would have taken.
+    pub fn tell(self, count: u64) {
+        let (began, before) = self.began.expect("it has begun");
+        let of_all = count as f64 / (self.seen - self.first).max(1) as f64;
+        let (seconds, cpu) = (began.elapsed().as_secs_f64() * of_all, (cpu() - before) * of_all);
+        println!("{}", serde_json::json!({"seconds": seconds, "cpu": cpu}));
     }
 }
 
-/// Records a second that one connection writes durably: a thousand of 1 KB in a row, a transaction for each.
-pub async fn sqlite(file: &Path, during: Duration) -> f64 {
-    use sqlx::Connection;
-    use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
+/// Seconds of CPU that this process has used.
+fn cpu() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks = |index: usize| fields.get(index).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
+    (ticks(11) + ticks(12)) / 100.0
+}
+
+/// Batches of this many records in a row of their own, as many as twenty milliseconds bring in a transaction.
+const BATCH: usize = 100;
+
+async fn durable(file: &Path) -> SqliteConnection {
     let options = SqliteConnectOptions::new()
         .filename(file)
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full);
-    let mut connection = SqliteConnection::connect_with(&options).await.expect("a file");
+    SqliteConnection::connect_with(&options).await.expect("a file")
+}
+
+/// Fills `events`, then reads them and writes each batch as it is to `deliveries`, with the position in the same transaction.
+pub async fn sqlite_processor(file: &Path, count: u64) {
+    let mut connection = durable(file).await;
+    for table in ["events", "deliveries"] {
+        let create = format!("create table {table} (id integer primary key, body blob not null)");
+        sqlx::query(sqlx::AssertSqlSafe(create)).execute(&mut connection).await.expect("created");
+    }
+    sqlx::query("create table position (at integer not null)").execute(&mut connection).await.expect("created");
+    sqlx::query("insert into position values (0)").execute(&mut connection).await.expect("begun");
+    let mut filling = connection.begin().await.expect("begun");
+    for first in (0..count).step_by(BATCH) {
+        let body: String = (first..(first + BATCH as u64).min(count)).map(crate::event).collect();
+        let insert = sqlx::query("insert into events (body) values (?)").bind(body.into_bytes());
+        insert.execute(&mut *filling).await.expect("written");
+    }
+    filling.commit().await.expect("filled");
+    let (mut done, mut at) = (Done::default(), 0_i64);
+    while done.seen < count {
+        let until = Instant::now() + Duration::from_millis(20);
+        let (mut copied, mut transaction) = (0, connection.begin().await.expect("begun"));
+        while Instant::now() < until {
+            let next =
+                sqlx::query_as::<_, (i64, Vec<u8>)>("select id, body from events where id > ? order by id limit 10");
+            let some = next.bind(at).fetch_all(&mut *transaction).await.expect("read");
+            let Some((last, _)) = some.last() else { break };
+            at = *last;
+            for (_, body) in some {
+                let insert = sqlx::query("insert into deliveries (body) values (?)").bind(body);
+                insert.execute(&mut *transaction).await.expect("written");
+                copied += BATCH as u64;
+            }
+        }
+        let moved = sqlx::query("update position set at = ?").bind(at);
+        moved.execute(&mut *transaction).await.expect("moved");
+        transaction.commit().await.expect("committed");
+        done.more(copied);
+    }
+    done.tell(count);
+}
+
+/// Records a second that one connection writes durably: a thousand of 1 KB in a row, a transaction for each.
+pub async fn sqlite(file: &Path, during: Duration) -> f64 {
+    let mut connection = durable(file).await;
     sqlx::query("create table batches (id integer primary key, body blob not null)")
         .execute(&mut connection)
         .await

@@ -1,6 +1,6 @@
 //! The least that could do a processor's work with Pulsar's client.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use laneway::log::pulsar::PulsarConfig;
@@ -10,9 +10,10 @@ use pulsar::{Consumer, ProducerOptions, Pulsar, SubType, TokioExecutor};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use crate::PATIENCE;
+use crate::bare::Done;
 
 /// Reads `events` and writes each record as it is to `deliveries`; every twenty milliseconds it waits for the receipts and acknowledges what
-/// it has read. Prints how long that took from the first record on, and its CPU.
+/// it has read. Prints how long that took, and its CPU.
 pub async fn processor(config: &PulsarConfig, count: u64) {
     let client: Pulsar<_> = Pulsar::builder(&config.service_url, TokioExecutor).build().await.expect("a broker");
     let (done, mut told) = unbounded_channel();
@@ -25,17 +26,11 @@ pub async fn processor(config: &PulsarConfig, count: u64) {
         let some = tokio::time::timeout(PATIENCE, told.recv()).await;
         some.expect("it goes on").expect("a task")
     };
-    // What came before the clock started does not count.
-    let before = next().await;
-    let (mut seen, began) = (before, Instant::now());
-    while seen < count {
-        seen += next().await;
+    let mut seen = Done::default();
+    while seen.seen < count {
+        seen.more(next().await);
     }
-    let seconds = began.elapsed().as_secs_f64() * count as f64 / (count - before).max(1) as f64;
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |index: usize| fields.get(index).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
-    println!("{}", serde_json::json!({"seconds": seconds, "cpu": (ticks(11) + ticks(12)) / 100.0}));
+    seen.tell(count);
     std::process::exit(0);
 }
 

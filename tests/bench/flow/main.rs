@@ -5,9 +5,8 @@
 //! deploy/services up kafka
 //! cargo bench --features pulsar --bench flow -- gateway          (single events, then batches of 100; SECONDS=8 PAIRS=3; beside a bare
 //!                                               handler, and one that writes the five headers of our format too)
-//! cargo bench --features pulsar --bench flow -- processor 500000
-//! cargo bench --features pulsar --bench flow -- embedded
-//! cargo bench --features pulsar --bench flow -- pulsar 500000       (the processor; deploy/services up pulsar)
+//! cargo bench --features pulsar --bench flow -- processor 300000    (on each log, in one table; deploy/services up pulsar; or on one: kafka, pulsar, embedded)
+//! cargo bench --features pulsar --bench flow -- embedded            (the embedded log alone)
 //! ```
 
 #![allow(clippy::disallowed_methods, reason = "it measures time")]
@@ -16,6 +15,7 @@ mod bare;
 mod bare_pulsar;
 #[path = "../process.rs"]
 mod process;
+mod processors;
 #[path = "../../waiting.rs"]
 mod waiting;
 
@@ -26,17 +26,12 @@ use std::time::{Duration, Instant};
 
 use laneway::clock::Clock;
 use laneway::log::embedded::{Access, Embedded};
-use laneway::log::kafka::{Kafka, KafkaConfig};
-use laneway::log::pulsar::{PulsarConfig, PulsarLog};
 use laneway::log::topic::Topics;
 use laneway::log::{Admin, Backend, Publisher};
-use laneway::model::record::{Addressed, Headers, Offset, Partition, Topic};
-use laneway::runtime::tally::JobTopic;
-use laneway::stages::gateway::request::{Call, Facts, admit};
-use laneway::stages::gateway::{Admission, Along};
+use laneway::model::record::{Addressed, Headers, Partition, Topic};
 use serde_json::{Value, json};
 
-use process::{Running, Setting, bootstrap};
+use process::{Running, Setting};
 use waiting::eventually;
 
 /// What takes longer has failed.
@@ -51,18 +46,15 @@ async fn main() -> ExitCode {
     let argument = |index: usize| arguments.get(index).map(String::as_str);
     match (argument(0), argument(1)) {
         (Some("gateway"), _) => gateway().await,
-        (Some("processor"), count) => processor(count.and_then(|text| text.parse().ok()).unwrap_or(500_000)).await,
+        (Some("processor"), count) => {
+            processors::compare(count.and_then(|text| text.parse().ok()).unwrap_or(300_000), argument(2)).await;
+        }
         (Some("embedded"), _) => embedded().await,
-        (Some("pulsar"), count) => on_pulsar(count.and_then(|text| text.parse().ok()).unwrap_or(500_000)).await,
         // The other side of a comparison, in a process of its own.
         (Some("bare-gateway"), Some(topic)) => bare::gateway(GATEWAY, topic, argument(2) == Some("headers")).await,
-        (Some("bare-processor"), Some(prefix)) => bare::processor(prefix),
-        (Some("bare-pulsar"), Some(prefix)) => {
-            let count = argument(2).and_then(|text| text.parse().ok()).expect("how many");
-            bare_pulsar::processor(&pulsar_config(prefix), count).await;
-        }
+        (Some("side"), Some(side)) => processors::side(side, &arguments[2..]).await,
         _ => {
-            eprintln!("which? gateway, processor, embedded, pulsar (see tests/bench/flow)");
+            eprintln!("which? gateway, processor, embedded (see tests/bench/flow)");
             return ExitCode::from(2);
         }
     }
@@ -179,130 +171,6 @@ impl Side {
     fn median(self) -> (f64, f64) {
         (median(self.rates), median(self.cpu))
     }
-}
-
-/// Fills `events` as the gateway would.
-async fn fill<B: Backend>(log: &B, count: u64) {
-    let workspace = laneway::control::workspace::Workspace::parse(&workspace().to_string()).expect("a workspace");
-    let source = workspace.by_write_key("wk-1").expect("a source");
-    let topics = Topics::load(None).expect("topics");
-    let placement = topics.get(&Topic::EVENTS).expect("declared").placement();
-    let admission = Admission::new(log.publisher().expect("a publisher"), placement, JobTopic(placement));
-    let along = Along::default();
-    let clock = Clock::system();
-    for first in (0..count).step_by(500) {
-        let facts = Facts {
-            received_at: clock.now(),
-            client_ip: "127.0.0.1".into(),
-            channel: laneway::model::event::Channel::Http,
-            job_run: None,
-            task_run: None,
-        };
-        let body =
-            format!("{{\"batch\":[{}]}}", (first..(first + 500).min(count)).map(event).collect::<Vec<_>>().join(","));
-        let events = admit(source, Call::Batch, body.as_bytes(), &facts).expect("admitted");
-        admission.publish(admission.records(events.iter().map(|event| (event, &along)))).await.expect("published");
-    }
-}
-
-/// Waits until a group has read everything. Tells how long that took from its first step on, and the CPU.
-async fn drained<B: Backend>(log: &B, group: &str, running: &Running) -> (Duration, f64) {
-    let admin = log.admin().expect("an admin");
-    let is_begun = async || {
-        let committed = admin.committed(group, &Topic::EVENTS).await.expect("positions");
-        committed.values().any(|it| it.offset > Offset::START)
-    };
-    let is_done = async || {
-        let committed = admin.committed(group, &Topic::EVENTS).await.expect("positions");
-        let mut is_done = committed.len() == 12;
-        for (partition, at) in &committed {
-            let end = admin.watermarks(&Topic::EVENTS, *partition).await.expect("marks").stable;
-            is_done &= at.offset.forward(1).max(at.offset) >= end;
-        }
-        is_done
-    };
-    eventually("the first events are read", PATIENCE, is_begun).await;
-    let (began, cpu) = (Instant::now(), running.cpu());
-    eventually("everything is read", PATIENCE, is_done).await;
-    (began.elapsed(), running.cpu() - cpu)
-}
-
-async fn processor(count: u64) {
-    let (mut ours, mut bare, mut our_cpu, mut bare_cpu) = (vec![], vec![], vec![], vec![]);
-    for _ in 0..setting("PAIRS", 3) {
-        let place = Setting::new(&workspace(), "");
-        let log = Kafka::new(KafkaConfig {
-            bootstrap_servers: bootstrap(),
-            prefix: place.prefix.clone(),
-            properties: Default::default(),
-        });
-        fill(&log, count).await;
-        let running = place.start("processor").await;
-        let (time, cpu) = drained(&log, "laneway.processor", &running).await;
-        ours.push(count as f64 / time.as_secs_f64());
-        our_cpu.push(cpu * 1e6 / count as f64);
-        drop(running);
-        let running = again(&["bare-processor", &place.prefix]);
-        let (time, cpu) = drained(&log, "bare", &running).await;
-        bare.push(count as f64 / time.as_secs_f64());
-        bare_cpu.push(cpu * 1e6 / count as f64);
-    }
-    let (ours, bare, our_cpu, bare_cpu) = (median(ours), median(bare), median(our_cpu), median(bare_cpu));
-    println!(
-        "{}",
-        json!({"run": "processor", "events_per_second": ours.round(), "bare": bare.round(), "ratio": ours / bare,
-            "cpu_us_per_event": our_cpu, "bare_cpu_us_per_event": bare_cpu})
-    );
-}
-
-/// The test Pulsar.
-fn pulsar_config(prefix: &str) -> PulsarConfig {
-    let port = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
-    PulsarConfig {
-        service_url: format!("pulsar://127.0.0.1:{}", port("LANEWAY_PULSAR_PORT", "16650")),
-        admin_url: format!("http://127.0.0.1:{}", port("LANEWAY_PULSAR_WEB_PORT", "18080")),
-        tenant: "public".into(),
-        namespace: "default".into(),
-        prefix: prefix.into(),
-        ..PulsarConfig::default()
-    }
-}
-
-/// The processor on Pulsar, beside its client's bare loop: what each takes from the first record to the last.
-async fn on_pulsar(count: u64) {
-    let (mut ours, mut bare, mut our_cpu, mut bare_cpu) = (vec![], vec![], vec![], vec![]);
-    for _ in 0..setting("PAIRS", 3) {
-        let config = pulsar_config("");
-        let log = vec![
-            ("LANEWAY_LOG__BACKEND", "pulsar".into()),
-            ("LANEWAY_LOG__PULSAR__SERVICE_URL", config.service_url),
-            ("LANEWAY_LOG__PULSAR__ADMIN_URL", config.admin_url),
-        ];
-        let place = Setting::on(log, &workspace(), "");
-        let log = PulsarLog::new(pulsar_config(&place.prefix)).expect("a log");
-        fill(&log, count).await;
-        let running = place.start("processor").await;
-        // To ask a broker for positions costs it much.
-        let processed = async || running.metric("laneway_processor_events_total").await;
-        eventually("the first events are read", PATIENCE, async || processed().await > 0.0).await;
-        let (before, began, cpu) = (processed().await, Instant::now(), running.cpu());
-        eventually("everything is read", PATIENCE, async || processed().await >= count as f64).await;
-        ours.push((count as f64 - before) / began.elapsed().as_secs_f64());
-        our_cpu.push((running.cpu() - cpu) * 1e6 / (count as f64 - before));
-        drop(running);
-        let program = std::env::current_exe().expect("a path");
-        let told = Command::new(program).args(["bare-pulsar", &place.prefix, &count.to_string()]).output();
-        let told: Value = serde_json::from_slice(&told.expect("it runs").stdout).expect("JSON");
-        let figure = |name: &str| told[name].as_f64().expect("a number");
-        bare.push(count as f64 / figure("seconds"));
-        bare_cpu.push(figure("cpu") * 1e6 / count as f64);
-    }
-    let (ours, bare, our_cpu, bare_cpu) = (median(ours), median(bare), median(our_cpu), median(bare_cpu));
-    println!(
-        "{}",
-        json!({"run": "processor on pulsar", "events_per_second": ours.round(), "bare": bare.round(), "ratio": ours / bare,
-            "cpu_us_per_event": our_cpu, "bare_cpu_us_per_event": bare_cpu})
-    );
 }
 
 /// Durable records a second: many publishers with 100 records of 1 KB each, against one writer of the same batches.

@@ -1,4 +1,4 @@
-//! What a run lies in: topics of its own on the test Kafka, filled directly, and the router as a process of its own.
+//! What a run lies in: topics of its own on the test Kafka or Pulsar, filled directly, and the router as a process of its own.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,15 +7,16 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use laneway::clock::Clock;
-use laneway::log::kafka::{Kafka, KafkaConfig, KafkaPublisher};
+use laneway::log::kafka::{Kafka, KafkaConfig};
 use laneway::log::partitioner::Placement;
+use laneway::log::pulsar::PulsarLog;
 use laneway::log::topic::Topics;
 use laneway::log::{Backend, Publisher};
 use laneway::model::codec;
 use laneway::model::delivery::{BodyFormat, Delivery, HttpRequest, Payload, TransformAt};
 use laneway::model::record::{Addressed, Headers, Partition, Topic, header};
 
-use crate::process::{Running, Setting, bootstrap};
+use crate::process::{Running, Setting, bootstrap, pulsar};
 use crate::sink::Sink;
 
 /// Of a delivery's body, in bytes: with the rest a record is about 1 KB.
@@ -33,10 +34,40 @@ pub enum Place {
     One,
 }
 
+/// Which log, with what writes to it.
+#[derive(Clone)]
+enum Log {
+    Kafka(Kafka, <Kafka as Backend>::Publisher),
+    Pulsar(PulsarLog, <PulsarLog as Backend>::Publisher),
+}
+
+impl Log {
+    fn of(setting: &Setting, is_pulsar: bool) -> Self {
+        if is_pulsar {
+            let log = PulsarLog::new(pulsar(&setting.prefix)).expect("a log");
+            let publisher = log.publisher().expect("a publisher");
+            return Log::Pulsar(log, publisher);
+        }
+        let log = Kafka::new(KafkaConfig {
+            bootstrap_servers: bootstrap(),
+            prefix: setting.prefix.clone(),
+            properties: Default::default(),
+        });
+        let publisher = log.publisher().expect("a publisher");
+        Log::Kafka(log, publisher)
+    }
+
+    async fn publish(self, records: Vec<Addressed>) {
+        match self {
+            Log::Kafka(_, publisher) => publisher.publish(records).await.expect("published"),
+            Log::Pulsar(_, publisher) => publisher.publish(records).await.expect("published"),
+        }
+    }
+}
+
 pub struct Bed {
     setting: Setting,
-    kafka: Kafka,
-    publisher: KafkaPublisher,
+    log: Log,
     placement: Placement,
     place: Place,
     clock: Clock,
@@ -59,20 +90,18 @@ impl Bed {
         let all: Vec<serde_json::Value> = (0..destinations).map(each).collect();
         let workspace = serde_json::json!({"workspaceId": "ws-1", "sources": [{"id": "src-1", "writeKey": "wk-1", "enabled": true,
             "destinations": all}]});
-        let setting = Setting::new(&workspace, config);
-        let kafka = Kafka::new(KafkaConfig {
-            bootstrap_servers: bootstrap(),
-            prefix: setting.prefix.clone(),
-            properties: Default::default(),
-        });
-        let publisher = kafka.publisher().expect("a publisher");
+        let is_pulsar = std::env::var("LOG").is_ok_and(|log| log == "pulsar");
+        let setting = match is_pulsar {
+            true => Setting::on_pulsar(&workspace, config),
+            false => Setting::new(&workspace, config),
+        };
+        let log = Log::of(&setting, is_pulsar);
         let topics = Topics::load(None).expect("topics");
         let deliveries = topics.iter().find(|spec| spec.topic() == Topic::DELIVERIES).expect("deliveries");
         let placement = deliveries.placement();
         Self {
             setting,
-            kafka,
-            publisher,
+            log,
             placement,
             place,
             clock: Clock::system(),
@@ -91,8 +120,7 @@ impl Bed {
         let mut calls = FuturesUnordered::new();
         while pairs.peek().is_some() {
             let batch: Vec<Addressed> = pairs.by_ref().take(BATCH).map(|(d, user)| self.delivery(d, user)).collect();
-            let publisher = self.publisher.clone();
-            calls.push(async move { publisher.publish(batch).await.expect("published") });
+            calls.push(self.log.clone().publish(batch));
             if calls.len() >= CALLS {
                 calls.next().await;
             }
@@ -140,6 +168,7 @@ impl Bed {
             (header::DESTINATION, &id),
             (header::USER, &name),
             (header::MESSAGE_ID, &message),
+            (header::DELIVERY_ID, delivery.delivery_id.as_str()),
             (header::CONTENT_TYPE, header::AVRO),
         ] {
             headers.push_text(header, value);
@@ -209,12 +238,19 @@ impl Bed {
 
     /// The rate at which nothing but a reader gets through partition 0, in bytes of records a second.
     pub async fn bare_reader(&self) -> f64 {
-        use laneway::log::{Limit, Read, Reader};
-        let reader = self.kafka.reader(&Topic::DELIVERIES, Partition(0), Default::default()).await;
-        let (mut reader, began, mut bytes) = (reader.expect("a reader"), Instant::now(), 0usize);
-        while let Ok(Read::Records(records)) = reader.read(Limit { records: 5_000, bytes: 4 << 20 }).await {
-            bytes += records.iter().map(|record| record.value.as_ref().map_or(0, bytes::Bytes::len)).sum::<usize>();
+        match &self.log {
+            Log::Kafka(log, _) => read_all(log).await,
+            Log::Pulsar(log, _) => read_all(log).await,
         }
-        bytes as f64 / began.elapsed().as_secs_f64()
     }
+}
+
+async fn read_all<B: Backend>(log: &B) -> f64 {
+    use laneway::log::{Limit, Read, Reader};
+    let reader = log.reader(&Topic::DELIVERIES, Partition(0), Default::default()).await;
+    let (mut reader, began, mut bytes) = (reader.expect("a reader"), Instant::now(), 0usize);
+    while let Ok(Read::Records(records)) = reader.read(Limit { records: 5_000, bytes: 4 << 20 }).await {
+        bytes += records.iter().map(|record| record.value.as_ref().map_or(0, bytes::Bytes::len)).sum::<usize>();
+    }
+    bytes as f64 / began.elapsed().as_secs_f64()
 }

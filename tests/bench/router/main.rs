@@ -1,14 +1,15 @@
-//! Benchmarks of the router on a real Kafka: `deliveries` is filled directly, the sink judges, figures are lines of JSON.
+//! Benchmarks of the router on a real Kafka, or with `LOG=pulsar` on a real Pulsar: `deliveries` is filled directly, the sink judges, figures are
+//! lines of JSON.
 //!
 //! ```text
 //! deploy/services up kafka
-//! cargo bench --bench router -- throughput
-//! cargo bench --bench router -- isolation dead 1000000     (or slow, flaky; deliveries that pile up; SECONDS=60 PAIRS=3)
-//! cargo bench --bench router -- together 200 1000          (destinations; deliveries of each)
-//! cargo bench --bench router -- hot
-//! cargo bench --bench router -- failing-users              (SECONDS=600)
-//! cargo bench --bench router -- restart 1000000
-//! cargo bench --bench router -- flat
+//! cargo bench --features pulsar --bench router -- throughput
+//! cargo bench --features pulsar --bench router -- isolation dead 1000000     (or slow, flaky; deliveries that pile up; SECONDS=60 PAIRS=3)
+//! cargo bench --features pulsar --bench router -- together 200 1000          (destinations; deliveries of each)
+//! cargo bench --features pulsar --bench router -- hot
+//! cargo bench --features pulsar --bench router -- failing-users              (SECONDS=600)
+//! cargo bench --features pulsar --bench router -- restart 1000000
+//! cargo bench --features pulsar --bench router -- flat
 //! ```
 //!
 //! A time says little on a shared machine: compare what one run prints.

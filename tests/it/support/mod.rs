@@ -1,6 +1,7 @@
 //! What the tests share: services, waiting for conditions, topics of their own.
 
 pub mod broker;
+pub mod issuer;
 pub mod postgres;
 pub mod process;
 pub mod registry;

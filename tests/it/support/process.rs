@@ -236,6 +236,8 @@ impl Flow {
             ("LANEWAY_LOG__PULSAR__ADMIN_URL", &pulsar.admin_url),
             ("LANEWAY_LOG__PULSAR__TOKEN", &pulsar.token),
             ("LANEWAY_LOG__PULSAR__CA_FILE", &pulsar.ca_file.display().to_string()),
+            ("LANEWAY_LOG__PULSAR__OAUTH2__ISSUER_URL", &pulsar.oauth2.issuer_url),
+            ("LANEWAY_LOG__PULSAR__OAUTH2__CREDENTIALS_FILE", &pulsar.oauth2.credentials_file.display().to_string()),
         ];
         Self::unapplied("", &settings)
     }
