@@ -94,10 +94,10 @@ pub struct Pulsar {
 }
 
 /// Who gives tokens for Pulsar.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct OAuth2 {
     pub issuer_url: String,
-    pub credentials_file: PathBuf,
+    pub credentials: String,
     pub audience: String,
     pub scope: String,
 }
@@ -105,13 +105,12 @@ pub struct OAuth2 {
 impl std::fmt::Debug for Pulsar {
     /// Without what lets somebody in.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { service_url, admin_url, tenant, namespace, ca_file, oauth2, token: _ } = self;
+        let Self { service_url, admin_url, tenant, namespace, ca_file, oauth2: _, token: _ } = self;
         f.debug_struct("Pulsar")
             .field("service_url", service_url)
             .field("admin_url", admin_url)
             .field("tenant", tenant)
             .field("namespace", namespace)
-            .field("oauth2", oauth2)
             .field("ca_file", ca_file)
             .finish_non_exhaustive()
     }

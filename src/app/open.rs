@@ -97,7 +97,7 @@ fn pulsar(config: &Config) -> anyhow::Result<Registered<PulsarLog>> {
         token: pulsar.token.clone(),
         oauth2: OAuth2 {
             issuer_url: pulsar.oauth2.issuer_url.clone(),
-            credentials_file: pulsar.oauth2.credentials_file.clone(),
+            credentials: pulsar.oauth2.credentials.clone(),
             audience: pulsar.oauth2.audience.clone(),
             scope: pulsar.oauth2.scope.clone(),
         },

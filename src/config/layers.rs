@@ -197,7 +197,8 @@ fn is_all_variable(text: &str) -> bool {
 
 /// By its name: librdkafka has many, and new ones.
 fn is_secret(key: &str) -> bool {
-    const WORDS: [&str; 7] = ["password", "secret", "token", "jaas", "pem", "assertion", "sasl.oauthbearer.config"];
+    const WORDS: [&str; 8] =
+        ["credentials", "password", "secret", "token", "jaas", "pem", "assertion", "sasl.oauthbearer.config"];
     let is_of_somebody = [PROPERTIES, "log.pulsar.", "log.schema_registry.", "gateway.internal.", "control.", "store."]
         .iter()
         .any(|section| key.starts_with(section));
@@ -313,6 +314,7 @@ mod tests {
                 ("log.schema_registry.password", "hunter5"),
                 ("log.schema_registry.token", "hunter6"),
                 ("log.pulsar.token", "hunter8"),
+                ("log.pulsar.oauth2.credentials", "hunter9"),
                 ("log.schema_registry.url", "http://a:1,https://me:hunter7@b:1/x"),
             ],
             &[("KAFKA_PASSWORD", "hunter3"), ("TEAM", "blue")],

@@ -42,10 +42,12 @@ pub enum Mistake {
     DropAfterFailedCommit,
     /// A repeat stays in the ledger as taken.
     CountRepeats,
+    /// A new owner does not look at what lies before.
+    ForgetLookBack,
 }
 
 impl Mistake {
-    pub const ALL: [Mistake; 18] = [
+    pub const ALL: [Mistake; 19] = [
         Mistake::SkipParked,
         Mistake::ForgetParkedInMark,
         Mistake::CommitPastMark,
@@ -64,6 +66,7 @@ impl Mistake {
         Mistake::ForgetEpoch,
         Mistake::DropAfterFailedCommit,
         Mistake::CountRepeats,
+        Mistake::ForgetLookBack,
     ];
 }
 

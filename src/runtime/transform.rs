@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::clock::Clock;
-use crate::log::{Admin, Assignment, Backend, Committed, LogError};
+use crate::log::{Admin, Assignment, Backend, Committed, Guarantee, LogError, Session};
 use crate::model::outcome::{Outcome, Reason};
 use crate::model::record::{Addressed, Offset, Partition, Record, header};
 use crate::model::seen::Identity;
@@ -101,6 +101,9 @@ impl<B: Backend, T: Transform> TransformWork<B, T> {
     async fn stops(&self, partition: Partition, committed: Option<&Committed>) -> Result<Stops, LogError> {
         let start = committed.map_or(Offset::START, |committed| committed.offset);
         let mut stops = Stops::new(committed.map(|committed| committed.metadata.as_str()), &self.process);
+        if B::Session::GUARANTEE == Guarantee::ExactlyOnce {
+            stops.forget_rerun();
+        }
         if stops.is_unclean() {
             let (admin, input) = (self.backend.admin()?, &self.stage.failures().input);
             let end = loop {

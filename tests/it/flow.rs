@@ -88,7 +88,7 @@ async fn a_kill_of_each_process_loses_nothing_on_pulsar() {
     survive_kills(Flow::on_pulsar(), &["gateway", "processor", "router"]).await;
 }
 
-/// Only a router that dies makes a destination see something twice.
+/// What it has written twice on Pulsar is sent once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_processor_that_is_killed_repeats_nothing() {
     for flow in [Flow::on_kafka(), Flow::on_pulsar()] {

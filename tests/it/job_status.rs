@@ -183,9 +183,18 @@ async fn what_is_under_way_is_not_completed_and_a_drain_ends_it() {
 /// The long form: `JOB_RECORDS=100000`.
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_of_the_reporter_and_restarts_of_the_store_count_nothing_twice() {
+    counts_nothing_twice(Flow::on_kafka()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_of_the_reporter_and_restarts_of_the_store_count_nothing_twice_on_pulsar() {
+    counts_nothing_twice(Flow::on_pulsar()).await;
+}
+
+async fn counts_nothing_twice(flow: Flow) {
     let rows: usize = std::env::var("JOB_RECORDS").ok().and_then(|text| text.parse().ok()).unwrap_or(4_000);
     let postgres = Postgres::start();
-    let run = Run::new(Flow::on_kafka(), &[("LANEWAY_STORE__URL", &postgres.url())]);
+    let run = Run::new(flow, &[("LANEWAY_STORE__URL", &postgres.url())]);
     let migrated = run.flow.command(&["migrate", "--output", "json"]);
     assert_eq!(String::from_utf8_lossy(&migrated.stdout).trim(), r#"{"executed":true,"job_status":["counts"]}"#);
     run.sink().await;

@@ -1,5 +1,6 @@
 //! `laneway lag`: what waits where, on a log and in a router.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -51,10 +52,20 @@ async fn drains(flow: &Flow) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_waits_is_told_where_it_waits_on_kafka() {
-    let flow = Flow::on_kafka();
+    is_told(Flow::on_kafka(), 7..8).await;
+}
+
+/// Batches are counted there, and how many records one holds depends on when they come.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_is_told_where_it_waits_on_pulsar() {
+    is_told(Flow::on_pulsar(), 1..8).await;
+}
+
+async fn is_told(flow: Flow, behind: Range<u64>) {
     publish(&flow, 7);
     let (processor, router) = (lag(&flow, "processor"), lag(&flow, "router"));
-    assert_eq!((&processor["behind"], &router["behind"]), (&Value::from(7), &Value::from(0)), "nobody has read it");
+    let told = (processor["behind"].as_u64().expect("a number"), router["behind"].as_u64());
+    assert!(behind.contains(&told.0) && told.1 == Some(0), "nobody has read it: {processor} {router}");
     assert!(processor["oldest_seconds"].is_number() && router["oldest_seconds"].is_null(), "{processor} {router}");
     let (mut processor, mut router) = (flow.start("processor", "processor-1"), flow.start("router", "router-1"));
     processor.ready().await;

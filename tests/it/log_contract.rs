@@ -113,7 +113,7 @@ pub fn addressed(topic: &Topic, partition: u32, value: impl Into<String>) -> Add
     }
 }
 
-fn member(topic: &Topic, instance: &str) -> Member {
+pub fn member(topic: &Topic, instance: &str) -> Member {
     Member {
         group: "laneway.contract".into(),
         instance: instance.into(),

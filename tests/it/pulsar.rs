@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use laneway::log::pulsar::{PulsarConfig, PulsarLog};
-use laneway::log::{Admin, Backend, Publisher};
+use laneway::log::{Admin, Backend, Publisher, Session};
 use laneway::model::record::{Addressed, Partition, Topic};
 
-use crate::log_contract::{addressed, read_all, spec, topic, value};
+use crate::log_contract::{addressed, member, read_all, spec, topic, value};
 use crate::support::process::{Flow, Process};
 use crate::support::sink::{Sink, publish};
 use crate::support::{eventually, pulsar_config, unique};
@@ -67,6 +67,38 @@ async fn what_pulsar_has_compacted_is_read_without_what_is_gone() {
     assert!(marks.start <= after[0].offset && marks.end == before[before.len() - 1].offset.just_after(), "{marks:?}");
 }
 
+/// A namespace may be set up to drop what waits for long, or when much does: not what is ours.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_is_kept_whatever_the_namespace_says() {
+    let namespace = unique("n");
+    let config = PulsarConfig { namespace: namespace.clone(), ..pulsar_config() };
+    let (client, at) = (reqwest::Client::new(), format!("{}/admin/v2", config.admin_url));
+    let set = async |request: reqwest::RequestBuilder, body: &str| {
+        let request = request.header("content-type", "application/json").body(body.to_owned());
+        let answer = request.send().await.expect("an answer");
+        assert!(answer.status().is_success(), "{answer:?}");
+    };
+    set(client.put(format!("{at}/namespaces/public/{namespace}")), "").await;
+    set(client.post(format!("{at}/namespaces/public/{namespace}/messageTTL")), "100").await;
+    let quota = r#"{"limitSize":1000000,"limitTime":60,"policy":"consumer_backlog_eviction"}"#;
+    set(client.post(format!("{at}/namespaces/public/{namespace}/backlogQuota")), quota).await;
+    let log = PulsarLog::new(config).expect("a log");
+    log.admin().unwrap().create(&spec("t", 1)).await.unwrap();
+    let joined = log.session(member(&Topic::new("t"), "one")).await.expect("joined");
+    for topic in ["t", "__laneway.contract.t"] {
+        eventually("it is set", PATIENCE, async || {
+            let get = async |what: &str| {
+                let url = format!("{at}/persistent/public/{namespace}/{topic}/{what}?applied=true");
+                client.get(url).send().await.expect("an answer").text().await.expect("a body")
+            };
+            let quotas = get("backlogQuotaMap").await;
+            get("messageTTL").await == "0" && quotas.matches("\"limitSize\":-1,\"limitTime\":-1").count() == 2
+        })
+        .await;
+    }
+    joined.close().await;
+}
+
 /// Everything on `deliveries` once more, as a processor leaves it that dies before its position is written.
 async fn written_twice(log: &PulsarLog) -> usize {
     let mut all = Vec::new();
@@ -104,8 +136,7 @@ async fn what_lies_in_the_log_twice_is_sent_once() {
     eventually("they are known", PATIENCE, async || repeated(&running[2]).await == 50.0).await;
 
     // A new owner looks at what lies just before.
-    running[2].terminate();
-    assert!(running[2].ended(PATIENCE).await.success());
+    stopped(&mut running[2]).await;
     running[2] = flow.start("router", "router-1");
     running[2].ready().await;
     assert_eq!(written_twice(&log).await, 100);
@@ -124,4 +155,26 @@ async fn what_lies_in_the_log_twice_is_sent_once() {
     eventually("nothing waits", PATIENCE * 2, async || pending().await == 0 && sink.counts().0 == 70).await;
     eventually("all are known", PATIENCE, async || repeated(&running[2]).await == 320.0).await;
     assert_eq!(sink.counts(), (70, 70));
+
+    // What an operator has passed over is nobody's first, for the next owner nor for the one after it.
+    sink.is_down.store(true, Ordering::Relaxed);
+    publish(&flow, 5);
+    eventually("they wait", PATIENCE, async || pending().await == 5).await;
+    stopped(&mut running[2]).await;
+    assert!(flow.command(&["offsets", "reset", "router", "--to-latest", "--execute"]).status.success());
+    sink.is_down.store(false, Ordering::Relaxed);
+    for arrived in [145, 145] {
+        running[2] = flow.start("router", "router-1");
+        running[2].ready().await;
+        written_twice(&log).await;
+        eventually("each is sent once more", PATIENCE, async || sink.counts() == (75, arrived)).await;
+        eventually("nothing waits", PATIENCE, async || pending().await == 0).await;
+        stopped(&mut running[2]).await;
+    }
+    assert_eq!(sink.counts(), (75, 145));
+}
+
+async fn stopped(process: &mut Process) {
+    process.terminate();
+    assert!(process.ended(PATIENCE).await.success());
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use laneway::log::kafka::{Kafka, KafkaConfig};
+use laneway::log::pulsar::{PulsarConfig, PulsarLog};
 use laneway::log::{Backend, Limit, Publisher, Read, Reader};
 use laneway::model::codec;
 use laneway::model::event::Event;
@@ -11,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::support::process::{Flow, Process, number};
 use crate::support::registry::Registry;
-use crate::support::{eventually, kafka_address, unique};
+use crate::support::{eventually, kafka_address, pulsar_config, unique};
 
 const ENOUGH: Limit = Limit { records: 1_000, bytes: 8 << 20 };
 
@@ -26,8 +27,17 @@ fn with(registry: &Registry) -> (Flow, Kafka) {
     (flow, Kafka::new(config))
 }
 
+/// The same on Pulsar.
+fn with_on_pulsar(registry: &Registry) -> (Flow, PulsarLog) {
+    let mut flow = Flow::unapplied_on_pulsar(&pulsar_config());
+    flow.set("LANEWAY_LOG__SCHEMA_REGISTRY__URL", &registry.url());
+    flow.apply();
+    let prefix = flow.setting("LANEWAY_LOG__TOPIC_PREFIX").to_owned();
+    (flow, PulsarLog::new(PulsarConfig { prefix, ..pulsar_config() }).expect("a log"))
+}
+
 /// Everything in a topic, as it is stored.
-async fn stored(log: &Kafka, topic: &Topic) -> Vec<Record> {
+async fn stored<B: Backend>(log: &B, topic: &Topic) -> Vec<Record> {
     let mut all = Vec::new();
     for partition in 0..12 {
         let mut reader = log.reader(topic, Partition(partition), Offset::START).await.expect("a reader");
@@ -61,15 +71,18 @@ fn publish(flow: &Flow, id: &str) -> std::process::Output {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_flow_writes_with_a_registry_and_reads_either_encoding() {
     let registry = Registry::start();
-    let (mut flow, log) = with(&registry);
+    either_encoding(&registry, with(&registry)).await;
+    either_encoding(&registry, with_on_pulsar(&registry)).await;
+}
+
+async fn either_encoding<B: Backend>(registry: &Registry, (mut flow, log): (Flow, B)) {
     let mut running = flow.start_all().await;
     let report = flow.load(&["--events", "2000", "--users", "100"]).report().await;
     sound(&report, 2_000);
     assert_eq!(number(&report, "duplicated_messages"), 0, "{report}");
 
-    let subjects = registry.subjects().await;
-    let prefix = subjects.iter().find_map(|it| it.strip_suffix("events-value")).expect("events").to_owned();
-    for topic in ["control", "deliveries", "progress.router"] {
+    let (subjects, prefix) = (registry.subjects().await, flow.setting("LANEWAY_LOG__TOPIC_PREFIX").to_owned());
+    for topic in ["events", "control", "deliveries", "progress.router"] {
         assert!(subjects.contains(&format!("{prefix}{topic}-value")), "{topic} in {subjects:?}");
     }
     let events = stored(&log, &Topic::EVENTS).await;
@@ -88,7 +101,7 @@ async fn the_flow_writes_with_a_registry_and_reads_either_encoding() {
     // Of a process that has no registry; and of a foreign producer with a schema of its own.
     flow.set("LANEWAY_LOG__SCHEMA_REGISTRY__URL", "");
     assert!(publish(&flow, "plain").status.success());
-    foreign(&registry, &log, &format!("{prefix}events-value"), &events[0]).await;
+    foreign(registry, &log, &format!("{prefix}events-value"), &events[0]).await;
     flow.set("LANEWAY_LOG__SCHEMA_REGISTRY__URL", &registry.url());
     eventually("both are deliveries", Duration::from_secs(30), async || {
         let ids = delivered(&flow);
@@ -98,7 +111,7 @@ async fn the_flow_writes_with_a_registry_and_reads_either_encoding() {
 }
 
 /// An event as another program writes it: its schema has one field more and another name.
-async fn foreign(registry: &Registry, log: &Kafka, subject: &str, like: &Record) {
+async fn foreign<B: Backend>(registry: &Registry, log: &B, subject: &str, like: &Record) {
     let mut schema: Value = serde_json::from_str(include_str!("../../schemas/event.avsc")).expect("JSON");
     schema["name"] = json!("click");
     schema["fields"].as_array_mut().expect("fields").push(json!({"name": "more", "type": "string", "default": ""}));

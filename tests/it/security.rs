@@ -157,9 +157,10 @@ async fn the_flow_runs_on_pulsar_with_tokens_that_it_renews_and_tells_no_secret(
     let issuer = Issuer::start(Key::Shared(Path::new(&broker.token_file()).with_file_name("secret.key"))).await;
     let folder = tempfile::tempdir().expect("a folder");
     let with = |name: &str, text: &str| {
-        let credentials_file = folder.path().join(name);
-        std::fs::write(&credentials_file, text).expect("written");
-        let oauth2 = OAuth2 { issuer_url: issuer.url().to_owned(), credentials_file, ..OAuth2::default() };
+        let file = folder.path().join(name);
+        std::fs::write(&file, text).expect("written");
+        let credentials = format!("file:{}", file.display());
+        let oauth2 = OAuth2 { issuer_url: issuer.url().to_owned(), credentials, ..OAuth2::default() };
         PulsarConfig { oauth2, ..broker.tls_config("") }
     };
     let credentials = |secret: &str| format!(r#"{{"client_id":"{CLIENT}","client_secret":"{secret}"}}"#);
@@ -169,7 +170,7 @@ async fn the_flow_runs_on_pulsar_with_tokens_that_it_renews_and_tells_no_secret(
     // Longer than two tokens live: connections that stand are asked for a new one.
     let report = flow.load(&["--events", "2000", "--users", "100", "--rate", "100"]).report().await;
     are_none(&report, &["lost", "out_of_order", "duplicated_messages"]);
-    assert!(issuer.given() > before + 6, "tokens were not renewed: {} after {before}", issuer.given());
+    assert!(issuer.given() >= before + running.len(), "tokens were not renewed: {} after {before}", issuer.given());
     let told = flow.command(&["check"]);
     let mut said = format!("{}{}", String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr));
     running.iter().for_each(|process| said += &process.said());
@@ -179,7 +180,7 @@ async fn the_flow_runs_on_pulsar_with_tokens_that_it_renews_and_tells_no_secret(
     nobody.oauth2.issuer_url = format!("http://127.0.0.1:{}", free_port());
     for (config, reason) in [
         (with("wrong.json", &credentials("hunter2")), "invalid_client"),
-        (with("broken.json", "{\"client_secret\": \"hunter2\""), "log.pulsar.oauth2.credentials_file"),
+        (with("broken.json", "{\"client_secret\": \"hunter2\""), "log.pulsar.oauth2.credentials"),
         (nobody, "Connection refused"),
         (PulsarConfig { token: "t".into(), ..with("both.json", &credentials(SECRET)) }, "both set"),
     ] {

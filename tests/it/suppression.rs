@@ -162,8 +162,14 @@ async fn no_event_is_taken_before_there_is_a_list_and_the_kept_one_holds() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn several_gateways_have_one_list() {
+    for flow in [Flow::on_kafka(), Flow::on_pulsar()] {
+        have_one_list(flow).await;
+    }
+}
+
+async fn have_one_list(flow: Flow) {
     let (plane, url) = Plane::start(false).await;
-    let mut flow = suppressing(Flow::on_kafka(), &url);
+    let mut flow = suppressing(flow, &url);
     (0..5).for_each(|n| plane.say(&format!("u{n}"), false, &[]));
     let mut first = flow.start("gateway", "gateway-1");
     flow.set("LANEWAY_GATEWAY__LISTEN", "127.0.0.1:0");

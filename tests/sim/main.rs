@@ -123,6 +123,9 @@ fn jobs(from: u64, seeds: Option<u64>) -> Vec<Job> {
     if cfg!(debug_assertions) {
         let planted = |(mistake, seed): &(Mistake, u64)| Job { mistake: Some(*mistake), ..Job::seed(*seed) };
         jobs.extend(FOUND.iter().map(planted));
+        let looks_back = plan::traces().iter().position(|(name, _)| *name == plan::LOOKS_BACK).expect("a trace");
+        let mistake = Some(Mistake::ForgetLookBack);
+        jobs.push(Job { what: What::Trace(looks_back), mistake, twice: false });
     }
     jobs
 }

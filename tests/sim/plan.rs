@@ -59,6 +59,8 @@ pub struct Plan {
     pub deliveries: usize,
     /// After a batch, the chance that it and those just before it are published once more: a processor has died.
     pub repeats: f64,
+    /// Nothing waits for anybody: every owner knows what lies in the log twice.
+    pub is_flowing: bool,
     /// All of them are published within this.
     pub span: Duration,
     pub bounds: Bounds,
@@ -166,8 +168,8 @@ impl Plan {
             retry_window,
             retention: None,
             deliveries,
-            // Of its own, so that it moves nothing else.
-            repeats: if StdRng::seed_from_u64(seed ^ 0xD0B1E).random_bool(0.4) { 0.2 } else { 0.0 },
+            repeats: repeats(seed),
+            is_flowing: false,
             span: trouble.mul_f64(random.random_range(0.2..0.9)),
             bounds: if random.random_bool(0.8) { near() } else { Bounds::default() },
             in_flight: random.random_range(8..60),
@@ -193,6 +195,7 @@ impl Plan {
             retention: None,
             deliveries,
             repeats: 0.0,
+            is_flowing: false,
             span,
             bounds: near(),
             in_flight: 40,
@@ -204,6 +207,11 @@ impl Plan {
             reading: None,
         }
     }
+}
+
+/// By chances of its own, so that it moves nothing else.
+fn repeats(seed: u64) -> f64 {
+    if StdRng::seed_from_u64(seed ^ 0xD0B1E).random_bool(0.4) { 0.2 } else { 0.0 }
 }
 
 fn manner(random: &mut StdRng) -> Manner {
@@ -233,6 +241,9 @@ fn fault(random: &mut StdRng, processes: usize, destinations: usize) -> Fault {
         _ => Fault::Away { during },
     }
 }
+
+/// The trace in which a new owner has to look at what lies before.
+pub const LOOKS_BACK: &str = "what a processor wrote twice, while routers come and go";
 
 /// Traces that broke earlier versions of the design.
 pub fn traces() -> Vec<(&'static str, Plan)> {
@@ -357,11 +368,23 @@ fn traces_of_repeats() -> Vec<(&'static str, Plan)> {
             },
         ),
         (
-            "what a processor wrote twice, and then the router dies",
+            LOOKS_BACK,
             Plan {
                 repeats: 0.5,
-                faults: (1..10).map(|n| crash(n * 3, 0, 1)).collect(),
-                ..Plan::calm(vec![well(), Destination::new(Manner::Flaky(40))], 300, seconds(30))
+                is_flowing: true,
+                bounds: Bounds::default(),
+                faults: (1..10)
+                    .map(
+                        |n| {
+                            if n % 2 == 0 {
+                                crash(n * 3, 0, 1)
+                            } else {
+                                (seconds(n * 3), Fault::Restart { process: 0 })
+                            }
+                        },
+                    )
+                    .collect(),
+                ..Plan::calm(vec![well(), well()], 400, seconds(30))
             },
         ),
     ]

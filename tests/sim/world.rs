@@ -132,7 +132,7 @@ impl World {
     fn judge_copy(&self, seen: &mut Seen, at: At) {
         let log = self.plan.log;
         let is_log_sound = log.write_refused == 0.0 && log.write_in_doubt == 0.0 && log.read_refused == 0.0;
-        if is_log_sound && self.plan.processes == 1 && seen.hurt.is_empty() {
+        if is_log_sound && (self.plan.is_flowing || (self.plan.processes == 1 && seen.hurt.is_empty())) {
             seen.violations.push(format!("{at:?} is sent although it lies in the log before"));
         }
     }

@@ -89,6 +89,7 @@ impl PulsarAdmin {
         if let Some(size) = number("max.message.bytes")? {
             self.rest.post(&format!("{path}/maxMessageSize"), &size).await?;
         }
+        self.rest.keep_all(topic).await?;
         self.rest.put(&format!("{path}/properties"), config).await.map(drop)
     }
 }

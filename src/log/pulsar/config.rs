@@ -108,6 +108,8 @@ impl Client {
                 max_retries: Some(0),
             });
         if !self.tokens.is_none() {
+            // What is wrong with it is told here: the client says only that it is not let in.
+            self.tokens.token().await?;
             builder = builder.with_auth_provider(Box::new(self.tokens.clone()));
         }
         if let Some(authorities) = self.config.authorities()? {

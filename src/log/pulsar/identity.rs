@@ -1,13 +1,15 @@
-//! What proves who we are: a token, or tokens that an OAuth2 provider gives for a client's credentials and that are renewed before they
-//! end. Brokers and the admin API want the same.
+//! What proves who we are: a token, or tokens that an OAuth2 provider gives for a client's credentials. Brokers and the admin API want the
+//! same.
+//!
+//! A token is asked for again when a tenth of its life is left. Nobody waits for that as long as the old one holds, and what the
+//! provider says meanwhile goes on without whoever wanted it.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
-use oauth2::basic::BasicClient;
+use oauth2::basic::{BasicClient, BasicErrorResponseType};
 use oauth2::{
     AsyncHttpClient, AuthType, ClientId, ClientSecret, HttpRequest, HttpResponse, RequestTokenError, Scope,
     TokenResponse, TokenUrl,
@@ -15,8 +17,6 @@ use oauth2::{
 use pulsar::authentication::Authentication;
 use pulsar::error::AuthenticationError;
 use serde::Deserialize;
-use tokio::sync::Mutex;
-use tokio::time::Instant;
 
 use crate::clock::Clock;
 use crate::log::{LogError, Misconfigured};
@@ -25,21 +25,25 @@ use super::config::PulsarConfig;
 
 /// Of a token's life this is left when the next one is asked for.
 const EARLY: u32 = 10;
-/// A token whose end is not told is kept for so long.
+/// A token whose end is not told is kept for so long, and none for longer than this.
 const UNTOLD: Duration = Duration::from_secs(600);
+const LONGEST: Duration = Duration::from_secs(24 * 3_600);
+/// After a failure the provider is left alone for so long, while the old token holds.
+const AGAIN: Duration = Duration::from_secs(10);
+/// And for so long where there is none: until then everybody is told the same.
+const SOON: Duration = Duration::from_secs(1);
 
 /// A provider of tokens.
 #[derive(Clone, Default)]
 pub struct OAuth2 {
     /// Empty: there is none. What it offers is found under `/.well-known/openid-configuration`.
     pub issuer_url: String,
-    /// JSON with `client_id` and `client_secret`, as Pulsar's own clients want it.
-    pub credentials_file: PathBuf,
+    /// JSON with `client_id` and `client_secret`, as in the files of Pulsar's own clients.
+    pub credentials: String,
     pub audience: String,
     pub scope: String,
 }
 
-/// What a file of credentials says.
 #[derive(Deserialize)]
 struct Credentials {
     client_id: String,
@@ -58,15 +62,44 @@ pub struct Tokens(Option<Arc<Source>>);
 
 enum Source {
     Given(String),
-    Provider(Box<Provider>),
+    Provider(Arc<Provider>),
 }
 
 struct Provider {
     http: Http,
     config: OAuth2,
     credentials: Credentials,
-    state: Mutex<State>,
     clock: Clock,
+    state: Mutex<State>,
+    /// Who asks the provider.
+    asking: Arc<tokio::sync::Mutex<()>>,
+}
+
+#[derive(Default)]
+struct State {
+    token: Option<Token>,
+    failure: Option<Failure>,
+}
+
+/// Times are the clock's uptime: a token ages while the machine sleeps.
+#[derive(Clone)]
+struct Token {
+    secret: String,
+    renew_at: Duration,
+    ends_at: Duration,
+}
+
+#[derive(Clone)]
+struct Failure {
+    at: Duration,
+    is_final: bool,
+    says: String,
+}
+
+impl From<Failure> for LogError {
+    fn from(failure: Failure) -> Self {
+        if failure.is_final { LogError::fatal(failure.says) } else { LogError::transient(failure.says) }
+    }
 }
 
 /// Sends what the library wants sent.
@@ -87,18 +120,6 @@ impl<'c> AsyncHttpClient<'c> for Http {
     }
 }
 
-#[derive(Default)]
-struct State {
-    endpoint: Option<TokenUrl>,
-    token: Option<Token>,
-}
-
-struct Token {
-    secret: String,
-    renew_at: Instant,
-    ends_at: Instant,
-}
-
 impl Tokens {
     /// # Errors
     /// Where what is configured cannot be used.
@@ -106,12 +127,13 @@ impl Tokens {
         let source = match (config.token.is_empty(), config.oauth2.issuer_url.is_empty()) {
             (true, true) => None,
             (false, true) => Some(Source::Given(config.token.clone())),
-            (true, false) => Some(Source::Provider(Box::new(Provider {
+            (true, false) => Some(Source::Provider(Arc::new(Provider {
                 http: Http(http.clone()),
                 credentials: credentials(&config.oauth2)?,
                 config: config.oauth2.clone(),
-                state: Mutex::default(),
                 clock: Clock::system(),
+                state: Mutex::default(),
+                asking: Arc::default(),
             }))),
             (false, false) => {
                 let both =
@@ -137,6 +159,16 @@ impl Tokens {
             Some(Source::Given(token)) => Ok(Some(token.clone())),
             Some(Source::Provider(provider)) => provider.token().await.map(Some),
         }
+    }
+
+    /// This one is refused. True: there may be another one.
+    pub fn forget(&self, token: &str) -> bool {
+        let Some(Source::Provider(provider)) = self.0.as_deref() else { return false };
+        let mut state = provider.state();
+        if state.token.as_ref().is_some_and(|kept| kept.secret == token) {
+            state.token = None;
+        }
+        true
     }
 }
 
@@ -167,45 +199,74 @@ pub fn refused(error: &AuthenticationError) -> LogError {
     }
 }
 
+/// What is wrong with them is told without them.
 fn credentials(config: &OAuth2) -> Result<Credentials, LogError> {
-    let wrong = |error: String| {
-        let place = config.credentials_file.display();
-        LogError::fatal(Misconfigured(format!("log.pulsar.oauth2.credentials_file: {place}: {error}")))
-    };
-    let text = std::fs::read(&config.credentials_file).map_err(|error| wrong(error.to_string()))?;
-    serde_json::from_slice(&text).map_err(|error| {
-        // Not what was found there: it may be the secret.
-        let what = if error.is_data() { "not with client_id and client_secret as texts" } else { "not JSON" };
-        wrong(format!("line {}: {what}", error.line()))
+    serde_json::from_str(&config.credentials).map_err(|error| {
+        let says =
+            "log.pulsar.oauth2.credentials: it has to be JSON with client_id and client_secret, or file:PATH of that";
+        LogError::fatal(Misconfigured(format!("{says} (line {})", error.line())))
     })
 }
 
 impl Provider {
-    async fn token(&self) -> Result<String, LogError> {
-        let mut state = self.state.lock().await;
-        let now = self.clock.instant();
-        if let Some(token) = state.token.as_ref().filter(|token| now < token.renew_at) {
-            return Ok(token.secret.clone());
-        }
-        match (self.fetch(&mut state.endpoint).await, &mut state.token) {
-            (Ok(token), kept) => Ok(kept.insert(token).secret.clone()),
-            // The old one is good for a while: the next who wants one asks again.
-            (Err(error), Some(token)) if now < token.ends_at => {
-                tracing::warn!(%error, "no new token for Pulsar, the old one still holds");
-                Ok(token.secret.clone())
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn kept(&self, now: Duration) -> Option<Token> {
+        self.state().token.clone().filter(|token| now < token.ends_at)
+    }
+
+    async fn token(self: &Arc<Self>) -> Result<String, LogError> {
+        let now = self.clock.uptime();
+        if let Some(token) = self.kept(now) {
+            if now >= token.renew_at
+                && let Ok(turn) = Arc::clone(&self.asking).try_lock_owned()
+            {
+                tokio::spawn(Arc::clone(self).ask(turn));
             }
-            (Err(error), _) => Err(error),
+            return Ok(token.secret);
+        }
+        let turn = Arc::clone(&self.asking).lock_owned().await;
+        let now = self.clock.uptime();
+        if let Some(token) = self.kept(now) {
+            return Ok(token.secret);
+        }
+        if let Some(failure) = self.state().failure.clone().filter(|failure| now < failure.at + SOON) {
+            return Err(failure.into());
+        }
+        // In a task of its own: a client that has no time to wait for it finds it there the next time.
+        let asked = tokio::spawn(Arc::clone(self).ask(turn)).await.map_err(LogError::transient)?;
+        asked.map_err(LogError::from)
+    }
+
+    /// Asks for a token, and keeps what comes of it.
+    async fn ask(self: Arc<Self>, _turn: tokio::sync::OwnedMutexGuard<()>) -> Result<String, Failure> {
+        let fetched = self.fetch().await;
+        let now = self.clock.uptime();
+        let mut state = self.state();
+        match fetched {
+            Ok(token) => {
+                state.failure = None;
+                Ok(state.token.insert(token).secret.clone())
+            }
+            Err(error) => {
+                let failure =
+                    Failure { at: now, is_final: matches!(error, LogError::Fatal(_)), says: error.to_string() };
+                state.failure = Some(failure.clone());
+                if let Some(token) = state.token.as_mut().filter(|token| now < token.ends_at) {
+                    tracing::warn!(%error, "no new token for Pulsar, the old one still holds");
+                    token.renew_at = now + AGAIN;
+                }
+                Err(failure)
+            }
         }
     }
 
-    async fn fetch(&self, endpoint: &mut Option<TokenUrl>) -> Result<Token, LogError> {
-        let endpoint = match endpoint {
-            Some(endpoint) => endpoint.clone(),
-            None => endpoint.insert(self.discover().await?).clone(),
-        };
+    async fn fetch(&self) -> Result<Token, LogError> {
         let client = BasicClient::new(ClientId::new(self.credentials.client_id.clone()))
             .set_client_secret(ClientSecret::new(self.credentials.client_secret.clone()))
-            .set_token_uri(endpoint)
+            .set_token_uri(self.discover().await?)
             .set_auth_type(AuthType::RequestBody);
         let mut request = client.exchange_client_credentials();
         if !self.config.audience.is_empty() {
@@ -214,13 +275,18 @@ impl Provider {
         if !self.config.scope.is_empty() {
             request = request.add_scope(Scope::new(self.config.scope.clone()));
         }
-        let asked_at = self.clock.instant();
-        let answer = request.request_async(&self.http).await.map_err(|error| match error {
-            RequestTokenError::ServerResponse(_) => LogError::fatal(self.says(&error)),
-            RequestTokenError::Request(error) => LogError::transient(self.says(&why(&error))),
-            other => LogError::transient(self.says(&other)),
+        let asked_at = self.clock.uptime();
+        let answer = request.request_async(&self.http).await.map_err(|error| match &error {
+            // What a provider says of itself, it is busy or broken, comes in the same form.
+            RequestTokenError::ServerResponse(says)
+                if !matches!(says.error(), BasicErrorResponseType::Extension(_)) =>
+            {
+                LogError::fatal(self.says(&error))
+            }
+            RequestTokenError::Request(error) => LogError::transient(self.says(&why(error))),
+            other => LogError::transient(self.says(other)),
         })?;
-        let life = answer.expires_in().unwrap_or(UNTOLD);
+        let life = answer.expires_in().unwrap_or(UNTOLD).min(LONGEST);
         let secret = answer.access_token().secret().clone();
         Ok(Token { secret, renew_at: asked_at + life - life / EARLY, ends_at: asked_at + life })
     }
@@ -229,7 +295,10 @@ impl Provider {
     async fn discover(&self) -> Result<TokenUrl, LogError> {
         let url = format!("{}/.well-known/openid-configuration", self.config.issuer_url.trim_end_matches('/'));
         let silent = |error: reqwest::Error| LogError::transient(self.says(&why(&error)));
-        let answer = self.http.0.get(url).send().await.and_then(reqwest::Response::error_for_status).map_err(silent)?;
+        let answer = self.http.0.get(url).send().await.map_err(silent)?;
+        if !answer.status().is_success() {
+            return Err(LogError::transient(self.says(&answer.status())));
+        }
         let body = answer.bytes().await.map_err(silent)?;
         let unusable = |error: &dyn std::fmt::Display| LogError::transient(self.says(error));
         let offer: Offer = serde_json::from_slice(&body).map_err(|error| unusable(&error))?;
@@ -256,26 +325,24 @@ mod tests {
 
     #[test]
     fn what_cannot_be_used_is_told_without_the_secret() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let told = |text: Option<&str>, token: &str| {
-            let credentials_file = folder.path().join("credentials.json");
-            if let Some(text) = text {
-                std::fs::write(&credentials_file, text).expect("written");
-            }
-            let oauth2 = OAuth2 { issuer_url: "https://issuer".into(), credentials_file, ..OAuth2::default() };
+        let told = |credentials: &str, token: &str| {
+            let (issuer_url, credentials) = ("https://issuer".into(), credentials.into());
+            let oauth2 = OAuth2 { issuer_url, credentials, ..OAuth2::default() };
             let config = PulsarConfig { oauth2, token: token.into(), ..PulsarConfig::default() };
             let tokens = Tokens::new(&config, &reqwest::Client::new());
             tokens.err().map(|error| error.to_string()).unwrap_or_default()
         };
-        assert!(told(None, "").contains("log.pulsar.oauth2.credentials_file") && told(None, "t").contains("both set"));
-        for (text, reason) in [
-            ("{\"client_id\": \"a\", \"client_secret\": \"hunter2\"", "line 1: not JSON"),
-            ("{\"client_id\": \"a\",\n \"client_secret\": 2}", "line 2: not with client_id"),
-            ("{\"client_secret\": \"hunter2\"}", "client_id"),
+        let good = r#"{"client_id": "a", "client_secret": "b", "type": "client_credentials"}"#;
+        assert!(told(good, "").is_empty() && told(good, "t").contains("both set"));
+        for (text, line) in [
+            ("/etc/hunter2.json", 1),
+            (r#"{"client_id": "a", "client_secret": "hunter2""#, 1),
+            ("{\"client_id\": \"a\",\n \"client_secret\": [\"hunter2\"]}", 2),
+            (r#"{"client_secret": "hunter2"}"#, 1),
         ] {
-            let told = told(Some(text), "");
-            assert!(told.contains(reason) && !told.contains("hunter2"), "{told}");
+            let told = told(text, "");
+            let is_told = told.contains("log.pulsar.oauth2.credentials") && told.contains(&format!("(line {line})"));
+            assert!(is_told && !told.contains("hunter2"), "{told}");
         }
-        assert_eq!(told(Some("{\"client_id\": \"a\", \"client_secret\": \"b\"}"), ""), "");
     }
 }

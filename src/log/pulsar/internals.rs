@@ -63,14 +63,15 @@ impl Internals {
 
     /// A place some entries before this one, over the ends of ledgers.
     pub fn back(&self, ledger: u64, entry: u64, count: u64) -> Offset {
-        if entry >= count {
-            return Offset::of_entry(ledger, entry - count, 0);
+        let (mut at, mut missing) = ((ledger, entry), count);
+        for older in self.ledgers.iter().rev().filter(|it| it.ledger_id.unsigned_abs() < ledger && it.entries > 0) {
+            if at.1 >= missing {
+                break;
+            }
+            missing -= at.1;
+            at = (older.ledger_id.unsigned_abs(), older.entries.unsigned_abs());
         }
-        let missing = count - entry;
-        let before = self.ledgers.iter().rev().find(|it| it.ledger_id.unsigned_abs() < ledger && it.entries > 0);
-        before.map_or(Offset::of_entry(ledger, 0, 0), |it| {
-            Offset::of_entry(it.ledger_id.unsigned_abs(), it.entries.unsigned_abs().saturating_sub(missing), 0)
-        })
+        Offset::of_entry(at.0, at.1.saturating_sub(missing), 0)
     }
 }
 
@@ -92,12 +93,12 @@ mod tests {
     fn places_are_counted_over_the_ends_of_ledgers() {
         let of = Offset::of_entry;
         // The open ledger's entries stand beside the list.
-        let some = internals(&[(3, 10), (5, 0), (9, 0)], 5, -1);
-        assert_eq!((some.start(), some.empty()), (Some(of(3, 0, 0)), of(9, 5, 0)));
-        assert_eq!((some.before(of(3, 4, 0)), some.before(of(9, 2, 0)), some.before(of(9, 2, 7))), (4, 12, 13));
+        let some = internals(&[(2, 4), (3, 10), (5, 0), (9, 0)], 5, -1);
+        assert_eq!((some.start(), some.empty()), (Some(of(2, 0, 0)), of(9, 5, 0)));
+        assert_eq!((some.before(of(3, 4, 0)), some.before(of(9, 2, 0)), some.before(of(9, 2, 7))), (8, 16, 17));
         assert_eq!(
-            (some.back(9, 4, 3), some.back(9, 1, 3), some.back(3, 1, 3)),
-            (of(9, 1, 0), of(3, 8, 0), of(3, 0, 0))
+            (some.back(9, 4, 3), some.back(9, 1, 3), some.back(3, 1, 3), some.back(9, 2, 13), some.back(9, 2, 99)),
+            (of(9, 1, 0), of(3, 8, 0), of(2, 2, 0), of(2, 3, 0), of(2, 0, 0))
         );
         assert!(!some.is_compacted_only());
         assert_eq!(internals(&[(9, 0)], 0, -1).start(), None);

@@ -87,6 +87,17 @@ impl Rest {
         }
     }
 
+    /// Whatever holds in the namespace: nothing of the topic is given up for how long it waits or for how much does, and nobody who
+    /// writes is held up for that.
+    pub async fn keep_all(&self, topic: &Topic) -> Result<(), LogError> {
+        let path = self.topic(topic);
+        let unlimited = serde_json::json!({"limitSize": -1, "limitTime": -1, "policy": "producer_exception"});
+        for kind in ["destination_storage", "message_age"] {
+            self.post(&format!("{path}/backlogQuota?backlogQuotaType={kind}"), &unlimited).await?;
+        }
+        self.post(&format!("{path}/messageTTL?messageTTL=0"), &()).await
+    }
+
     async fn call<B: Serialize>(
         &self,
         method: Method,
@@ -95,9 +106,11 @@ impl Rest {
     ) -> Result<(StatusCode, String), LogError> {
         let mut url = format!("{}/admin/v2/{path}", self.config.admin_url.trim_end_matches('/'));
         let body = body.map(serde_json::to_vec).transpose().map_err(LogError::fatal)?;
+        let mut is_renewed = false;
         for _ in 0..REDIRECTS {
             let mut request = self.client.request(method.clone(), &url);
-            if let Some(token) = self.tokens.token().await? {
+            let token = self.tokens.token().await?;
+            if let Some(token) = &token {
                 request = request.bearer_auth(token);
             }
             if let Some(body) = &body {
@@ -105,6 +118,12 @@ impl Rest {
             }
             let answer = request.send().await.map_err(|error| self.silent(error))?;
             let status = answer.status();
+            if status == StatusCode::UNAUTHORIZED && !std::mem::replace(&mut is_renewed, true) {
+                // It may have been revoked, or have ended sooner than was said.
+                if token.is_some_and(|token| self.tokens.forget(&token)) {
+                    continue;
+                }
+            }
             // A broker sends on to the one that has the partition, which wants the token too: the client would leave it out.
             let onwards = answer.headers().get(LOCATION).filter(|_| status.is_redirection());
             match onwards.and_then(|location| location.to_str().ok()) {

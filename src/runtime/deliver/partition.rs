@@ -102,6 +102,8 @@ pub struct PartitionState {
     window: Window,
     /// What lies in the log twice.
     repeats: Repeats,
+    /// Where an operator has put the position.
+    floor: Option<Offset>,
     /// Records below it were counted as taken by an earlier owner, and may be finished or marked.
     taken_until: Offset,
     lanes: Lanes,
@@ -164,6 +166,7 @@ impl PartitionState {
             account: memory.account(),
             window: Window::new(restored.base, runs),
             repeats: restored.repeats,
+            floor: restored.floor,
             taken_until: restored.live,
             lanes: Lanes::default(),
             cursors: Cursors::default(),
@@ -293,11 +296,16 @@ impl PartitionState {
             self.cursors.ask_key(id);
             return self.cover_by_mark(id, place);
         }
-        if let Some(reason) = self.refusal(id, &record) {
+        let is_repeat = self.repeats.is_kept(offset);
+        let reason = if is_repeat { None } else { self.refusal(id, &record) };
+        if is_repeat || reason.is_some() {
             if let Some(place) = place {
                 self.release(id.lane, place);
             }
-            return self.refuse(id.lane, &record, reason, now);
+            return match reason {
+                Some(reason) => self.refuse(id.lane, &record, reason, now),
+                None => self.end_repeat(id.lane, offset),
+            };
         }
         let (weight, bound) = (record.weight(), self.settings.bounds.key_bytes);
         let lane = self.lanes.at_mut(id.lane);

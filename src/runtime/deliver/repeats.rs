@@ -2,8 +2,8 @@
 //!
 //! Where a log has no transactions, a processor that dies between its outputs and its position leaves outputs that its successor
 //! writes again, under the same delivery ids. The owner of a partition remembers the ids that live reading has passed, and a
-//! record whose id is among them is ended without being sent. What tells one from the other is the id, never the place: an
-//! event that came out differently the second time is not taken for the first.
+//! record whose id is among them is ended without being sent: the first one counts, also where the configuration was changed
+//! between the two.
 //!
 //! Only live reading judges. What it finds is kept by its offset until somebody hands the record over: at once, or later a
 //! cursor, where the lane is detached or the key parked. Until then the record is covered like any other, so forgetting (a
@@ -15,9 +15,10 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::log::{Admin, Backend, Limit, LogError, Read, Reader};
 use crate::model::record::{Offset, Partition, Record, Topic, header};
+use crate::runtime::planted::{Mistake, is_planted};
 
-/// So many offsets or entries before the place where live reading begins are looked through for ids: more than a processor has
-/// written since its last commit, which is what it writes again.
+/// So many offsets or entries before the place where live reading begins are looked through for ids. Where a processor and a router
+/// have died together, what is written again lies just before: since the processor's last commit.
 const LOOK_BACK: u64 = 128;
 /// At most so many records of those that wait for a cursor are known.
 const WAITING: usize = 65_536;
@@ -40,7 +41,7 @@ impl Repeats {
         Self { window, ..Self::default() }
     }
 
-    /// Takes up the ids before `base`.
+    /// Takes up the ids before `base`, from `floor` on: what lies below an operator has passed over, so it ends nothing.
     ///
     /// # Errors
     /// Where the log cannot be asked.
@@ -48,12 +49,13 @@ impl Repeats {
         &mut self,
         (backend, admin): (&B, &B::Admin),
         (topic, partition): (&Topic, Partition),
+        floor: Option<Offset>,
         base: Offset,
     ) -> Result<(), LogError> {
-        if self.window == 0 || base == Offset::START {
+        if self.window == 0 || floor.unwrap_or_default() >= base || is_planted(Mistake::ForgetLookBack) {
             return Ok(());
         }
-        let from = admin.before(topic, partition, base, LOOK_BACK).await?;
+        let from = admin.before(topic, partition, base, LOOK_BACK).await?.max(floor.unwrap_or_default());
         let mut reader = backend.reader(topic, partition, from).await?;
         while let Read::Records(records) = reader.read(READ).await? {
             for record in records {
@@ -76,12 +78,13 @@ impl Repeats {
         if !self.ids.insert(id) {
             return true;
         }
-        self.order.push_back(id);
-        if self.order.len() > self.window
+        // First, or the queue would grow to twice what it needs.
+        if self.order.len() >= self.window
             && let Some(oldest) = self.order.pop_front()
         {
             self.ids.remove(&oldest);
         }
+        self.order.push_back(id);
         false
     }
 
@@ -125,8 +128,12 @@ fn identity(record: &Record) -> Option<u128> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Timestamp;
-    use crate::model::record::Headers;
+    use crate::clock::{Clock, Timestamp};
+    use crate::log::Publisher;
+    use crate::log::embedded::Embedded;
+    use crate::log::embedded::memory::Faults;
+    use crate::log::topic::Topics;
+    use crate::model::record::{Addressed, Headers};
 
     fn record(offset: u128, headers: &[(&'static str, &str)]) -> Record {
         let mut all = Headers::new();
@@ -145,6 +152,34 @@ mod tests {
             .map(|(at, name)| repeats.pass(&record(at as u128, &id(name))))
             .collect();
         assert_eq!(passed, [false, false, true, false, true, false, true], "c pushes a out, not b");
+    }
+
+    #[tokio::test]
+    async fn a_new_owner_looks_back_but_not_past_what_an_operator_has_passed_over() {
+        let clock = Clock::system();
+        let log = Embedded::in_memory(Faults::none(), clock).await.expect("a log");
+        let topics = Topics::load(None).expect("topics").with_partitions(1);
+        let admin = log.admin().expect("an admin");
+        admin.create(topics.get(&Topic::DELIVERIES).expect("declared")).await.expect("created");
+        let addressed = |n: u128| {
+            let Record { partition, key, value, headers, .. } = record(n, &[(header::DELIVERY_ID, &n.to_string())]);
+            Addressed { topic: Topic::DELIVERIES, partition, key, value, headers }
+        };
+        log.publisher().expect("a publisher").publish((0..300).map(addressed).collect()).await.expect("published");
+        let known = async |floor: Option<u128>, base: u128| {
+            let mut repeats = Repeats::new(1_000);
+            let (at, floor) = ((&Topic::DELIVERIES, Partition(0)), floor.map(Offset::new));
+            repeats.look_back((&log, &admin), at, floor, Offset::new(base)).await.expect("looked back");
+            let knows = |n: &u128| {
+                repeats.ids.contains(&identity(&record(*n, &[(header::DELIVERY_ID, &n.to_string())])).expect("an id"))
+            };
+            let all: Vec<u128> = (0..300).filter(knows).collect();
+            (all.first().copied(), all.len())
+        };
+        assert_eq!(known(None, 290).await, (Some(162), 128));
+        assert_eq!(known(None, 10).await, (Some(0), 10));
+        assert_eq!(known(Some(280), 290).await, (Some(280), 10));
+        assert_eq!((known(Some(290), 290).await, known(None, 0).await), ((None, 0), (None, 0)));
     }
 
     #[test]

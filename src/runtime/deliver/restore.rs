@@ -6,15 +6,16 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::clock::Clock;
-use crate::log::{Admin, Assignment, Backend, Limit, LogError, Read, Reader};
+use crate::log::{Admin, Assignment, Backend, Committed, Limit, LogError, Read, Reader};
 use crate::model::codec;
 use crate::model::progress::{
     Drain, KeyProgress, Lane, LaneProgress, Ledger, PartitionProgress, Progress, ProgressKey, Run,
 };
-use crate::model::record::Offset;
+use crate::model::record::{Offset, Partition, Topic};
 use crate::telemetry::events;
 
 use super::DeliverSettings;
+use super::reading::AGAIN;
 use super::repeats::Repeats;
 
 const READ: Limit = Limit { records: 1_000, bytes: 4 << 20 };
@@ -39,10 +40,35 @@ pub struct Restored {
     pub lanes: Vec<LaneProgress>,
     pub drains: Vec<Drain>,
     pub ledgers: Vec<(Lane, Ledger)>,
-    /// What lies before `base`.
+    /// What lies before `base`, and where an operator has put the position: what is below that is nobody's any more.
     pub repeats: Repeats,
+    pub floor: Option<Offset>,
     /// Progress records that are not to be believed: these take their place in the first commit.
     pub corrections: Vec<(Bytes, Option<Bytes>)>,
+}
+
+/// What stands with a committed position: the number of its commit and, after `from`, where an operator has put the position last. Nothing
+/// stands there as long as only the operator has.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Note {
+    seq: Option<u64>,
+    floor: Option<Offset>,
+}
+
+impl Note {
+    fn parse(committed: &Committed) -> Self {
+        let mut words = committed.metadata.split(' ');
+        let seq = words.next().and_then(|word| word.parse().ok());
+        match (words.next(), words.next()) {
+            (Some("from"), Some(floor)) => Self { seq, floor: Offset::parse(floor) },
+            _ if committed.metadata.is_empty() => Self { seq: None, floor: Some(committed.offset) },
+            _ => Self { seq, floor: None },
+        }
+    }
+
+    pub fn text(seq: u64, floor: Option<Offset>) -> String {
+        floor.map_or_else(|| seq.to_string(), |floor| format!("{seq} from {floor}"))
+    }
 }
 
 /// What the progress says of a partition, read in the order in which it was written.
@@ -68,7 +94,7 @@ impl Found {
     pub fn new(assignment: &Assignment) -> Self {
         let own_key = ProgressKey::Partition.encode(assignment.partition).into();
         let committed = assignment.committed.as_ref();
-        let seq = committed.and_then(|committed| committed.metadata.parse().ok());
+        let seq = committed.and_then(|committed| Note::parse(committed).seq);
         Self { own_key, seq, ..Self::default() }
     }
 
@@ -144,11 +170,36 @@ pub async fn restore<B: Backend>(
         }
     }
     let mut restored = judge(found, assignment, settings)?;
-    restored.repeats = Repeats::new(settings.repeats);
-    let input = (&settings.input, partition);
-    restored.repeats.look_back((backend, admin), input, restored.base).await?;
+    if settings.repeats > 0 {
+        restored.floor = assignment.committed.as_ref().and_then(|committed| Note::parse(committed).floor);
+        let input = (&settings.input, partition);
+        restored.repeats = known_before((backend, admin), input, &restored, settings.repeats, clock).await?;
+    }
     events::restored(settings.stage, partition, bytes, restored.keys.len(), began.elapsed());
     Ok(restored)
+}
+
+/// What lies before the place where live reading begins. A log that cannot be looked at there keeps nobody from going on: what it does not
+/// tell is sent twice at most.
+async fn known_before<B: Backend>(
+    log: (&B, &B::Admin),
+    input: (&Topic, Partition),
+    restored: &Restored,
+    window: usize,
+    clock: &Clock,
+) -> Result<Repeats, LogError> {
+    let until = clock.instant() + PATIENCE;
+    loop {
+        let mut repeats = Repeats::new(window);
+        match repeats.look_back(log, input, restored.floor, restored.base).await {
+            Err(LogError::Transient(error)) if clock.instant() >= until => {
+                tracing::warn!(partition = input.1.0, %error, "what lies before is not known, and may be sent twice");
+                return Ok(repeats);
+            }
+            Err(LogError::Transient(_)) => clock.sleep(AGAIN).await,
+            looked => return looked.map(|()| repeats),
+        }
+    }
 }
 
 /// Believes the progress up to the commit that the committed offset names.
@@ -206,14 +257,28 @@ fn believe(
 }
 
 /// Progress that cannot be read was written by a newer version, or by somebody else: guessing would lose or repeat.
-fn unreadable(
-    settings: &DeliverSettings,
-    partition: crate::model::record::Partition,
-    key: &str,
-    error: &codec::Unreadable,
-) -> LogError {
+fn unreadable(settings: &DeliverSettings, partition: Partition, key: &str, error: &codec::Unreadable) -> LogError {
     LogError::fatal(format!(
         "the progress record {key} in {} partition {partition} cannot be read: {error}",
         settings.progress
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_tells_its_commit_and_where_an_operator_has_put_it() {
+        let note = |offset: u128, metadata: &str| {
+            Note::parse(&Committed { offset: Offset::new(offset), metadata: metadata.to_owned() })
+        };
+        let by_hand = note(7, "");
+        assert_eq!(by_hand, Note { seq: None, floor: Some(Offset::new(7)) });
+        assert_eq!(note(9, &Note::text(3, by_hand.floor)), Note { seq: Some(3), floor: Some(Offset::new(7)) });
+        assert_eq!(note(9, &Note::text(3, None)), Note { seq: Some(3), floor: None });
+        let place = Some(Offset::of_entry(1, 2, 3));
+        assert_eq!(note(9, &Note::text(4, place)).floor, place);
+        assert_eq!(note(9, "x"), Note::default());
+    }
 }

@@ -14,6 +14,8 @@ use crate::model::record::Offset;
 
 /// A note covers so many more offsets than have come, so that it seldom has to be waited for.
 const MARGIN: u64 = 5_000;
+/// Or so many entries, of many records each.
+const MARGIN_OF_ENTRIES: u64 = 200;
 /// So many unclean stops over the same records, and they run one by one.
 const STOPS: u32 = 2;
 /// So many unclean stops in one record, and it is not run any more.
@@ -102,8 +104,8 @@ impl Stops {
         let (mut stops, mut doubtful, mut suspect) = (0, Offset::START, None);
         let (note, rerun) = match metadata {
             // Nothing runs before a commit has told, so that the next owner says the same.
-            Some("") => ("", Some(process)),
-            Some(text) => text.split_once(RERUN).map_or((text, None), |(note, rerun)| (note, Some(rerun))),
+            Some("") => ("", Some(uuid::Uuid::new_v4().simple().to_string())),
+            Some(text) => text.split_once(RERUN).map_or((text, None), |(note, rerun)| (note, Some(rerun.to_owned()))),
             None => ("", None),
         };
         match Note::parse(note) {
@@ -118,8 +120,12 @@ impl Stops {
             }
         }
         let wanted = Note::Clean;
-        let (process, rerun) = (process.to_owned(), rerun.map(str::to_owned));
-        Self { process, rerun, wanted, handed: None, committed: None, stops, doubtful, suspect }
+        Self { process: process.to_owned(), rerun, wanted, handed: None, committed: None, stops, doubtful, suspect }
+    }
+
+    /// Nobody asks what is a re-run, where what a crash leaves is undone.
+    pub fn forget_rerun(&mut self) {
+        self.rerun = None;
     }
 
     /// What the outputs are marked with.
@@ -173,9 +179,10 @@ impl Stops {
             Note::Together { until, stops: noted, .. } if *noted >= stops => *until,
             _ => Offset::START,
         };
-        if reach(&self.wanted) < last.forward(MARGIN / 2) {
+        let margin = if last.entry().is_some() { MARGIN_OF_ENTRIES } else { MARGIN };
+        if reach(&self.wanted) < last.forward(margin / 2) {
             // What is doubtful stays so until it is behind.
-            let until = last.forward(MARGIN).max(if stops > 0 { self.doubtful } else { Offset::START });
+            let until = last.forward(margin).max(if stops > 0 { self.doubtful } else { Offset::START });
             self.wanted = Note::Together { until, stops, process: self.process.clone() };
         }
         self.committed.as_ref().is_some_and(|note| reach(note) > last)
@@ -261,13 +268,15 @@ mod tests {
         assert!(first.rerun().is_none() && !first.together(AT(10)));
         assert_eq!(commit(&mut first), "together 5010 0 a");
         let mut reset = Stops::new(Some(""), "b");
-        assert!(reset.rerun() == Some("b") && !reset.together(AT(10)), "told before anything runs");
+        let which = reset.rerun().expect("a re-run").to_owned();
+        assert!(!reset.together(AT(10)), "told before anything runs");
         let note = commit(&mut reset);
-        assert_eq!(note, "together 5010 0 b rerun b");
+        assert_eq!(note, format!("together 5010 0 b rerun {which}"));
+        assert_ne!(Stops::new(Some(""), "b").rerun(), Some(which.as_str()), "each is another");
         let mut next = Stops::new(Some(&note), "c");
-        assert_eq!((next.rerun(), next.count()), (Some("b"), 1));
+        assert_eq!((next.rerun(), next.count()), (Some(which.as_str()), 1));
         next.rest();
-        assert_eq!(commit(&mut next), "clean rerun b");
+        assert_eq!(commit(&mut next), format!("clean rerun {which}"));
     }
 
     #[test]

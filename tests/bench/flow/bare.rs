@@ -131,11 +131,12 @@ pub fn processor(prefix: &str, count: u64) {
     let (from, to) = (format!("{prefix}events"), format!("{prefix}deliveries"));
     producer.init_transactions(CALL).expect("a transactional id");
     consumer.subscribe(&[&from]).expect("subscribed");
-    let mut done = Done::default();
+    let (mut done, deadline) = (Done::default(), Instant::now() + crate::PATIENCE);
     while done.seen < count {
         let (mut offsets, mut is_open, mut until) = (HashMap::<i32, i64>::new(), false, None::<Instant>);
         let mut copied = 0;
         while until.is_none_or(|until| Instant::now() < until) {
+            assert!(Instant::now() < deadline, "{} of {count} have come", done.seen);
             let Some(Ok(message)) = consumer.poll(Duration::from_millis(5)) else { continue };
             if !is_open {
                 producer.begin_transaction().expect("begun");

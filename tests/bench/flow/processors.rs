@@ -108,6 +108,8 @@ async fn embedded(count: u64) -> (Figures, Figures) {
     }
     fill(&log, count).await;
     log.close().await;
+    // Its folder is free then.
+    drop(log);
     let at = folder.path().to_str().expect("a path in UTF-8");
     let program = std::env::current_exe().expect("a path");
     let child = Command::new(program).args(["side", "embedded", at]).stdin(Stdio::null()).spawn().expect("it starts");

@@ -237,7 +237,7 @@ impl Flow {
             ("LANEWAY_LOG__PULSAR__TOKEN", &pulsar.token),
             ("LANEWAY_LOG__PULSAR__CA_FILE", &pulsar.ca_file.display().to_string()),
             ("LANEWAY_LOG__PULSAR__OAUTH2__ISSUER_URL", &pulsar.oauth2.issuer_url),
-            ("LANEWAY_LOG__PULSAR__OAUTH2__CREDENTIALS_FILE", &pulsar.oauth2.credentials_file.display().to_string()),
+            ("LANEWAY_LOG__PULSAR__OAUTH2__CREDENTIALS", &pulsar.oauth2.credentials),
         ];
         Self::unapplied("", &settings)
     }

@@ -9,6 +9,7 @@ use crate::model::record::{Addressed, Headers, Offset, header};
 use crate::runtime::driver::Changes;
 use crate::telemetry::metrics::metrics;
 
+use super::super::restore::Note;
 use super::{KeyId, PartitionState};
 use crate::runtime::planted::{Mistake, is_planted};
 
@@ -54,7 +55,7 @@ impl PartitionState {
         let last = self.progress(ProgressKey::Partition.encode(self.partition), &Progress::Partition(record));
         (self.collected, self.collected_bytes) = (self.uncommitted, self.uncommitted_bytes);
         self.tell();
-        let position = Committed { offset: lowest, metadata: self.seq.to_string() };
+        let position = Committed { offset: lowest, metadata: Note::text(self.seq, self.floor) };
         Some(Changes { outputs, last: Some(last), position })
     }
 

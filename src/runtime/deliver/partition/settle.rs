@@ -27,8 +27,6 @@ const EXPIRED: &str = "the log is about to delete it, and it has not been delive
 /// Why a record is not sent at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Refusal {
-    /// It lies in the log before.
-    Repeated,
     /// An admin drained it.
     Drained,
     /// The log is about to delete it.
@@ -193,9 +191,6 @@ impl PartitionState {
 
     /// Whether a record is not to be sent.
     pub(super) fn refusal(&self, id: &KeyId, record: &Record) -> Option<Refusal> {
-        if self.repeats.is_kept(record.offset) {
-            return Some(Refusal::Repeated);
-        }
         let lane = self.lanes.at(id.lane);
         if lane.lane.destination.as_str().is_empty() {
             return Some(Refusal::Unreadable);
@@ -215,14 +210,8 @@ impl PartitionState {
     /// Ends a record that has not come to its key yet, without sending it.
     pub(super) fn refuse(&mut self, lane: usize, record: &Record, refusal: Refusal, now: Timestamp) {
         self.changed = true;
-        if refusal != Refusal::Repeated {
-            count_delivery(&mut self.tally, record, Some(0));
-        }
+        count_delivery(&mut self.tally, record, Some(0));
         match refusal {
-            Refusal::Repeated => {
-                self.repeats.forget(record.offset);
-                self.count(lane, "repeated");
-            }
             Refusal::Drained => self.count(lane, "drained"),
             Refusal::Expired => {
                 let last = Try { at: now, code: 0, message: EXPIRED.to_owned() };
@@ -238,10 +227,16 @@ impl PartitionState {
         }
     }
 
+    /// Ends a record that lies in the log before: no delivery of its own.
+    pub(super) fn end_repeat(&mut self, lane: usize, at: Offset) {
+        self.changed = true;
+        self.repeats.forget(at);
+        self.count(lane, "repeated");
+    }
+
     /// Ends the front of a key without sending it.
     pub(super) fn give_up_front(&mut self, id: &KeyId, refusal: Refusal, now: Timestamp) {
         match refusal {
-            Refusal::Repeated => self.finish(id, "repeated", 0),
             Refusal::Drained => self.finish(id, "drained", 0),
             Refusal::Expired => self.abort(id, Reason::Retention, 0, EXPIRED.to_owned(), now),
             Refusal::Unreadable => {
@@ -261,9 +256,7 @@ impl PartitionState {
         lane.destination.sub_bytes(weight);
         if let Some(record) = &item.record {
             lane.oldest = lane.oldest.max(record.timestamp);
-            if outcome != "repeated" {
-                count_delivery(&mut self.tally, record, failed(outcome, code));
-            }
+            count_delivery(&mut self.tally, record, failed(outcome, code));
         }
         self.account.sub(weight);
         let was_failing = key.failing.take().is_some();
@@ -294,7 +287,7 @@ impl PartitionState {
             "delivered" => ledger.delivered += 1,
             "filtered" => ledger.filtered += 1,
             "drained" => ledger.drained += 1,
-            // No delivery of its own: it was counted before it was known.
+            // It was counted before it was known.
             "repeated" if is_planted(Mistake::CountRepeats) => {}
             "repeated" => ledger.taken = ledger.taken.saturating_sub(1),
             _ => ledger.aborted += 1,
@@ -405,7 +398,7 @@ impl PartitionState {
             };
             let is_read = self.lanes.key(id).and_then(|key| key.queue.front()).is_some_and(|it| it.record.is_some());
             match refusal {
-                Some(refusal @ (Refusal::Repeated | Refusal::Drained | Refusal::Expired)) if is_read => {
+                Some(refusal @ (Refusal::Drained | Refusal::Expired)) if is_read => {
                     self.give_up_front(id, refusal, now)
                 }
                 Some(Refusal::Drained | Refusal::Expired) => {
@@ -424,7 +417,7 @@ impl PartitionState {
                     self.wanted.insert(offset, id.clone());
                     break;
                 }
-                Some(Refusal::Repeated | Refusal::Unreadable) | None => break,
+                Some(Refusal::Unreadable) | None => break,
             }
             any = true;
             if let Some(key) = self.lanes.key_mut(id) {
