@@ -269,6 +269,8 @@ impl Addressed {
 
 /// The names of the headers (topics/README.md).
 pub mod header {
+    use std::borrow::Cow;
+
     pub const SOURCE: &str = "lw-source";
     pub const WORKSPACE: &str = "lw-workspace";
     pub const DESTINATION: &str = "lw-destination";
@@ -294,6 +296,27 @@ pub mod header {
 
     /// `content-type` of an Avro single-object value.
     pub const AVRO: &str = "application/avro";
+
+    /// Our own names need no allocation.
+    pub fn named(name: &str) -> Cow<'static, str> {
+        const KNOWN: [&str; 11] = [
+            SOURCE,
+            WORKSPACE,
+            DESTINATION,
+            USER,
+            MESSAGE_ID,
+            DELIVERY_ID,
+            CONTENT_TYPE,
+            TRACEPARENT,
+            JOB_RUN,
+            REPLAY_ID,
+            RERUN,
+        ];
+        match KNOWN.iter().find(|known| **known == name) {
+            Some(known) => Cow::Borrowed(known),
+            None => Cow::Owned(name.to_owned()),
+        }
+    }
 }
 
 #[cfg(test)]

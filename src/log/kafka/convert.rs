@@ -1,7 +1,5 @@
 //! Between librdkafka's types and ours, and what its errors mean for the caller.
 
-use std::borrow::Cow;
-
 use bytes::Bytes;
 use rdkafka::Message;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
@@ -20,8 +18,8 @@ use super::config::KafkaConfig;
 pub fn record(message: &BorrowedMessage<'_>) -> Record {
     let mut headers = Headers::new();
     if let Some(raw) = message.headers() {
-        for header in raw.iter() {
-            headers.push(name(header.key), Bytes::copy_from_slice(header.value.unwrap_or_default()));
+        for given in raw.iter() {
+            headers.push(header::named(given.key), Bytes::copy_from_slice(given.value.unwrap_or_default()));
         }
     }
     Record {
@@ -31,25 +29,6 @@ pub fn record(message: &BorrowedMessage<'_>) -> Record {
         key: message.key().map(Bytes::copy_from_slice),
         value: message.payload().map(Bytes::copy_from_slice),
         headers,
-    }
-}
-
-/// Our own header names need no allocation.
-fn name(key: &str) -> Cow<'static, str> {
-    const KNOWN: [&str; 9] = [
-        header::SOURCE,
-        header::WORKSPACE,
-        header::DESTINATION,
-        header::USER,
-        header::MESSAGE_ID,
-        header::DELIVERY_ID,
-        header::CONTENT_TYPE,
-        header::TRACEPARENT,
-        header::JOB_RUN,
-    ];
-    match KNOWN.iter().find(|known| **known == key) {
-        Some(known) => Cow::Borrowed(known),
-        None => Cow::Owned(key.to_owned()),
     }
 }
 

@@ -15,7 +15,7 @@ use pulsar::{Error, Payload};
 
 use crate::clock::Timestamp;
 use crate::log::LogError;
-use crate::model::record::{Addressed, Headers, Offset, Partition, Record};
+use crate::model::record::{Addressed, Headers, Offset, Partition, Record, header};
 
 use super::identity::refused;
 
@@ -110,7 +110,7 @@ fn headers(metadata: &MessageMetadata) -> Headers {
         let mut plain: Vec<_> = metadata.properties.iter().filter(|it| it.key != EMPTY && it.key != SHAPE).collect();
         plain.sort_by(|a, b| a.key.cmp(&b.key));
         for property in plain {
-            headers.push(property.key.clone(), property.value.clone());
+            headers.push(header::named(&property.key), property.value.clone());
         }
         return headers;
     };
