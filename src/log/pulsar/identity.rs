@@ -1,8 +1,9 @@
 //! What proves who we are: a token, or tokens that an OAuth2 provider gives for a client's credentials. Brokers and the admin API want the
 //! same.
 //!
-//! A token is asked for again when a tenth of its life is left. Nobody waits for that as long as the old one holds, and what the
-//! provider says meanwhile goes on without whoever wanted it.
+//! A token is asked for again when a tenth of its life is left. Calls of the admin API do not wait for that as long as the old one
+//! holds. A broker asks when the one that it has been given has ended by its own clock: it gets a new one, if there is one soon. What
+//! the provider says goes on without whoever wanted it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -30,6 +31,10 @@ const UNTOLD: Duration = Duration::from_secs(600);
 const LONGEST: Duration = Duration::from_secs(24 * 3_600);
 /// After a failure the provider is left alone for so long, while the old token holds.
 const AGAIN: Duration = Duration::from_secs(10);
+/// A token is new for so long.
+const NEW: Duration = Duration::from_secs(60);
+/// A broker that asks waits for a new token so long; then it gets the old one.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// And for so long where there is none: until then everybody is told the same.
 const SOON: Duration = Duration::from_secs(1);
 
@@ -85,6 +90,7 @@ struct State {
 #[derive(Clone)]
 struct Token {
     secret: String,
+    asked_at: Duration,
     renew_at: Duration,
     ends_at: Duration,
 }
@@ -161,10 +167,14 @@ impl Tokens {
         }
     }
 
-    /// This one is refused. True: there may be another one.
+    /// This one is refused. True: there may be another one. A new one is refused for another reason.
     pub fn forget(&self, token: &str) -> bool {
         let Some(Source::Provider(provider)) = self.0.as_deref() else { return false };
-        let mut state = provider.state();
+        let (now, mut state) = (provider.clock.uptime(), provider.state());
+        let is_new = |kept: &Token| kept.secret == token && now < kept.asked_at + NEW;
+        if state.token.as_ref().is_some_and(is_new) {
+            return false;
+        }
         if state.token.as_ref().is_some_and(|kept| kept.secret == token) {
             state.token = None;
         }
@@ -183,6 +193,10 @@ impl Authentication for Tokens {
     }
 
     async fn auth_data(&mut self) -> Result<Vec<u8>, AuthenticationError> {
+        if let Some(Source::Provider(provider)) = self.0.as_deref() {
+            // Without one in time the old one is shown.
+            let _ = tokio::time::timeout(PATIENCE, provider.renewed()).await;
+        }
         match self.token().await {
             Ok(token) => Ok(token.unwrap_or_default().into_bytes()),
             Err(LogError::Fatal(error)) => Err(AuthenticationError::Custom(error.to_string())),
@@ -240,6 +254,18 @@ impl Provider {
         asked.map_err(LogError::from)
     }
 
+    /// Waits for a token that is not about to end, where the provider was not asked in vain just now.
+    async fn renewed(self: &Arc<Self>) {
+        let is_old = |token: &Token| self.clock.uptime() >= token.renew_at;
+        if self.state().token.as_ref().is_some_and(is_old) {
+            let turn = Arc::clone(&self.asking).lock_owned().await;
+            if self.state().token.as_ref().is_some_and(is_old) {
+                // Whether it failed is told to who takes the token.
+                let _ = tokio::spawn(Arc::clone(self).ask(turn)).await;
+            }
+        }
+    }
+
     /// Asks for a token, and keeps what comes of it.
     async fn ask(self: Arc<Self>, _turn: tokio::sync::OwnedMutexGuard<()>) -> Result<String, Failure> {
         let fetched = self.fetch().await;
@@ -288,7 +314,7 @@ impl Provider {
         })?;
         let life = answer.expires_in().unwrap_or(UNTOLD).min(LONGEST);
         let secret = answer.access_token().secret().clone();
-        Ok(Token { secret, renew_at: asked_at + life - life / EARLY, ends_at: asked_at + life })
+        Ok(Token { secret, asked_at, renew_at: asked_at + life - life / EARLY, ends_at: asked_at + life })
     }
 
     /// Where tokens are had.

@@ -87,11 +87,12 @@ impl Place {
     /// that the older ones are deleted.
     pub async fn prepare(&self, partitions: u32) -> Result<(), LogError> {
         let path = self.rest.topic(&self.topic());
-        if self.rest.put(&format!("{path}/partitions"), &partitions).await? {
-            self.rest.keep_all(&self.topic()).await?;
-        } else if super::publisher::partitions(&self.client, &self.topic()).await? < partitions {
+        if !self.rest.put(&format!("{path}/partitions"), &partitions).await?
+            && super::publisher::partitions(&self.client, &self.topic()).await? < partitions
+        {
             self.rest.post(&format!("{path}/partitions"), &partitions).await?;
         }
+        self.rest.keep_all(&self.topic()).await?;
         floor::prepare(self, &self.topic()).await
     }
 

@@ -91,6 +91,10 @@ impl Rest {
     /// writes is held up for that.
     pub async fn keep_all(&self, topic: &Topic) -> Result<(), LogError> {
         let path = self.topic(topic);
+        // It is set last.
+        if self.get::<Option<i64>>(&format!("{path}/messageTTL")).await?.flatten() == Some(0) {
+            return Ok(());
+        }
         let unlimited = serde_json::json!({"limitSize": -1, "limitTime": -1, "policy": "producer_exception"});
         for kind in ["destination_storage", "message_age"] {
             self.post(&format!("{path}/backlogQuota?backlogQuotaType={kind}"), &unlimited).await?;

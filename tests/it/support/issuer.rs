@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 pub const CLIENT: &str = "laneway-client";
 pub const SECRET: &str = "oidc-secret-3";
 /// So short that every client has to renew its token while a flow runs.
-const LIFETIME: u64 = 8;
+const LIFETIME: u64 = 10;
 
 /// What its tokens are signed with.
 pub enum Key {
