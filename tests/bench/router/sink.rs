@@ -15,7 +15,7 @@ use tokio::sync::watch;
 /// How a destination answers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Manner {
-    /// 200 after so long.
+    /// 200 after so long, or as soon as it is told to behave otherwise.
     Well(Duration),
     /// 500.
     Dead,
@@ -51,7 +51,7 @@ pub struct Seen {
 }
 
 pub struct Sink {
-    manners: Mutex<Vec<Manner>>,
+    manners: watch::Sender<Vec<Manner>>,
     seen: Mutex<Seen>,
     /// How many were delivered, for those who wait for it.
     grown: watch::Sender<u64>,
@@ -70,7 +70,7 @@ impl Sink {
             failed_once: HashSet::new(),
             latency: Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("bounds in order"),
         };
-        let manners = Mutex::new(vec![Manner::Well(Duration::ZERO); destinations]);
+        let manners = watch::Sender::new(vec![Manner::Well(Duration::ZERO); destinations]);
         let sink =
             Arc::new(Self { manners, seen: Mutex::new(seen), grown: watch::Sender::new(0), clock: Clock::system() });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -81,8 +81,8 @@ impl Sink {
     }
 
     pub fn set(&self, destinations: impl IntoIterator<Item = usize>, manner: Manner) {
-        let mut manners = self.manners.lock().expect("no poison");
-        destinations.into_iter().for_each(|destination| manners[destination] = manner);
+        let set = |manners: &mut Vec<Manner>| destinations.into_iter().for_each(|it| manners[it] = manner);
+        self.manners.send_modify(set);
     }
 
     pub fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -111,15 +111,17 @@ async fn take(State(sink): State<Arc<Sink>>, uri: Uri) -> StatusCode {
     let mut parts = uri.path().split('/').skip(1).map(|part| part.parse::<u64>().unwrap_or(u64::MAX));
     let mut next = || parts.next().unwrap_or(u64::MAX);
     let (destination, user, number, sent) = (next() as u32, next() as u32, next() as u32, next());
-    let manner = sink.manners.lock().expect("no poison").get(destination as usize).copied();
+    let manner = sink.manners.borrow().get(destination as usize).copied();
     let Some(manner) = manner else { return StatusCode::NOT_FOUND };
     if sink.fails(manner, destination, user, number) {
         return StatusCode::INTERNAL_SERVER_ERROR;
     }
     sink.arrived(destination, user, number, sent);
-    // How slow the destination is: it waits for nothing.
     if !manner.delay().is_zero() {
-        tokio::time::sleep(manner.delay()).await;
+        let mut manners = sink.manners.subscribe();
+        let is_told = manners.wait_for(|manners| manners[destination as usize] != manner);
+        // It answers either way.
+        let _ = tokio::time::timeout(manner.delay(), is_told).await;
     }
     StatusCode::OK
 }
