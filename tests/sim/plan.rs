@@ -242,14 +242,24 @@ fn fault(random: &mut StdRng, processes: usize, destinations: usize) -> Fault {
     }
 }
 
+const fn seconds(count: u64) -> Duration {
+    Duration::from_secs(count)
+}
+
+fn well() -> Destination {
+    Destination::new(Manner::Well)
+}
+
+/// When, which process, and for how long, in seconds.
+fn crash(at: u64, process: usize, away: u64) -> (Duration, Fault) {
+    (seconds(at), Fault::Crash { process, away: seconds(away) })
+}
+
 /// The trace in which a new owner has to look at what lies before.
 pub const LOOKS_BACK: &str = "what a processor wrote twice, while routers come and go";
 
 /// Traces that broke earlier versions of the design.
 pub fn traces() -> Vec<(&'static str, Plan)> {
-    let seconds = Duration::from_secs;
-    let well = || Destination::new(Manner::Well);
-    let crash = |at, process, away| (seconds(at), Fault::Crash { process, away: seconds(away) });
     vec![
         (
             "a record passed by live but not stored before a crash",
@@ -294,9 +304,6 @@ pub fn traces() -> Vec<(&'static str, Plan)> {
 }
 
 fn more_traces() -> Vec<(&'static str, Plan)> {
-    let seconds = Duration::from_secs;
-    let well = || Destination::new(Manner::Well);
-    let crash = |at, process, away| (seconds(at), Fault::Crash { process, away: seconds(away) });
     let isolated = |plan: Plan| Plan { isolation: Some(seconds(15)), ..plan };
     let two_hundred = (0..200).map(|_| Destination::new(Manner::Dead)).collect();
     vec![
@@ -345,9 +352,6 @@ fn more_traces() -> Vec<(&'static str, Plan)> {
 }
 
 fn traces_of_repeats() -> Vec<(&'static str, Plan)> {
-    let seconds = Duration::from_secs;
-    let well = || Destination::new(Manner::Well);
-    let crash = |at, process, away| (seconds(at), Fault::Crash { process, away: seconds(away) });
     vec![
         (
             "what a processor wrote twice, for destinations and users that wait",
