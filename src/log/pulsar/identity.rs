@@ -31,12 +31,12 @@ const UNTOLD: Duration = Duration::from_secs(600);
 const LONGEST: Duration = Duration::from_secs(24 * 3_600);
 /// After a failure the provider is left alone for so long, while the old token holds.
 const AGAIN: Duration = Duration::from_secs(10);
-/// A token is new for so long.
-const NEW: Duration = Duration::from_secs(60);
-/// A broker that asks waits for a new token so long; then it gets the old one.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// And for so long where there is none: until then everybody is told the same.
 const SOON: Duration = Duration::from_secs(1);
+/// A broker that asks waits for a new token so long; then it gets the old one.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// A token is new for so long.
+const NEW: Duration = Duration::from_secs(60);
 
 /// A provider of tokens.
 #[derive(Clone, Default)]
@@ -171,14 +171,12 @@ impl Tokens {
     pub fn forget(&self, token: &str) -> bool {
         let Some(Source::Provider(provider)) = self.0.as_deref() else { return false };
         let (now, mut state) = (provider.clock.uptime(), provider.state());
-        let is_new = |kept: &Token| kept.secret == token && now < kept.asked_at + NEW;
-        if state.token.as_ref().is_some_and(is_new) {
-            return false;
-        }
-        if state.token.as_ref().is_some_and(|kept| kept.secret == token) {
+        let Some(kept) = state.token.as_ref().filter(|kept| kept.secret == token) else { return true };
+        let is_old = now >= kept.asked_at + NEW;
+        if is_old {
             state.token = None;
         }
-        true
+        is_old
     }
 }
 
