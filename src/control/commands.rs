@@ -20,7 +20,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// A drain is about deliveries older than itself. When those cannot be in the log any more it has nothing to say.
 const DRAIN_LIFE: Duration = Duration::from_secs(8 * 24 * 3_600);
 /// A wish to retry now is not one to retry later.
-const RETRY_LIFE: Duration = Duration::from_secs(60);
+pub const RETRY_LIFE: Duration = Duration::from_secs(60);
 
 /// What is wanted now: the last word on each thing.
 #[derive(Clone, Debug, Default)]

@@ -72,6 +72,18 @@ impl Mistake {
 
 thread_local! {
     static PLANTED: Cell<Option<Mistake>> = const { Cell::new(None) };
+    static CHECKED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Switches the check of a partition's invariants after each of its steps on or off, for everything that runs on this thread.
+/// It exists in debug builds only.
+pub fn check_invariants(is_on: bool) {
+    CHECKED.set(is_on);
+}
+
+#[inline]
+pub fn are_invariants_checked() -> bool {
+    cfg!(debug_assertions) && CHECKED.get()
 }
 
 /// Plants a mistake in everything that runs on this thread, or takes it away.

@@ -17,7 +17,7 @@ pub struct Gate {
     clock: Clock,
     /// Microseconds; shut until then.
     until: Arc<AtomicI64>,
-    /// Bytes of deliveries that readers have read: by cursors and directly, not from live.
+    /// Bytes of deliveries that readers have read: by cursors, not directly nor from live.
     read: Arc<AtomicU64>,
 }
 
@@ -129,7 +129,8 @@ impl Reader for GatedReader {
     async fn read(&mut self, limit: Limit) -> Result<Read, LogError> {
         self.gate.pass().await;
         let read = self.reader.read(limit).await?;
-        if let (Read::Records(records), true) = (&read, self.is_counted) {
+        // A direct read of one record is bounded by its attempt, not by the backlog.
+        if let (Read::Records(records), true) = (&read, self.is_counted && limit.records > 1) {
             let bytes: usize = records.iter().map(|record| record.value.as_ref().map_or(0, bytes::Bytes::len)).sum();
             self.gate.read.fetch_add(bytes as u64, Ordering::Relaxed);
         }

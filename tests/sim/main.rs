@@ -23,10 +23,11 @@ use std::io::{self, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use laneway::runtime::planted::{Mistake, plant};
+use laneway::runtime::planted::{Mistake, check_invariants, plant};
 
 use plan::Plan;
 
@@ -46,8 +47,8 @@ const FOUND: &[(Mistake, u64)] = &[
     (Mistake::FreeKeyTooEarly, 0),
     (Mistake::AttachTooEarly, 0),
     (Mistake::LoseTailAtAttach, 48),
-    (Mistake::ScanPastLive, 216),
-    (Mistake::ForgetFinishedAtDetach, 0),
+    (Mistake::ScanPastLive, 45),
+    (Mistake::ForgetFinishedAtDetach, 2),
     (Mistake::ForgetForgotten, 0),
     (Mistake::ForgetRunsAtRestore, 3),
     (Mistake::KeepMarks, 0),
@@ -61,7 +62,7 @@ const FOUND: &[(Mistake, u64)] = &[
 ];
 
 /// Panics inside the engine's tasks, which the runtime would swallow.
-static PANICS: AtomicUsize = AtomicUsize::new(0);
+static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// What a process of its own runs.
 #[derive(Clone, Copy)]
@@ -138,8 +139,9 @@ fn execute(plan: &Plan, mistake: Option<Mistake>, show: bool) -> ExitCode {
         tracing_subscriber::fmt().without_time().with_max_level(tracing::Level::DEBUG).with_writer(io::stderr).init();
     }
     plant(mistake);
+    check_invariants(true);
     std::panic::set_hook(Box::new(|info| {
-        PANICS.fetch_add(1, Ordering::Relaxed);
+        PANICS.lock().unwrap_or_else(PoisonError::into_inner).push(info.to_string());
         if std::env::var_os("SIM_SHOW_PANICS").is_some() {
             eprintln!("{info}\n{}", std::backtrace::Backtrace::force_capture());
         }
@@ -148,9 +150,10 @@ fn execute(plan: &Plan, mistake: Option<Mistake>, show: bool) -> ExitCode {
         println!("the simulation itself panicked (SIM_SHOW_PANICS=1 shows it)");
         return ExitCode::FAILURE;
     };
-    let panics = PANICS.load(Ordering::Relaxed);
-    if panics > 0 && run.violations.is_empty() {
-        run.violations.push(format!("{panics} panics in the engine (SIM_SHOW_PANICS=1 shows them)"));
+    let panics = std::mem::take(&mut *PANICS.lock().unwrap_or_else(PoisonError::into_inner));
+    if let Some(first) = panics.first() {
+        let text = format!("{} panics in the engine (SIM_SHOW_PANICS=1 shows them), the first: {first}", panics.len());
+        run.violations.insert(0, text);
     }
     run.violations.iter().take(8).for_each(|violation| println!("{violation}"));
     println!("digest {:016x}", run.digest);

@@ -98,15 +98,27 @@ impl Destination {
 pub fn near() -> Bounds {
     Bounds {
         key_bytes: 2_500,
-        lane_bytes: 8_000,
-        partition_bytes: 40_000,
-        process_bytes: 80_000,
-        held_bytes: 12_000,
+        key_records: 8,
+        listed_followers: 3,
+        mark_bytes: 6,
+        lane_bytes: 14_000,
+        down_lane_bytes: 7_000,
+        probes: 3,
+        lane_floor_bytes: 1_500,
+        partition_bytes: 80_000,
+        process_bytes: 160_000,
+        held_bytes: 20_000,
+        held_reserve_keys: 4,
         holes: 12,
         attach: 4,
         window_records: 120,
         cursors: 4,
+        process_cursors: 6,
         near: 20,
+        uncommitted: 60,
+        uncommitted_bytes: 20_000,
+        fetches: 4,
+        turn_bytes: 1_000,
     }
 }
 
@@ -309,7 +321,22 @@ fn more_traces() -> Vec<(&'static str, Plan)> {
     vec![
         (
             "two hundred lanes catching up at once",
-            Plan { reading: Some(4.0), ..Plan::calm(two_hundred, 2_000, seconds(30)) },
+            Plan {
+                // The probes of two hundred breakers find their destinations up one after the other: not all of them share a
+                // cursor.
+                reading: Some(16.0),
+                // Each destination has a few failing keys, which need memory for as many marks.
+                bounds: Bounds {
+                    partition_bytes: 800_000,
+                    process_bytes: 1_600_000,
+                    held_reserve_keys: 16,
+                    fetches: 64,
+                    uncommitted: 10_000,
+                    probes: 8,
+                    ..near()
+                },
+                ..Plan::calm(two_hundred, 2_000, seconds(30))
+            },
         ),
         (
             "a new owner reading progress before the old one's last commit is visible",
@@ -343,6 +370,28 @@ fn more_traces() -> Vec<(&'static str, Plan)> {
         (
             "30 % of users failing below the breaker",
             isolated(Plan::calm(vec![well(), Destination::new(Manner::FailingUsers(30))], 500, seconds(60))),
+        ),
+        (
+            "more failing users than may be held, beside a destination that is well",
+            isolated(Plan {
+                users: 200,
+                ..Plan::calm(vec![well(), Destination::new(Manner::FailingUsers(40))], 1_200, seconds(60))
+            }),
+        ),
+        (
+            "sixty destinations that answer after five seconds filling memory, beside one that is well",
+            Plan {
+                isolation: Some(seconds(2)),
+                in_flight: 400,
+                bounds: Bounds { partition_bytes: 180_000, process_bytes: 200_000, ..near() },
+                ..Plan::calm(
+                    std::iter::once(well())
+                        .chain((0..60).map(|_| Destination::new(Manner::Slow(seconds(5)))))
+                        .collect(),
+                    4_800,
+                    seconds(40),
+                )
+            },
         ),
         (
             "a dead destination beside a well one",

@@ -500,7 +500,7 @@ fn judge_ends(seen: &crate::world::Seen, world: &World, ledger: Ledger, marks_le
     }
     let (read, bytes) = (world.read.load(Ordering::Relaxed), seen.bytes);
     if world.plan.reading.is_some_and(|bound| read as f64 > bytes as f64 * bound) {
-        wrong.push(format!("{read} bytes read by cursors and directly, of {bytes} that there are"));
+        wrong.push(format!("{read} bytes read by cursors, of {bytes} that there are"));
     }
     if let Some(bound) = world.plan.isolation {
         wrong.extend(isolation(seen, bound));

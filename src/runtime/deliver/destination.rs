@@ -18,6 +18,7 @@ use crate::telemetry::metrics::metrics;
 
 use super::backoff::RetryPolicy;
 use super::breaker::Breaker;
+use super::memory::DestinationUse;
 
 /// Who was refused by a breaker or a pause looks again after this at the latest: another partition may have found out more.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -62,8 +63,8 @@ pub struct Destination {
     /// The partitions its deliveries are spread over.
     shard: Vec<Partition>,
     in_flight: AtomicUsize,
-    /// Of its records in memory.
-    bytes: AtomicUsize,
+    /// What its records and keys use in all partitions.
+    pub memory: Arc<DestinationUse>,
     paused: AtomicBool,
     circuit: Mutex<Circuit>,
     shared: Arc<Shared>,
@@ -109,7 +110,7 @@ impl Destinations {
             rules: rules(id),
             shard: self.0.placement.shard_of(id.as_str()),
             in_flight: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
+            memory: Arc::default(),
             paused: AtomicBool::new(false),
             circuit: Mutex::default(),
             shared: Arc::clone(&self.0),
@@ -198,19 +199,6 @@ impl Destination {
     pub fn open_since(&self) -> Option<Timestamp> {
         lock(&self.circuit).breaker.open_since()
     }
-
-    /// Its records in memory became more, or less.
-    pub fn add_bytes(&self, bytes: usize) {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    pub fn sub_bytes(&self, bytes: usize) {
-        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.bytes.load(Ordering::Relaxed)
-    }
 }
 
 impl Circuit {
@@ -228,6 +216,13 @@ impl Circuit {
         self.tokens = Some((tokens - 1.0, now));
         Ok(())
     }
+
+    /// Returns what [`Circuit::take`] took.
+    fn give_back(&mut self) {
+        if let Some((tokens, _)) = &mut self.tokens {
+            *tokens += 1.0;
+        }
+    }
 }
 
 /// One request under way.
@@ -238,6 +233,11 @@ pub struct Permit {
 }
 
 impl Permit {
+    /// The request is not made: neither the rate limit nor a probe is used up.
+    pub fn give_back(self) {
+        lock(&self.destination.circuit).give_back();
+    }
+
     /// What came of the request. True: the destination counts as down, and the try as not made.
     pub fn report(mut self, now: Timestamp, user: u64, failed: bool) -> bool {
         self.reported = true;

@@ -144,7 +144,7 @@ impl<B: Backend, D: Deliver> DeliverWork<B, D> {
         commands: Current,
         clock: Clock,
     ) -> Result<Self, LogError> {
-        let memory = Memory::new(settings.bounds.process_bytes);
+        let memory = Memory::new(&settings.bounds);
         let admin = backend.admin()?;
         Ok(Self { backend, admin, stage, settings, destinations, memory, commands, clock })
     }

@@ -4,14 +4,17 @@
 //! | file | what |
 //! |---|---|
 //! | `partition` | taking records in, starting deliveries |
-//! | `cover` | who covers a record: holding and parking keys |
+//! | `cover` | changes of keys: what covers their records, holding, parking |
 //! | `restored` | lanes and keys as the last owner left them |
 //! | `settle` | what came of an attempt: finished, held, aborted, drained |
 //! | `detach` | lanes that live reading does not feed: detaching, forgetting, attaching, shedding |
 //! | `scan` | cursors that bring back what is not in memory |
 //! | `collect` | what a commit writes |
 //! | `lane` | the lanes, and whose turn it is |
+//! | `check` | the invariants of all of these, for tests and the simulation |
 
+#[cfg(any(test, debug_assertions))]
+mod check;
 mod collect;
 mod cover;
 mod detach;
@@ -47,19 +50,16 @@ use super::window::{Place, Window};
 use super::{Bounds, DeliverSettings, tell_waiting};
 use crate::runtime::planted::{Mistake, is_planted};
 
-use lane::{LaneState, Lanes};
+use lane::Lanes;
 use scan::Cursors;
 
 pub use scan::CursorId;
 
-/// Nothing new is started while so many final outcomes wait for a commit: after a crash they would all be repeated.
-const UNCOMMITTED: usize = 10_000;
-/// Nor while so many bytes of dead letters do: one transaction has to hold them, and memory until then.
-const UNCOMMITTED_BYTES: usize = 8 << 20;
-/// Single records that are read at a time.
-const FETCHES: usize = 64;
-/// What a held key costs beside its records: its state, its name, its mark's place in the list of lowest offsets.
-const HELD: usize = 512;
+/// A key in memory without its records and its name: its state, its entry in the lane.
+const KEY_BYTES: usize = 500;
+/// A held key in memory without its records and its name: as [`KEY_BYTES`], and its entries in the lists of lowest offsets,
+/// timers and progress records to write.
+const HELD_KEY_BYTES: usize = 700;
 
 /// A user of a lane: what stays in order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -117,6 +117,8 @@ pub struct PartitionState {
     fetching: usize,
     fetched_at: Offset,
     drains: Vec<Drain>,
+    /// Job runs whose waiting deliveries are to be tried now, until when: heads that are not in memory are read before.
+    retried_runs: Vec<(String, Timestamp)>,
     /// Some of what they cover is to be ended after the next commit.
     drain_later: bool,
     seq: u64,
@@ -163,12 +165,12 @@ impl PartitionState {
         let mut state = Self {
             partition,
             epoch,
-            account: memory.account(),
+            account: memory.account(&settings.bounds),
             window: Window::new(restored.base, runs),
             repeats: restored.repeats,
             floor: restored.floor,
             taken_until: restored.live,
-            lanes: Lanes::default(),
+            lanes: Lanes::new(settings.bounds.turn_bytes),
             cursors: Cursors::default(),
             lows: BTreeMap::new(),
             alarms: BinaryHeap::new(),
@@ -176,6 +178,7 @@ impl PartitionState {
             fetching: 0,
             fetched_at: Offset::START,
             drains: restored.drains,
+            retried_runs: Vec::new(),
             drain_later: false,
             seq: restored.seq,
             dirty: BTreeSet::new(),
@@ -232,7 +235,8 @@ impl PartitionState {
     fn lane(&mut self, lane: &Lane) -> usize {
         self.lanes.find(lane).unwrap_or_else(|| {
             let destination = self.destinations.get(&lane.destination, |id| (self.rules)(id));
-            self.lanes.open(lane.clone(), destination)
+            let account = self.account.lane(Arc::clone(&destination.memory));
+            self.lanes.open(lane.clone(), destination, account)
         })
     }
 
@@ -286,45 +290,49 @@ impl PartitionState {
         KeyId { lane, user }
     }
 
-    /// Gives a record to its key. `place`: in the window that covers it; none where the key's mark does, since it comes from
-    /// the key's own scan.
+    /// Gives a record to its key. `place`: in the window that covers it; none where the key's mark does, since its own cursor
+    /// brings it.
     fn hand(&mut self, id: &KeyId, record: Record, place: Option<Place>, now: Timestamp) {
         let offset = record.offset;
-        let parked = self.lanes.key(id).and_then(|key| key.parked);
-        if parked.is_some_and(|parked| parked <= offset) && place.is_some() {
-            // Its own scan will bring it.
+        let parked = self.lanes.key(id).and_then(|key| key.rest().parked());
+        if let Some(place) = place.filter(|_| parked.is_some_and(|parked| parked <= offset)) {
+            // Its own cursor brings it; the key's mark covers it.
             self.cursors.ask_key(id);
-            return self.cover_by_mark(id, place);
+            return self.release(id.lane, place);
         }
-        let is_repeat = self.repeats.is_kept(offset);
-        let reason = if is_repeat { None } else { self.refusal(id, &record) };
-        if is_repeat || reason.is_some() {
+        // A key ends in order, so that its mark can say what is pending. What is refused behind others ends in its turn.
+        if self.lanes.key(id).is_none_or(Key::is_empty)
+            && let Some(refusal) = self.refusal(id, &record)
+        {
             if let Some(place) = place {
                 self.release(id.lane, place);
             }
-            return match reason {
-                Some(reason) => self.refuse(id.lane, &record, reason, now),
-                None => self.end_repeat(id.lane, offset),
-            };
+            return self.refuse(id.lane, &record, refusal, now);
         }
-        let (weight, bound) = (record.weight(), self.settings.bounds.key_bytes);
-        let lane = self.lanes.at_mut(id.lane);
-        let key = lane.keys.entry(Arc::clone(&id.user)).or_insert_with(Key::new);
-        if key.is_full(weight, bound) {
+        self.queue(id, record, place);
+    }
+
+    /// Appends a record to the queue of its key, or parks the key from there on.
+    fn queue(&mut self, id: &KeyId, record: Record, place: Option<Place>) {
+        let (offset, weight, bounds) = (record.offset, record.weight(), self.settings.bounds);
+        let key = self.open_key(id);
+        if key.is_full(weight, &bounds) {
             self.park(id, offset);
-            return self.cover_by_mark(id, place);
+            if let Some(place) = place {
+                self.release(id.lane, place);
+            }
+            return;
         }
-        let held = key.held;
-        key.push(Item { offset, place: place.filter(|_| !held), record: Some(Arc::new(record)) });
-        let idle = key.activity == Activity::Idle;
-        lane.bytes += weight;
-        lane.unfinished += usize::from(!held);
-        lane.destination.add_bytes(weight);
-        self.account.add(weight);
-        if held {
-            self.cover_by_mark(id, place);
+        let (is_held, is_idle) = (key.is_held(), key.activity() == Activity::Idle);
+        let lane = self.lanes.at_mut(id.lane);
+        lane.unfinished += usize::from(!is_held);
+        let charge = lane.account.charge(weight);
+        let item = Item::new(Arc::new(record), place.filter(|_| !is_held), charge);
+        self.change_key(id, |key| key.push(item));
+        if let Some(place) = place.filter(|_| is_held) {
+            self.release(id.lane, place);
         }
-        if idle {
+        if is_idle {
             self.lanes.push(id, false);
         }
     }
@@ -341,20 +349,16 @@ impl PartitionState {
             return None;
         }
         loop {
-            let bounds = self.settings.bounds;
-            let full = self.account.held_is_full() || self.account.held() >= bounds.partition_bytes / 2;
-            let alarms = &mut self.alarms;
-            let next = self.lanes.next(
-                now,
-                |lane| full || lane.held_bytes >= bounds.held_bytes,
-                |lane, at| alarms.push(Reverse((at, Alarm::Lane(lane)))),
-            );
+            let (account, alarms) = (&self.account, &mut self.alarms);
+            let next = self.lanes.next(now, account, |lane, at| alarms.push(Reverse((at, Alarm::Lane(lane)))));
             let (id, permit) = match next? {
                 Ok(next) => next,
                 Err(lane::NoPermit) => return Some(Start::Starved),
             };
-            if let Some(records) = self.take_batch(&id, now) {
-                return Some(Start::Attempt { key: id, records, permit });
+            match self.take_batch(&id, now) {
+                Some(records) => return Some(Start::Attempt { key: id, records, permit }),
+                // Its record has to be read before: the permit is for somebody else.
+                None => permit.give_back(),
             }
             if let Some(start) = self.next_reading(now) {
                 return Some(start);
@@ -364,44 +368,48 @@ impl PartitionState {
 
     /// So much has ended since the last commit that nothing more is to be read or sent before the next one.
     pub fn owes_much(&self) -> bool {
-        self.uncommitted >= UNCOMMITTED || self.uncommitted_bytes >= UNCOMMITTED_BYTES
+        let Bounds { uncommitted, uncommitted_bytes, .. } = self.settings.bounds;
+        self.uncommitted >= uncommitted || self.uncommitted_bytes >= uncommitted_bytes
     }
 
     /// The records of the key's next request; none where the first one has to be read before.
     fn take_batch(&mut self, id: &KeyId, now: Timestamp) -> Option<Vec<Arc<Record>>> {
         let batch = self.lanes.at(id.lane).destination.rules.batch;
-        let key = self.lanes.key_mut(id)?;
-        let most = if key.careful || key.failing.is_some() { 1 } else { batch.max(1) };
+        let key = self.lanes.key(id)?;
+        let most = if key.careful || key.failing().is_some() { 1 } else { batch.max(1) };
         let mut records: Vec<Arc<Record>> =
-            key.queue.iter().take(most).map_while(|item| item.record.as_ref().map(Arc::clone)).collect();
+            key.items().take(most).map_while(|item| item.record().map(Arc::clone)).collect();
         if records.is_empty() {
-            if let Some(front) = key.queue.front() {
-                // Reading it takes a while; the others do not wait for that.
-                key.activity = Activity::Fetching;
-                self.wanted.insert(front.offset, id.clone());
-            }
+            // Reading it takes a while; the others do not wait for that.
+            self.fetch_front(id);
             return None;
         }
-        // A drained one behind the front is ended when its turn comes.
+        // A refused one behind the front ends in its turn.
         if records.len() > 1
-            && !self.drains.is_empty()
+            && self.refuses_any()
             && let Some(first) = records.iter().skip(1).position(|record| self.refusal(id, record).is_some())
         {
             records.truncate(first + 1);
         }
-        let key = self.lanes.key_mut(id)?;
-        key.activity = Activity::InFlight;
         self.in_flight += 1;
-        key.in_flight = records.len();
-        key.started_at = now;
+        let bytes = records.iter().map(|record| record.weight()).sum();
+        let sending = self.lanes.at(id.lane).account.charge_in_flight(bytes);
+        self.change_key(id, |key| key.start(records.len(), sending, now));
         Some(records)
     }
 
+    /// The record of the front is to be read.
+    pub(super) fn fetch_front(&mut self, id: &KeyId) {
+        let Some(front) = self.lanes.key(id).and_then(|key| key.front()).map(|front| front.offset) else { return };
+        self.change_key(id, Key::fetch);
+        self.wanted.insert(front, id.clone());
+    }
+
     fn next_reading(&mut self, now: Timestamp) -> Option<Start> {
-        let may_fetch = self.fetching < FETCHES && (self.fetching == 0 || !self.is_short());
+        let may_fetch = self.fetching < self.settings.bounds.fetches && (self.fetching == 0 || !self.is_short());
         while may_fetch && let Some((offset, id)) = self.next_wanted() {
-            let front = self.lanes.key(&id).filter(|key| key.activity == Activity::Fetching);
-            if front.and_then(|key| key.queue.front()).is_some_and(|front| front.offset == offset) {
+            let front = self.lanes.key(&id).filter(|key| key.activity() == Activity::Fetching);
+            if front.and_then(Key::front).is_some_and(|front| front.offset == offset) {
                 self.fetching += 1;
                 metrics().fetched.with_label_values::<&str>(&[]).inc();
                 return Some(Start::Fetch { offset, key: id });
@@ -421,36 +429,35 @@ impl PartitionState {
     /// A record that was to be read at `offset`; none where the log has deleted it.
     pub fn fetched(&mut self, id: &KeyId, offset: Offset, record: Option<Record>, now: Timestamp) {
         self.fetching -= 1;
-        let lane = self.lanes.at_mut(id.lane);
-        let is_meant = |key: &&mut Key| {
-            key.activity == Activity::Fetching && key.queue.front().is_some_and(|front| front.offset == offset)
+        let is_meant = |key: &&Key| {
+            key.activity() == Activity::Fetching && key.front().is_some_and(|front| front.offset == offset)
         };
-        let Some(key) = lane.keys.get_mut(&id.user).filter(is_meant) else { return };
-        key.activity = Activity::Idle;
+        if self.lanes.key(id).filter(is_meant).is_none() {
+            return;
+        }
         let Some(record) = record else {
+            self.change_key(id, Key::rest_idle);
             let message = "the log had deleted it before it could be delivered".to_owned();
             self.abort(id, Reason::Retention, 0, message, now);
             return self.go_on(id, now);
         };
-        let Some(front) = key.queue.front_mut() else { return };
-        let weight = record.weight();
-        front.record = Some(Arc::new(record));
-        key.bytes += weight;
-        lane.bytes += weight;
-        lane.destination.add_bytes(weight);
-        self.account.add(weight);
-        let record = self.lanes.key(id).and_then(|key| key.queue.front()?.record.clone());
-        if let Some(reason) = record.and_then(|record| self.refusal(id, &record)) {
+        let charge = self.lanes.at(id.lane).account.charge(record.weight());
+        let record = Arc::new(record);
+        let front = Arc::clone(&record);
+        self.change_key(id, |key| {
+            key.rest_idle();
+            key.fill_front(front, charge);
+        });
+        if let Some(reason) = self.refusal(id, &record) {
             self.give_up_front(id, reason, now);
             return self.go_on(id, now);
         }
-        let waits = |key: &Key| key.failing.as_ref().map(|failing| failing.next_try_at).filter(|at| *at > now);
-        match self.lanes.key_mut(id).and_then(|key| Some((waits(key)?, key))) {
-            // It was read for a drain that does not mean it.
-            Some((at, key)) => {
-                key.activity = Activity::Waiting;
-                self.alarms.push(Reverse((at, Alarm::Key(id.clone()))));
-            }
+        if self.is_retried_now(id, &record) {
+            self.change_key(id, |key| key.hurry(now));
+        }
+        // Before its next attempt it was read for a command that does not mean it.
+        match self.change_key(id, |key| key.wait_on(now)).flatten() {
+            Some(at) => self.alarms.push(Reverse((at, Alarm::Key(id.clone())))),
             None => self.lanes.push(id, true),
         }
     }
@@ -480,8 +487,8 @@ impl PartitionState {
             match alarm {
                 Alarm::Key(id) => {
                     let due = |key: &Key| {
-                        key.activity == Activity::Waiting
-                            && key.failing.as_ref().is_some_and(|failing| failing.next_try_at == at)
+                        key.activity() == Activity::Waiting
+                            && key.failing().is_some_and(|failing| failing.next_try_at == at)
                     };
                     if id.lane < self.lanes.len() && self.lanes.key(&id).is_some_and(due) {
                         self.lanes.push(&id, true);
@@ -499,11 +506,7 @@ impl PartitionState {
 
     /// Whether more may be taken from live reading; tells when that changes.
     pub fn has_room(&mut self) -> bool {
-        let Bounds { partition_bytes, .. } = self.settings.bounds;
-        let used = self.account.used();
-        // A partition that keeps nothing may always take a batch: another one's memory must not shut it out.
-        let is_full = used >= partition_bytes || (used > 0 && self.account.process_is_short());
-        let reason = is_full.then_some("memory");
+        let reason = (!self.account.has_room()).then_some("memory");
         tell_waiting(self.settings.stage, self.partition, self.waiting, reason);
         self.waiting = reason;
         reason.is_none()
@@ -537,10 +540,6 @@ impl PartitionState {
 impl Drop for PartitionState {
     fn drop(&mut self) {
         self.destinations.own(self.partition, false);
-        for index in 0..self.lanes.len() {
-            let lane: &LaneState = self.lanes.at(index);
-            lane.destination.sub_bytes(lane.bytes);
-        }
         tell_waiting(self.settings.stage, self.partition, self.waiting, None);
         let partition = self.partition.to_string();
         let metrics = metrics();

@@ -227,7 +227,7 @@ impl<B: Backend> Reading<B> {
         until: Offset,
     ) -> Result<(Vec<Record>, Option<Offset>), LogError> {
         loop {
-            match self.read_on(reader, from).await {
+            match self.read_on(reader, from, until).await {
                 Ok(Read::Records(records)) => return Ok((records, None)),
                 Ok(Read::End) => match self.has_nothing_below(until).await {
                     Ok(true) => return Ok((Vec::new(), Some(until))),
@@ -244,12 +244,19 @@ impl<B: Backend> Reading<B> {
         }
     }
 
-    async fn read_on(&self, reader: &mut Option<(B::Reader, Offset)>, from: Offset) -> Result<Read, LogError> {
+    async fn read_on(
+        &self,
+        reader: &mut Option<(B::Reader, Offset)>,
+        from: Offset,
+        until: Offset,
+    ) -> Result<Read, LogError> {
         if reader.as_ref().is_none_or(|(_, at)| *at != from) {
             *reader = Some((self.backend.reader(&self.topic, self.partition, from).await?, from));
         }
         let Some((open, at)) = reader else { return Ok(Read::End) };
-        let read = open.read(STRETCH).await?;
+        // What is behind `until` would be thrown away: live reading brings it.
+        let records = usize::try_from(until.distance_from(from)).unwrap_or(usize::MAX).clamp(1, STRETCH.records);
+        let read = open.read(Limit { records, ..STRETCH }).await?;
         note_read(&read);
         if let Read::Records(records) = &read
             && let Some(last) = records.last()

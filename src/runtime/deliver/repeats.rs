@@ -95,6 +95,10 @@ impl Repeats {
         }
     }
 
+    pub fn has_kept(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     pub fn is_kept(&self, at: Offset) -> bool {
         !self.waiting.is_empty() && self.waiting.contains(&at)
     }

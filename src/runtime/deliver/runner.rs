@@ -9,12 +9,14 @@ use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use crate::control::commands::Current;
+use crate::control::commands::{Current, RETRY_LIFE};
 use crate::delivery::verdict::Verdict;
 use crate::log::{Backend, LogError};
 use crate::model::outcome::Reason;
 use crate::model::record::Record;
 use crate::runtime::driver::{Ask, Bell, Lease};
+#[cfg(debug_assertions)]
+use crate::runtime::planted::are_invariants_checked;
 
 use super::destination::Permit;
 use super::partition::{KeyId, PartitionState, Start};
@@ -62,6 +64,8 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
         self.take_commands(&mut from.commands);
         loop {
             self.start_what_may();
+            #[cfg(debug_assertions)]
+            self.check();
             let room = !self.stopped && self.state.has_room() && !self.state.owes_much();
             let wake = self.state.next_timer().map(|at| clock.instant() + at.since(clock.now()));
             let wake = wake.unwrap_or_else(|| clock.instant() + Duration::from_secs(3_600));
@@ -119,6 +123,15 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
         }
     }
 
+    #[cfg(debug_assertions)]
+    fn check(&self) {
+        if are_invariants_checked()
+            && let Err(broken) = self.state.check()
+        {
+            panic!("an invariant of the partition's state is broken: {broken}");
+        }
+    }
+
     /// Takes up what the operator wants of this partition. Pauses are the whole process's.
     fn take_commands(&mut self, commands: &mut Current) {
         let commands = Arc::clone(&commands.borrow_and_update());
@@ -130,7 +143,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
         }
         for command in commands.retries(now) {
             if self.known.insert(command.id.clone()) {
-                self.state.retry_now(&command.target, now);
+                self.state.retry_now(&command.target, now, command.at.plus(RETRY_LIFE));
             }
         }
     }

@@ -167,6 +167,13 @@ impl Window {
         self.offsets.is_empty()
     }
 
+    /// The pending records, with the lane that each was pushed for.
+    #[cfg(any(test, debug_assertions))]
+    pub fn open(&self) -> impl Iterator<Item = (Offset, usize)> {
+        let places = self.offsets.iter().zip(&self.lanes).zip(self.front..);
+        places.filter(|(_, place)| !self.is_finished(*place)).map(|((offset, lane), _)| (*offset, *lane as usize))
+    }
+
     /// How many stretches the progress record has to name.
     pub fn holes(&self) -> usize {
         self.runs.len()

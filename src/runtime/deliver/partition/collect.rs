@@ -96,9 +96,10 @@ impl PartitionState {
     /// A held key's progress record.
     fn key_record(&mut self, id: &KeyId) -> Option<Addressed> {
         let lane = self.lanes.at(id.lane).lane.clone();
-        let key = self.lanes.key_mut(id).filter(|key| key.held)?;
+        let bounds = self.settings.bounds;
+        let key = self.lanes.key_mut(id).filter(|key| key.is_held())?;
         key.recorded = true;
-        let (head, followers, mut parked) = key.mark();
+        let (head, followers, mut parked) = key.mark(&bounds);
         if is_planted(Mistake::ForgetParkedInMark) {
             parked = None;
         }
@@ -125,7 +126,7 @@ impl PartitionState {
         for (gauge, value) in [
             (&metrics.lane_held, self.failing),
             (&metrics.lane_pending, self.pending as usize),
-            (&metrics.lane_bytes, self.account.used()),
+            (&metrics.lane_bytes, self.account.records() + self.account.held()),
             (&metrics.lane_detached, self.lanes.detached.len()),
             (&metrics.parked, self.parked),
             (&metrics.cursors, self.cursors.count()),

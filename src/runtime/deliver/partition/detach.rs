@@ -5,6 +5,7 @@
 //! back. Attaching needs no cover to be moved back: the keys that still have something unfinished become held, so their marks
 //! cover it.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,15 +14,11 @@ use crate::model::progress::ProgressKey;
 use crate::model::record::Offset;
 use crate::telemetry::events;
 
+use super::super::key::{Activity, Key};
 use super::super::window::{Located, Window};
 use super::lane::Detached;
 use super::{Bounds, KeyId, PartitionState};
 use crate::runtime::planted::{Mistake, is_planted};
-
-/// A lane that cannot run keeps no more than this: its records are read again when it can.
-const DOWN_BYTES: usize = 1 << 20;
-/// A lane that is down keeps so many records for probes, each of another key where there are as many.
-const PROBES: usize = 8;
 
 impl Detached {
     pub fn new(window: Window, scan: Offset, now: Timestamp) -> Self {
@@ -39,17 +36,14 @@ impl Detached {
 }
 
 impl PartitionState {
-    /// What a lane may keep in memory: its bound, and not more than half of what is free for its destination.
+    /// What a lane may keep in memory.
     fn lane_limit(&self, index: usize) -> usize {
-        let Bounds { lane_bytes, partition_bytes, .. } = self.settings.bounds;
         let lane = self.lanes.at(index);
-        if !lane.destination.can_run() {
-            return lane_bytes.min(DOWN_BYTES);
+        if lane.destination.can_run() {
+            return self.account.lane_limit(&lane.account);
         }
-        let of_process = (self.account.free() + lane.destination.bytes()) / 2;
-        let others = lane.destination.bytes() - lane.bytes.min(lane.destination.bytes());
-        let of_partition = (partition_bytes.saturating_sub(self.account.used()) + lane.bytes) / 2;
-        lane_bytes.min(of_process.saturating_sub(others)).min(of_partition)
+        let Bounds { lane_bytes, down_lane_bytes, .. } = self.settings.bounds;
+        lane_bytes.min(down_lane_bytes).min(self.account.lane_limit(&lane.account))
     }
 
     /// A detached lane has to end something before it takes more.
@@ -58,10 +52,14 @@ impl PartitionState {
         let Some(detached) = &lane.detached else { return false };
         let Bounds { holes, window_records, .. } = self.settings.bounds;
         if !lane.destination.can_run() {
-            return lane.keys.len() >= PROBES;
+            return lane.keys.len() >= self.settings.bounds.probes;
         }
-        if self.is_short() && (lane.bytes > 0 || self.in_flight > 0 || self.has_ready()) {
-            // Others have to end first; what came now would have to go again.
+        if !self.account.may_hold(&lane.account) {
+            // None of its keys may start: its destination has used up its memory for held keys.
+            return true;
+        }
+        if self.is_short() && (lane.account.bytes() > 0 || self.in_flight > 0 || self.has_ready()) {
+            // What came now would be shed again: other deliveries have to end first.
             return true;
         }
         let limit = match detached.full_since {
@@ -72,13 +70,13 @@ impl PartitionState {
         // What was let go of comes back whatever holes there are: it closes them.
         let is_at_end = self.lane_scan(index) >= detached.window.live();
         let is_wide = detached.window.holes() >= holes || detached.window.len() >= window_records;
-        lane.bytes >= limit.max(1) || (is_wide && is_at_end)
+        lane.account.bytes() >= limit.max(1) || (is_wide && is_at_end)
     }
 
     /// Detaches an attached lane that has come over its bound.
     pub(super) fn bound_lane(&mut self, index: usize, now: Timestamp) {
         let lane = self.lanes.at(index);
-        if lane.detached.is_none() && lane.unfinished > 1 && lane.bytes > self.lane_limit(index) {
+        if lane.detached.is_none() && lane.unfinished > 1 && lane.account.bytes() > self.lane_limit(index) {
             let why = if lane.destination.can_run() { "bytes" } else { "down" };
             self.detach(index, why, now);
         }
@@ -102,7 +100,7 @@ impl PartitionState {
         let mut window = self.window.split(index as u32);
         if is_planted(Mistake::ForgetFinishedAtDetach) {
             let mut blank = Window::new(window.base(), Vec::new());
-            self.lanes.at(index).keys.values().flat_map(|key| &key.queue).for_each(|item| {
+            self.lanes.at(index).keys.values().flat_map(Key::items).for_each(|item| {
                 if item.place.is_some() && blank.locate(item.offset) == Located::Ahead {
                     blank.push(item.offset, 0);
                 }
@@ -111,15 +109,12 @@ impl PartitionState {
         }
         let scan = if is_planted(Mistake::ForgetFinishedAtDetach) { window.base() } else { window.live() };
         let lane = self.lanes.at_mut(index);
-        for item in lane.keys.values_mut().flat_map(|key| &mut key.queue) {
-            if item.place.is_some() {
-                item.place = match window.locate(item.offset) {
-                    Located::Open(place) => Some(place),
-                    Located::Finished | Located::Ahead => None,
-                };
-            }
-        }
-        let oldest = lane.keys.values().filter_map(|key| key.queue.front()?.record.as_ref());
+        let moved = |offset| match window.locate(offset) {
+            Located::Open(place) => Some(place),
+            Located::Finished | Located::Ahead => None,
+        };
+        lane.keys.values_mut().for_each(|key| key.move_places(moved));
+        let oldest = lane.keys.values().filter_map(|key| key.front()?.record());
         lane.oldest = oldest.map(|record| record.timestamp).min().unwrap_or(lane.oldest).max(lane.oldest);
         lane.detached = Some(Detached::new(window, scan, now));
         self.lanes.detached.insert(index);
@@ -132,58 +127,37 @@ impl PartitionState {
         self.cursors.ask_lane(index);
     }
 
-    /// Lets go of what a detached lane keeps and is not under way. Its cursor will bring it back.
+    /// Removes the records of a detached lane that are not in flight from memory. Its cursor brings them back.
     pub(super) fn forget(&mut self, index: usize) {
         self.leave_lane(index);
-        let before = self.lanes.at(index).bytes;
-        let (mut freed, mut lowest, mut emptied) = (0, None, Vec::new());
-        let lane = self.lanes.at_mut(index);
-        let mut changed = Vec::new();
-        for (user, key) in &mut lane.keys {
-            if key.held {
-                let was_parked = key.parked.is_some();
-                freed += key.forget_followers();
-                self.parked += usize::from(!was_parked && key.parked.is_some());
-                changed.push(Arc::clone(user));
+        let users: Vec<Arc<str>> = self.lanes.at(index).keys.keys().cloned().collect();
+        let mut lowest: Option<Offset> = None;
+        for user in users {
+            let id = KeyId { lane: index, user };
+            if self.lanes.key(&id).is_some_and(Key::is_held) {
+                self.shed_key(&id);
+                self.cursors.ask_key_later(&id);
                 continue;
             }
-            let kept = key.in_flight;
-            for item in key.queue.drain(kept..) {
-                lowest = Some(lowest.map_or(item.offset, |lowest: Offset| lowest.min(item.offset)));
-                key.bytes -= item.weight().min(key.bytes);
-                freed += item.weight();
-                lane.unfinished -= 1;
-            }
-            if kept == 0 {
-                emptied.push(Arc::clone(user));
+            let removed = self.change_key(&id, |key| key.forget().collect::<Vec<_>>()).unwrap_or_default();
+            self.lanes.at_mut(index).unfinished -= removed.len();
+            lowest = removed.first().copied().into_iter().chain(lowest).min();
+            if self.lanes.key(&id).is_some_and(Key::is_empty) {
+                self.remove_key(&id);
             }
         }
-        for user in emptied {
-            lane.keys.swap_remove(&user);
-        }
-        lane.bytes = before - freed;
-        lane.destination.sub_bytes(freed);
-        self.account.sub(freed);
-        if let Some(detached) = &mut lane.detached
+        if let Some(detached) = &mut self.lanes.at_mut(index).detached
             && let Some(lowest) = lowest.filter(|_| !is_planted(Mistake::ForgetForgotten))
         {
             detached.scan = detached.scan.min(lowest);
         }
         self.lanes.clear_ready(index);
         self.push_ready_again(index);
-        for user in changed {
-            let id = KeyId { lane: index, user };
-            self.note_low(&id);
-            self.dirty.insert(id.clone());
-            if self.lanes.key(&id).is_some_and(|key| key.parked.is_some()) {
-                self.cursors.ask_key_later(&id);
-            }
-        }
         self.cursors.ask_lane_later(index);
     }
 
     fn push_ready_again(&mut self, index: usize) {
-        let ready = |key: &&super::Key| key.activity == super::Activity::Ready;
+        let ready = |key: &&Key| key.activity() == Activity::Ready;
         let lane = self.lanes.at(index);
         let users: Vec<Arc<str>> =
             lane.keys.iter().filter(|(_, key)| ready(key)).map(|(user, _)| Arc::clone(user)).collect();
@@ -204,7 +178,7 @@ impl PartitionState {
         self.leave_lane(index);
         let unfinished: Vec<Arc<str>> = {
             let lane = self.lanes.at(index);
-            lane.keys.iter().filter(|(_, key)| !key.held).map(|(user, _)| Arc::clone(user)).collect()
+            lane.keys.iter().filter(|(_, key)| !key.is_held()).map(|(user, _)| Arc::clone(user)).collect()
         };
         for user in unfinished {
             let id = KeyId { lane: index, user };
@@ -228,58 +202,60 @@ impl PartitionState {
         true
     }
 
-    /// Makes room while less than a tenth is free: first held keys' followers, then lanes that cannot run, then the lane with
-    /// the most.
+    /// Makes room while less than a tenth is free: first the followers of held keys, then lanes that cannot run, then the lanes
+    /// with the most above the part that is never shed.
     pub fn shed(&mut self, now: Timestamp) {
-        let bound = self.settings.bounds.partition_bytes;
-        if !self.is_short() || self.account.used() == 0 {
+        if !self.is_short() || self.account.records() == 0 {
             return;
         }
-        let with_bytes = |state: &Self| -> Vec<usize> {
-            let mut found: Vec<usize> = (0..state.lanes.len()).filter(|at| state.lanes.at(*at).bytes > 0).collect();
-            found.sort_by_key(|at| std::cmp::Reverse(state.lanes.at(*at).bytes));
-            found
-        };
-        for index in with_bytes(self) {
+        let mut lanes: Vec<usize> = (0..self.lanes.len()).filter(|at| self.lane_bytes(*at) > 0).collect();
+        lanes.sort_by_key(|at| Reverse(self.lane_bytes(*at)));
+        for index in &lanes {
             if self.is_short() {
-                self.shed_followers(index);
+                self.shed_followers(*index);
             }
         }
-        for index in with_bytes(self) {
-            if self.is_short() && !self.lanes.at(index).destination.can_run() {
-                self.detach(index, "down", now);
-                self.forget(index);
+        for index in &lanes {
+            if self.is_short() && !self.lanes.at(*index).destination.can_run() {
+                self.detach(*index, "down", now);
+                self.forget(*index);
             }
         }
-        for index in with_bytes(self) {
-            // What little a lane has is not worth reading again.
-            if self.is_short() && self.lanes.at(index).bytes > (64 << 10).min(bound / 10) {
+        for index in lanes {
+            // What little a lane has is not worth reading again. What is in flight cannot be removed, and a single record is
+            // sent at once: a lane that keeps up is not made to wait for a cursor.
+            let lane = self.lanes.at(index);
+            let removable = lane.account.bytes() - lane.account.in_flight().min(lane.account.bytes());
+            if self.is_short() && lane.unfinished > 1 && removable > self.account.lane_floor() {
                 self.detach(index, "bytes", now);
                 self.forget(index);
             }
         }
     }
 
+    fn lane_bytes(&self, index: usize) -> usize {
+        self.lanes.at(index).account.bytes()
+    }
+
     /// Less than a tenth is free, of the partition's bound or the process's.
     pub(super) fn is_short(&self) -> bool {
-        let bound = self.settings.bounds.partition_bytes;
-        self.account.used() > bound - bound / 10 || self.account.process_is_short()
+        self.account.is_short()
     }
 
     fn shed_followers(&mut self, index: usize) {
-        let lane = self.lanes.at_mut(index);
-        let mut freed = 0;
-        let mut changed = Vec::new();
-        for (user, key) in lane.keys.iter_mut().filter(|(_, key)| key.held && key.bytes > 0) {
-            let was_parked = key.parked.is_some();
-            freed += key.forget_followers();
-            self.parked += usize::from(!was_parked && key.parked.is_some());
-            changed.push(Arc::clone(user));
+        let held = self.lanes.at(index).keys.iter().filter(|(_, key)| key.is_held() && key.bytes() > 0);
+        let ids: Vec<KeyId> = held.map(|(user, _)| KeyId { lane: index, user: Arc::clone(user) }).collect();
+        ids.iter().for_each(|id| self.shed_key(id));
+    }
+
+    /// Removes the followers of a held key from memory. One that a cursor serves leaves it first, where offsets are to be
+    /// parked that the cursor has passed.
+    fn shed_key(&mut self, id: &KeyId) {
+        let bounds = self.settings.bounds;
+        if self.lanes.key(id).is_some_and(|key| key.sheds_offsets(&bounds)) {
+            self.leave_key(id);
         }
-        lane.bytes -= freed;
-        lane.destination.sub_bytes(freed);
-        self.account.sub(freed);
-        self.dirty.extend(changed.into_iter().map(|user| KeyId { lane: index, user }));
+        self.change_key(id, |key| key.shed(&bounds));
     }
 
     /// After something of a lane has ended, or its destination came back: it may take more, or be attached.

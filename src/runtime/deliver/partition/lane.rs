@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use indexmap::IndexMap;
 
@@ -10,15 +11,18 @@ use crate::model::progress::{Lane, Ledger};
 use crate::model::record::Offset;
 
 use super::super::destination::{Destination, Permit, Refused};
-use super::super::key::{Activity, Key};
+use super::super::key::{Activity, Item, Key};
+use super::super::memory::{Account, LaneAccount};
 use super::super::window::Window;
 use super::KeyId;
 
-/// What a lane may send before it is another's turn.
-const QUANTUM: usize = 16 << 10;
+/// A lane whose destination has used up its memory for held keys is asked again after this: the end of held keys in other
+/// partitions wakes nobody here.
+const HELD_RETRY_INTERVAL: Duration = Duration::from_millis(500);
 
-#[derive(Default)]
 pub struct Lanes {
+    /// Bytes that a lane may send before it is another's turn.
+    turn_bytes: usize,
     all: Vec<LaneState>,
     index: HashMap<Lane, usize>,
     /// Lanes with ready keys, in turn.
@@ -42,12 +46,10 @@ pub struct LaneState {
     pub shut: bool,
     deficit: usize,
     pub ledger: Ledger,
-    /// Of records in memory.
-    pub bytes: usize,
+    /// Of its records and keys in memory.
+    pub account: LaneAccount,
     /// Records in queues of keys that are not held: in the window, and in memory.
     pub unfinished: usize,
-    /// Of held keys.
-    pub held_bytes: usize,
     pub detached: Option<Detached>,
     /// A progress record of it is in the log.
     pub recorded: bool,
@@ -76,11 +78,22 @@ pub struct Detached {
 pub struct NoPermit;
 
 impl Lanes {
+    pub fn new(turn_bytes: usize) -> Self {
+        Self {
+            turn_bytes,
+            all: Vec::new(),
+            index: HashMap::new(),
+            turns: VecDeque::new(),
+            counted: BTreeSet::new(),
+            detached: BTreeSet::new(),
+        }
+    }
+
     pub fn find(&self, lane: &Lane) -> Option<usize> {
         self.index.get(lane).copied()
     }
 
-    pub fn open(&mut self, lane: Lane, destination: Arc<Destination>) -> usize {
+    pub fn open(&mut self, lane: Lane, destination: Arc<Destination>, account: LaneAccount) -> usize {
         self.all.push(LaneState {
             lane: lane.clone(),
             destination,
@@ -91,9 +104,8 @@ impl Lanes {
             shut: false,
             deficit: 0,
             ledger: Ledger::default(),
-            bytes: 0,
+            account,
             unfinished: 0,
-            held_bytes: 0,
             detached: None,
             recorded: false,
             oldest: Timestamp::default(),
@@ -122,6 +134,7 @@ impl Lanes {
         self.all[id.lane].keys.get(&id.user)
     }
 
+    /// For [`super::PartitionState::change_key`] and the ready queues only.
     pub fn key_mut(&mut self, id: &KeyId) -> Option<&mut Key> {
         self.all[id.lane].keys.get_mut(&id.user)
     }
@@ -141,8 +154,8 @@ impl Lanes {
     pub fn push(&mut self, id: &KeyId, first: bool) {
         let lane = &mut self.all[id.lane];
         let Some(key) = lane.keys.get_mut(&id.user) else { return };
-        key.activity = Activity::Ready;
-        let ready = &mut lane.ready[usize::from(!key.held)];
+        key.make_ready();
+        let ready = &mut lane.ready[usize::from(!key.is_held())];
         match first {
             true => ready.push_front(Arc::clone(&id.user)),
             false => ready.push_back(Arc::clone(&id.user)),
@@ -155,7 +168,7 @@ impl Lanes {
         self.all[index].ready = Default::default();
     }
 
-    /// A lane takes its turn if it has something to send and nothing is known against it.
+    /// The lane joins the round if it has a ready key and is not shut.
     pub fn rouse(&mut self, index: usize) {
         let lane = &mut self.all[index];
         if lane.shut || lane.in_turn || lane.ready.iter().all(VecDeque::is_empty) {
@@ -165,32 +178,36 @@ impl Lanes {
         self.turns.push_back(index);
     }
 
-    /// The next key that may send, with its permit. `only_held`: whether a lane may start no key that is not held. Lanes that
+    /// The next key that may send, with its permit, as far as there is memory for what it may come to need. Lanes that
     /// may not send for a while leave the round and are told by `shut`, with the time when they are to be roused.
     pub fn next(
         &mut self,
         now: Timestamp,
-        only_held: impl Fn(&LaneState) -> bool,
+        memory: &Account,
         mut shut: impl FnMut(usize, Timestamp),
     ) -> Option<Result<(KeyId, Permit), NoPermit>> {
         let mut refused = 0;
         while refused < self.turns.len() {
             let index = *self.turns.front()?;
             let lane = &mut self.all[index];
-            let Some((queue, cost)) = lane.next_ready(only_held(lane)) else {
+            let Some((queue, cost)) = lane.next_ready(!memory.may_hold(&lane.account)) else {
                 let waits = lane.ready.iter().any(|ready| !ready.is_empty());
                 self.leave_turn(index);
                 if waits {
-                    // Other lanes' held keys may have used up what there is; nobody here hears when they end.
                     self.all[index].shut = true;
-                    shut(index, now.plus(std::time::Duration::from_millis(500)));
+                    shut(index, now.plus(HELD_RETRY_INTERVAL));
                 }
                 continue;
             };
             if lane.deficit < cost {
-                lane.deficit += QUANTUM;
+                lane.deficit += self.turn_bytes;
                 // Whoever is refused may be looked at again on the way: only a whole round of refusals counts.
                 refused = 0;
+                self.turns.rotate_left(1);
+                continue;
+            }
+            if !memory.may_send(&lane.account) {
+                refused += 1;
                 self.turns.rotate_left(1);
                 continue;
             }
@@ -230,12 +247,26 @@ impl LaneState {
                 continue;
             }
             while let Some(user) = self.ready[queue].front() {
-                match self.keys.get(user).filter(|key| key.activity == Activity::Ready) {
-                    Some(key) => return Some((queue, key.queue.front().map_or(0, super::super::key::Item::weight))),
+                match self.keys.get(user).filter(|key| key.activity() == Activity::Ready) {
+                    Some(key) => return Some((queue, key.front().map_or(0, Item::weight))),
                     None => drop(self.ready[queue].pop_front()),
                 }
             }
         }
         None
+    }
+
+    /// A ready key is in a ready queue, and a lane with ready keys is in the round or shut.
+    #[cfg(any(test, debug_assertions))]
+    pub fn check_turn(&self) -> Result<(), String> {
+        for (user, key) in self.keys.iter().filter(|(_, key)| key.activity() == Activity::Ready) {
+            if !self.ready[usize::from(!key.is_held())].contains(user) {
+                return Err(format!("key {user} is ready and in no ready queue"));
+            }
+            if !self.in_turn && !self.shut {
+                return Err("it has ready keys, and has no turn".to_owned());
+            }
+        }
+        Ok(())
     }
 }

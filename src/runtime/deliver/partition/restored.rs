@@ -1,13 +1,12 @@
-//! Lanes and keys as the last owner left them.
+//! Lanes and keys as the last owner stored them.
 
 use std::cmp::Reverse;
-use std::sync::Arc;
 
 use crate::clock::Timestamp;
 use crate::model::failure::Try;
 use crate::model::progress::{Head, KeyProgress, LaneProgress};
 
-use super::super::key::{Activity, Failing, Item, Key};
+use super::super::key::{Failing, Key};
 use super::super::window::Window;
 use super::lane::Detached;
 use super::{Alarm, KeyId, PartitionState};
@@ -31,31 +30,25 @@ impl PartitionState {
     pub(super) fn restore_key(&mut self, stored: KeyProgress, now: Timestamp) {
         let lane = self.lane(&stored.lane);
         let id = KeyId { lane, user: stored.user.as_str().into() };
-        let mut key = Key::new();
-        key.recorded = true;
-        key.parked = stored.parked;
-        let head = stored.head.as_ref().map(|head| head.offset);
-        for offset in head.into_iter().chain(stored.followers) {
-            key.push(Item { offset, place: None, record: None });
-        }
-        if let Some(head) = stored.head {
+        let mut offsets = Vec::with_capacity(stored.followers.len() + 1);
+        offsets.extend(stored.head.as_ref().map(|head| head.offset));
+        offsets.extend(stored.followers);
+        let has_items = !offsets.is_empty();
+        let failing = stored.head.map(|head| {
             let first = Try { at: head.first_failed_at, code: head.first_code, message: head.first_message };
             let last = Try { at: now, code: head.last_code, message: head.last_message };
             let Head { attempts, spent, next_try_at, .. } = head;
-            key.failing = Some(Failing { attempts, first, last, next_try_at, spent });
-            key.activity = Activity::Waiting;
-            self.failing += 1;
-            self.alarms.push(Reverse((next_try_at, Alarm::Key(id.clone()))));
-        }
-        let (is_failing, is_parked, has_items) = (key.failing.is_some(), key.parked.is_some(), !key.queue.is_empty());
-        self.parked += usize::from(is_parked);
-        self.lanes.at_mut(lane).keys.insert(Arc::clone(&id.user), key);
-        self.hold(&id);
-        self.dirty.remove(&id);
-        if !is_failing && has_items {
+            Failing { attempts, first, last, next_try_at, spent }
+        });
+        let due = failing.as_ref().map(|failing| failing.next_try_at);
+        let charge = self.lanes.at(lane).account.charge_held(Self::held_cost(&id));
+        self.insert_held(&id, Key::restored(offsets, failing, stored.parked, charge));
+        if let Some(due) = due {
+            self.alarms.push(Reverse((due, Alarm::Key(id.clone()))));
+        } else if has_items {
             self.lanes.push(&id, false);
         }
-        if is_parked {
+        if stored.parked.is_some() {
             self.cursors.ask_key(&id);
         }
     }

@@ -1,10 +1,11 @@
 //! Cursors: they read the partition again for detached lanes and parked keys.
 //!
-//! A cursor moves forward only and is shared by everyone whom it passes. Whoever cannot run, and a key that is full, leaves at
-//! once; a lane that is full makes its cursor wait, and one that makes it wait for more than half of the time goes to a slower
-//! cursor. So what is read is at most the backlog times the number of cursors, whoever catches up.
+//! A cursor moves forward only and is shared by all lanes and keys that it passes. A lane that cannot run, and a key that is
+//! full, leaves at once. A lane that is full makes its cursor wait; one that makes it wait for more than half of the time moves
+//! to a slower cursor. So what is read is at most the backlog times the number of cursors, whatever catches up.
 //!
-//! Where a member stands is lazy: as long as a cursor carries it, the cursor's position counts, once that is past its own.
+//! The position of a member is the higher one of its own stored position and its cursor's; it is stored when the member leaves
+//! the cursor.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use crate::clock::Timestamp;
 use crate::model::record::{Offset, Record};
 
+use super::super::key::{Key, Rest};
 use super::super::window::Located;
 use super::{Activity, Alarm, KeyId, PartitionState, Reverse, Start, lane_of};
 use crate::runtime::planted::{Mistake, is_planted};
@@ -110,12 +112,47 @@ impl Cursors {
         }
     }
 
+    /// A parked key is served by this cursor, or waits for one.
+    fn has_keys(&self, cursor: CursorId) -> bool {
+        let is_key = |seeker: &Seeker| matches!(seeker, Seeker::Key(_));
+        self.open.get(&cursor).is_some_and(|open| !open.keys.is_empty()) || self.stuck.iter().any(is_key)
+    }
+
     fn position(&self, cursor: Option<CursorId>) -> Offset {
         cursor.and_then(|cursor| self.open.get(&cursor)).map_or(Offset::START, |open| open.position)
     }
 
     pub fn count(&self) -> usize {
         self.open.len()
+    }
+
+    /// The lane or key is served by this cursor; or, without one, it has asked for one or waits for one.
+    #[cfg(any(test, debug_assertions))]
+    pub fn knows_lane(&self, index: usize, cursor: Option<CursorId>) -> bool {
+        match cursor.map(|cursor| self.open.get(&cursor)) {
+            Some(open) => open.is_some_and(|open| open.lanes.contains(&index)),
+            None => self.asks(&Seeker::Lane(index)),
+        }
+    }
+
+    #[cfg(any(test, debug_assertions))]
+    pub fn knows_key(&self, id: &KeyId, cursor: Option<CursorId>) -> bool {
+        match cursor.map(|cursor| self.open.get(&cursor)) {
+            Some(open) => open.is_some_and(|open| open.keys.contains(id)),
+            None => self.asks(&Seeker::Key(id.clone())),
+        }
+    }
+
+    #[cfg(any(test, debug_assertions))]
+    fn asks(&self, seeker: &Seeker) -> bool {
+        self.asking.contains(seeker) || self.stuck.contains(seeker)
+    }
+
+    /// Members of all cursors.
+    #[cfg(any(test, debug_assertions))]
+    pub fn members(&self) -> (usize, usize) {
+        let count = |open: &Cursor| (open.lanes.len(), open.keys.len());
+        self.open.values().map(count).fold((0, 0), |sum, count| (sum.0 + count.0, sum.1 + count.1))
     }
 
     /// The next one that has something to read before `frontier`, and whose members can all take more.
@@ -194,7 +231,7 @@ impl PartitionState {
 
     /// Up to where a parked key may look for its records itself, and whether beyond that they come with its lane. Where they
     /// do not, some further on are covered by its mark and some may not be: it waits until its lane has come by.
-    fn key_frontier(&self, lane: usize) -> (Offset, bool) {
+    pub(super) fn key_frontier(&self, lane: usize) -> (Offset, bool) {
         match &self.lanes.at(lane).detached {
             None => (self.window.live(), self.window.live() >= self.taken_until),
             Some(detached) if is_planted(Mistake::DissolveTooEarly) => (detached.scan, true),
@@ -211,25 +248,36 @@ impl PartitionState {
         self.drains.iter().any(|drain| from < drain.bound && drain.target.concerns(destination))
     }
 
+    /// The cursor of a full lane goes on for a drain: refused records end, the keys of others are parked, as far as there is
+    /// memory for held keys.
+    fn may_pass_full(&self, lane: usize, from: Offset) -> bool {
+        !self.drains.is_empty() && self.is_draining(lane, from) && self.account.may_hold(&self.lanes.at(lane).account)
+    }
+
     fn wants_lane(&self, index: usize) -> bool {
         let lane = self.lanes.at(index);
         if lane.detached.is_none() {
             return false;
         }
-        let draining = !self.drains.is_empty() && self.is_draining(index, self.lane_scan(index));
-        draining || (!lane.destination.is_paused() && !self.is_lane_full(index))
+        let draining = self.may_pass_full(index, self.lane_scan(index));
+        let may_start = !lane.destination.is_paused() && self.account.may_hold_many(&lane.account);
+        draining || (may_start && !self.is_lane_full(index))
     }
 
     fn wants_key(&self, id: &KeyId) -> bool {
         let Some(key) = self.lanes.key(id) else { return false };
-        let Some(parked) = key.parked else { return false };
-        if key.cursor.is_some() || !key.is_low(self.settings.bounds.key_bytes) {
+        let Rest::Parked(parked) = key.rest() else { return false };
+        if !key.is_low(&self.settings.bounds) {
             return false;
         }
-        if self.is_short() && (!key.queue.is_empty() || self.in_flight > 0 || self.has_ready()) {
+        let can_run = key.failing().is_none() && self.lanes.at(id.lane).destination.can_run();
+        // While it cannot run, only what is refused at its front ends: a queue keeps that from being reached.
+        if !can_run && !key.is_empty() {
             return false;
         }
-        let can_run = key.failing.is_none() && self.lanes.at(id.lane).destination.can_run();
+        if self.is_short() && (!key.is_empty() || self.in_flight > 0 || self.has_ready()) {
+            return false;
+        }
         can_run || (!self.drains.is_empty() && self.is_draining(id.lane, parked))
     }
 
@@ -251,17 +299,19 @@ impl PartitionState {
                     {
                         detached.asked_at = None;
                     }
-                    if !is_seated && (self.is_short() || !self.lanes.at(*index).destination.can_run()) {
-                        // Nobody here is told when that changes.
+                    let lane = self.lanes.at(*index);
+                    let may_start = lane.destination.can_run() && self.account.may_hold_many(&lane.account);
+                    if !is_seated && (self.is_short() || !may_start) {
+                        // Nothing in this partition tells when that changes.
                         self.cursors.stuck.insert(seeker);
                     }
                 }
                 Seeker::Key(id) if self.wants_key(id) => {
-                    let at = self.lanes.key(id).and_then(|key| key.parked).unwrap_or_default();
+                    let at = self.lanes.key(id).and_then(|key| key.rest().parked()).unwrap_or_default();
                     seekers.push((at, seeker));
                 }
                 Seeker::Key(id) => {
-                    let parked = self.lanes.key(id).is_some_and(|key| key.parked.is_some() && key.cursor.is_none());
+                    let parked = self.lanes.key(id).is_some_and(|key| matches!(key.rest(), Rest::Parked(_)));
                     if parked && (self.is_short() || !self.lanes.at(id.lane).destination.can_run()) {
                         self.cursors.stuck.insert(seeker);
                     }
@@ -347,9 +397,7 @@ impl PartitionState {
             }
             Seeker::Key(id) => {
                 open.keys.insert(id.clone());
-                if let Some(key) = self.lanes.key_mut(&id) {
-                    key.cursor = Some(cursor);
-                }
+                self.change_key(&id, |key| key.join_cursor(cursor));
             }
         }
     }
@@ -374,12 +422,7 @@ impl PartitionState {
                     self.leave_key(id);
                 }
                 if is_there && dissolves {
-                    if let Some(key) = self.lanes.key_mut(id) {
-                        key.parked = None;
-                        self.parked -= 1;
-                    }
-                    self.note_low(id);
-                    self.dirty.insert(id.clone());
+                    self.change_key(id, Key::unpark);
                     self.go_on(id, now);
                 }
                 is_there
@@ -401,15 +444,16 @@ impl PartitionState {
     }
 
     pub(super) fn leave_key(&mut self, id: &KeyId) {
-        let Some(key) = self.lanes.key_mut(id) else { return };
-        let Some(cursor) = key.cursor.take() else { return };
+        self.leave_cursor_of_key(id, None);
+    }
+
+    /// `refused`: the record that the cursor has just handed over and that does not go into the queue.
+    pub(super) fn leave_cursor_of_key(&mut self, id: &KeyId, refused: Option<Offset>) {
+        let Some(cursor) = self.lanes.key(id).and_then(|key| key.rest().cursor()) else { return };
         let position = self.cursors.position(Some(cursor)).min(self.key_frontier(id.lane).0);
-        let Some(key) = self.lanes.key_mut(id) else { return };
-        key.parked = key.parked.map(|parked| parked.max(position));
+        self.change_key(id, |key| key.leave_cursor(position, refused));
         self.cursors.leave_key(cursor, id);
         self.account.close_cursors(self.cursors.count());
-        self.note_low(id);
-        self.dirty.insert(id.clone());
     }
 
     /// What a cursor has read. `passed`: the log has nothing more below the place up to which was to be read.
@@ -436,7 +480,7 @@ impl PartitionState {
             }
             if let Some(lane) = taker {
                 touched.insert(lane);
-                if self.is_lane_full(lane) && !self.is_draining(lane, behind) {
+                if self.is_lane_full(lane) && !self.may_pass_full(lane, behind) {
                     // What is left of the stretch would only have to be let go of again: it waits until there is room.
                     if let Some(open) = self.cursors.open.get_mut(&cursor) {
                         open.ahead = records.collect();
@@ -468,7 +512,7 @@ impl PartitionState {
             false => Vec::new(),
         };
         for id in keys {
-            let parked = self.lanes.key(&id).and_then(|key| key.parked).unwrap_or_default();
+            let parked = self.lanes.key(&id).and_then(|key| key.rest().parked()).unwrap_or_default();
             self.arrive(&Seeker::Key(id), parked.max(position), now);
         }
         for index in lanes {
@@ -500,8 +544,8 @@ impl PartitionState {
         let is_clear = was_ahead && detached.window.known_until() <= detached.window.live();
         let key = lane.keys.get(&id.user);
         let is_here = key.is_some_and(|key| key.holds(offset));
-        let is_held = key.is_some_and(|key| key.held);
-        let is_parked = key.and_then(|key| key.parked).is_some_and(|parked| parked <= offset);
+        let is_held = key.is_some_and(Key::is_held);
+        let is_parked = key.and_then(|key| key.rest().parked()).is_some_and(|parked| parked <= offset);
         if is_clear {
             // Keys that waited for this may go on.
             self.ask_all(id.lane);
@@ -521,6 +565,12 @@ impl PartitionState {
                 self.cursors.ask_key(id);
                 Some(record)
             }
+            Some(place) if !is_here && self.is_lane_full(id.lane) && self.refusal(id, &record).is_none() => {
+                // The cursor only goes on for records that are refused; this one is read again when there is room.
+                self.park(id, offset);
+                self.release(id.lane, place);
+                None
+            }
             Some(place) => {
                 self.hand(id, record, Some(place), now);
                 None
@@ -532,38 +582,35 @@ impl PartitionState {
     fn pass_key(&mut self, cursor: CursorId, id: &KeyId, record: Record, now: Timestamp) -> bool {
         let offset = record.offset;
         let frontier = self.key_frontier(id.lane).0;
-        let lane = self.lanes.at_mut(id.lane);
-        let Some(key) = lane.keys.get_mut(&id.user).filter(|key| key.cursor == Some(cursor)) else { return false };
-        if offset >= frontier || key.parked.is_none_or(|parked| parked > offset) {
+        let rest = self.lanes.key(id).map_or(Rest::None, Key::rest);
+        if rest.cursor() != Some(cursor) || offset >= frontier || rest.parked().is_none_or(|parked| parked > offset) {
             return false;
         }
-        key.parked = Some(offset.just_after());
+        self.change_key(id, |key| key.pass(offset));
         if is_planted(Mistake::SkipParked) {
             self.leave_key(id);
             return false;
         }
+        let lane = self.lanes.at(id.lane);
         // The lane had let go of it before the key was parked: the key's mark takes it over.
         if let Some(Located::Open(place)) = lane.detached.as_ref().map(|detached| detached.window.locate(offset)) {
             self.release(id.lane, place);
         }
         self.hand(id, record, None, now);
-        // Also where it was drained instead.
-        self.cover_by_mark(id, None);
-        // Full: what did not go in is where its next scan begins.
-        if self.lanes.key(id).is_some_and(|key| key.parked == Some(offset)) {
-            self.leave_key(id);
-        }
         true
     }
 
-    /// A lane of a cursor became full, or is not any more; one that may not run leaves.
+    /// A lane of a cursor became full, or is not any more. A full lane that cannot start its keys leaves the cursor.
     pub(super) fn note_full(&mut self, index: usize, is_full: bool) {
         let Some(cursor) = self.lanes.at(index).detached.as_ref().and_then(|detached| detached.cursor) else { return };
         // What is drained takes no room, so the cursor goes on whatever the lane holds.
-        let draining = !self.drains.is_empty() && self.is_draining(index, self.lane_scan(index));
-        let is_full = is_full && !draining;
-        if !self.lanes.at(index).destination.can_run() && is_full {
-            return self.leave_lane(index);
+        let is_full = is_full && !self.may_pass_full(index, self.lane_scan(index));
+        let lane = self.lanes.at(index);
+        // One whose destination has used up its memory for held keys waits for these, and they may need the cursor.
+        let waits_for_keys = || !self.account.may_hold(&lane.account) && self.cursors.has_keys(cursor);
+        if is_full && (!lane.destination.can_run() || waits_for_keys()) {
+            self.leave_lane(index);
+            return self.cursors.ask_lane_later(index);
         }
         if let Some(open) = self.cursors.open.get_mut(&cursor) {
             match is_full {
@@ -577,7 +624,8 @@ impl PartitionState {
     pub(super) fn ask_all(&mut self, index: usize) {
         self.cursors.ask_lane(index);
         let lane = self.lanes.at(index);
-        let parked = lane.keys.iter().filter(|(_, key)| key.parked.is_some() && key.activity != Activity::Waiting);
+        let wants = |key: &Key| key.rest() != Rest::None && key.activity() != Activity::Waiting;
+        let parked = lane.keys.iter().filter(|(_, key)| wants(key));
         for (user, _) in parked {
             self.cursors.ask_key(&KeyId { lane: index, user: user.clone() });
         }

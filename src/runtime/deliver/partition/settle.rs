@@ -17,8 +17,8 @@ use crate::runtime::tally::count_delivery;
 use crate::telemetry::metrics::metrics;
 
 use super::super::destination::Permit;
-use super::super::key::{Activity, Failing};
-use super::{Alarm, HELD, KeyId, PartitionState};
+use super::super::key::{Activity, Failing, Key, Rest};
+use super::{Alarm, KeyId, PartitionState};
 use crate::runtime::planted::{Mistake, is_planted};
 
 /// What a dead letter says of a record that the log would have deleted.
@@ -27,6 +27,8 @@ const EXPIRED: &str = "the log is about to delete it, and it has not been delive
 /// Why a record is not sent at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Refusal {
+    /// The log has it twice, and the other one is delivered.
+    Repeated,
     /// An admin drained it.
     Drained,
     /// The log is about to delete it.
@@ -48,20 +50,16 @@ impl PartitionState {
         // A refusal for good is an answer: the destination is up.
         let unspent = permit.report(now, xxh3_64(id.user.as_bytes()), verdicts.iter().any(is_retry));
         self.note_breaker(id.lane);
-        let Some(key) = self.lanes.key_mut(id) else { return };
+        let Some(count) = self.change_key(id, Key::settle) else { return };
         self.changed = true;
         self.in_flight -= 1;
-        key.activity = Activity::Idle;
-        let count = std::mem::take(&mut key.in_flight);
         for verdict in verdicts.into_iter().take(count) {
             match verdict {
                 Verdict::Delivered { .. } => self.finish(id, "delivered", 0),
                 Verdict::Filtered { .. } => self.finish(id, "filtered", 0),
                 Verdict::Abort { reason, code, message } => {
                     self.abort(id, reason, code, message, now);
-                    if let Some(key) = self.lanes.key_mut(id) {
-                        key.careful = true;
-                    }
+                    self.change_key(id, |key| key.careful = true);
                 }
                 Verdict::Retry { code, message, not_before } => {
                     match unspent {
@@ -90,12 +88,11 @@ impl PartitionState {
     pub(super) fn go_on(&mut self, id: &KeyId, now: Timestamp) {
         // What was under way, or not in front, when it was drained.
         self.drain_front(id, now);
-        let bound = self.settings.bounds.key_bytes;
         let Some(key) = self.lanes.key(id) else { return };
-        let (is_low, is_parked) = (key.is_low(bound), key.parked.is_some());
-        if key.activity == Activity::Idle && !key.queue.is_empty() {
+        let (is_low, is_parked) = (key.is_low(&self.settings.bounds), key.rest() != Rest::None);
+        if key.activity() == Activity::Idle && !key.is_empty() {
             self.lanes.push(id, false);
-        } else if key.queue.is_empty() && !is_parked {
+        } else if key.is_empty() && !is_parked {
             self.forget_key(id);
         }
         if is_parked && is_low {
@@ -106,10 +103,10 @@ impl PartitionState {
 
     fn retry_later(&mut self, id: &KeyId, code: u16, message: String, not_before: Option<Duration>, now: Timestamp) {
         let retry = self.lanes.at(id.lane).destination.rules.retry;
-        let Some(key) = self.lanes.key_mut(id) else { return };
+        let Some(key) = self.lanes.key(id) else { return };
         let last = Try { at: now, code, message: shorten(message) };
-        let trying = now.since(key.started_at);
-        let (attempts, first, spent) = match &key.failing {
+        let trying = now.since(key.started_at());
+        let (attempts, first, spent) = match key.failing() {
             Some(failing) if is_planted(Mistake::SpendWhileOpen) => {
                 (failing.attempts + 1, failing.first.clone(), now.since(failing.first.at))
             }
@@ -120,38 +117,35 @@ impl PartitionState {
             }
             None => (1, last.clone(), Duration::ZERO),
         };
-        let front = key.queue.front().and_then(|item| item.record.as_ref());
+        let front = key.front().and_then(|item| item.record());
         let is_job_run = front.is_some_and(|record| record.headers.text(header::JOB_RUN).is_some());
         if retry.is_exhausted(attempts, spent, is_job_run) {
             let first = Some(first);
             return self.give_up(id, Reason::RetriesExhausted, attempts, first, last);
         }
         let next_try_at = now.plus(retry.wait(attempts, not_before, &mut self.random));
-        self.failing += usize::from(key.failing.is_none());
-        key.failing = Some(Failing { attempts, first, last, next_try_at, spent });
-        key.activity = Activity::Waiting;
-        // Who cannot run does not keep a cursor.
+        self.hold(id);
+        self.change_key(id, |key| key.wait(Failing { attempts, first, last, next_try_at, spent }));
+        // A key that cannot run does not keep a cursor.
         self.leave_key(id);
-        let Some(key) = self.lanes.key_mut(id) else { return };
-        if is_planted(Mistake::FreeKeyTooEarly) && key.queue.len() > 1 && key.in_flight == 0 {
-            key.queue.swap(0, 1);
+        if is_planted(Mistake::FreeKeyTooEarly) {
+            self.change_key(id, Key::swap_front);
         }
         self.alarms.push(Reverse((next_try_at, Alarm::Key(id.clone()))));
-        self.hold(id);
     }
 
     /// Gives the front up after a try that said never.
     pub(super) fn abort(&mut self, id: &KeyId, reason: Reason, code: u16, message: String, now: Timestamp) {
         let last = Try { at: now, code, message: shorten(message) };
-        let failing = self.lanes.key(id).and_then(|key| key.failing.clone());
+        let failing = self.lanes.key(id).and_then(|key| key.failing().cloned());
         let attempts = failing.as_ref().map_or(0, |failing| failing.attempts) + u32::from(code != 0);
         let first = failing.map_or_else(|| last.clone(), |failing| failing.first);
         self.give_up(id, reason, attempts, Some(first), last);
     }
 
     fn give_up(&mut self, id: &KeyId, reason: Reason, attempts: u32, first: Option<Try>, last: Try) {
-        let Some(front) = self.lanes.key(id).and_then(|key| key.queue.front()) else { return };
-        let original = front.record.as_deref().cloned().unwrap_or_else(|| self.missing(front.offset));
+        let Some(front) = self.lanes.key(id).and_then(Key::front) else { return };
+        let original = front.record().map(|record| Record::clone(record)).unwrap_or_else(|| self.missing(front.offset));
         let code = last.code;
         self.dead_letter(id.lane, &original, reason, attempts, first, last);
         self.finish(id, "aborted", code);
@@ -191,6 +185,9 @@ impl PartitionState {
 
     /// Whether a record is not to be sent.
     pub(super) fn refusal(&self, id: &KeyId, record: &Record) -> Option<Refusal> {
+        if self.repeats.is_kept(record.offset) {
+            return Some(Refusal::Repeated);
+        }
         let lane = self.lanes.at(id.lane);
         if lane.lane.destination.as_str().is_empty() {
             return Some(Refusal::Unreadable);
@@ -210,8 +207,14 @@ impl PartitionState {
     /// Ends a record that has not come to its key yet, without sending it.
     pub(super) fn refuse(&mut self, lane: usize, record: &Record, refusal: Refusal, now: Timestamp) {
         self.changed = true;
-        count_delivery(&mut self.tally, record, Some(0));
+        if refusal != Refusal::Repeated {
+            count_delivery(&mut self.tally, record, Some(0));
+        }
         match refusal {
+            Refusal::Repeated => {
+                self.repeats.forget(record.offset);
+                self.count(lane, "repeated");
+            }
             Refusal::Drained => self.count(lane, "drained"),
             Refusal::Expired => {
                 let last = Try { at: now, code: 0, message: EXPIRED.to_owned() };
@@ -227,16 +230,15 @@ impl PartitionState {
         }
     }
 
-    /// Ends a record that lies in the log before: no delivery of its own.
-    pub(super) fn end_repeat(&mut self, lane: usize, at: Offset) {
-        self.changed = true;
-        self.repeats.forget(at);
-        self.count(lane, "repeated");
-    }
-
     /// Ends the front of a key without sending it.
     pub(super) fn give_up_front(&mut self, id: &KeyId, refusal: Refusal, now: Timestamp) {
         match refusal {
+            Refusal::Repeated => {
+                if let Some(offset) = self.lanes.key(id).and_then(Key::front).map(|front| front.offset) {
+                    self.repeats.forget(offset);
+                }
+                self.finish(id, "repeated", 0);
+            }
             Refusal::Drained => self.finish(id, "drained", 0),
             Refusal::Expired => self.abort(id, Reason::Retention, 0, EXPIRED.to_owned(), now),
             Refusal::Unreadable => {
@@ -248,33 +250,21 @@ impl PartitionState {
 
     /// The front of a key is final. `code`: of the last answer, where it was given up.
     pub(super) fn finish(&mut self, id: &KeyId, outcome: &'static str, code: u16) {
+        let popped = self.change_key(id, |key| {
+            key.careful &= outcome != "delivered";
+            key.pop()
+        });
+        let Some(item) = popped.flatten() else { return };
         let lane = self.lanes.at_mut(id.lane);
-        let Some(key) = lane.keys.get_mut(&id.user) else { return };
-        let Some(item) = key.pop() else { return };
-        let weight = item.weight();
-        lane.bytes -= weight;
-        lane.destination.sub_bytes(weight);
-        if let Some(record) = &item.record {
+        if let Some(record) = item.record() {
             lane.oldest = lane.oldest.max(record.timestamp);
-            count_delivery(&mut self.tally, record, failed(outcome, code));
-        }
-        self.account.sub(weight);
-        let was_failing = key.failing.take().is_some();
-        if outcome == "delivered" {
-            key.careful = false;
-        }
-        let held = key.held;
-        self.failing -= usize::from(was_failing);
-        match item.place {
-            Some(place) => {
-                lane.unfinished -= 1;
-                self.release(id.lane, place);
+            if outcome != "repeated" {
+                count_delivery(&mut self.tally, record, failed(outcome, code));
             }
-            None => {
-                debug_assert!(held, "a record is covered by its key's mark or by a window");
-                self.note_low(id);
-                self.dirty.insert(id.clone());
-            }
+        }
+        if let Some(place) = item.place {
+            lane.unfinished -= 1;
+            self.release(id.lane, place);
         }
         self.changed = true;
         self.count(id.lane, outcome);
@@ -300,22 +290,10 @@ impl PartitionState {
 
     /// Nothing of the key is unfinished any more.
     pub(super) fn forget_key(&mut self, id: &KeyId) {
-        let lane = self.lanes.at_mut(id.lane);
-        let Some(key) = lane.keys.swap_remove(&id.user) else { return };
-        debug_assert!(key.queue.is_empty() && key.parked.is_none() && key.failing.is_none());
-        if key.held {
-            let cost = HELD + id.user.len();
-            lane.held_bytes -= cost;
-            self.account.sub_held(cost);
-            if let Some(low) = key.low {
-                self.forget_low(low);
-            }
+        let Some(key) = self.remove_key(id) else { return };
+        if key.is_held() {
             self.lanes.rouse(id.lane);
         }
-        if let Some(cursor) = key.cursor {
-            self.cursors.leave_key(cursor, id);
-        }
-        self.dirty.remove(id);
         if key.recorded && !is_planted(Mistake::KeepMarks) {
             let name = ProgressKey::Key(&self.lanes.at(id.lane).lane, &id.user).encode(self.partition);
             self.outputs.push(self.tombstone(name.into()));
@@ -340,11 +318,12 @@ impl PartitionState {
         self.drain_all(known, now);
     }
 
-    /// Ends what lies in front of keys and is covered by a drain from this one on.
+    /// Ends what is refused at the front of keys: by a drain from this one on, and, from the first one on, as a repeat.
     pub(super) fn drain_all(&mut self, first: usize, now: Timestamp) {
         for index in 0..self.lanes.len() {
             let destination = self.lanes.at(index).lane.destination.as_str();
-            if !self.drains[first..].iter().any(|drain| drain.target.concerns(destination)) {
+            let is_refused = first == 0 && self.repeats.has_kept();
+            if !is_refused && !self.drains[first..].iter().any(|drain| drain.target.concerns(destination)) {
                 continue;
             }
             self.ask_all(index);
@@ -358,73 +337,87 @@ impl PartitionState {
         }
     }
 
-    /// What waits for its next try and is meant tries now.
-    pub fn retry_now(&mut self, target: &Target, now: Timestamp) {
+    /// Deliveries of the target that wait for their next attempt are tried now. Those of a job run whose records are not in
+    /// memory are read before, until `until`.
+    pub fn retry_now(&mut self, target: &Target, now: Timestamp, until: Timestamp) {
+        self.retried_runs.retain(|(_, until)| *until > now);
+        if let Target::JobRun(run) = target {
+            self.retried_runs.push((run.clone(), until));
+        }
         for index in 0..self.lanes.len() {
-            let lane = self.lanes.at_mut(index);
+            let lane = self.lanes.at(index);
             let destination = lane.lane.destination.as_str();
-            let mut due = Vec::new();
-            for (user, key) in lane.keys.iter_mut().filter(|(_, key)| key.activity == Activity::Waiting) {
-                let job_run = key.queue.front().and_then(|item| item.record.as_ref()?.headers.text(header::JOB_RUN));
-                if let Some(failing) = &mut key.failing
-                    && target.covers(destination, Some(user.as_ref()), job_run)
-                {
-                    failing.next_try_at = now;
-                    due.push(KeyId { lane: index, user: Arc::clone(user) });
+            let (mut due, mut unread) = (Vec::new(), Vec::new());
+            for (user, key) in lane.keys.iter().filter(|(_, key)| key.activity() == Activity::Waiting) {
+                let record = key.front().and_then(|item| item.record());
+                let job_run = record.and_then(|record| record.headers.text(header::JOB_RUN));
+                let id = || KeyId { lane: index, user: Arc::clone(user) };
+                if target.covers(destination, Some(user.as_ref()), job_run) {
+                    due.push(id());
+                } else if record.is_none() && matches!(target, Target::JobRun(_)) {
+                    unread.push(id());
                 }
             }
-            self.alarms.extend(due.into_iter().map(|id| Reverse((now, Alarm::Key(id)))));
+            for id in due {
+                self.change_key(&id, |key| key.hurry(now));
+                self.alarms.push(Reverse((now, Alarm::Key(id))));
+            }
+            unread.iter().for_each(|id| self.fetch_front(id));
         }
     }
 
-    /// Ends the drained records at the front of a key that has nothing under way; true where there was one.
+    /// A command wants the job run of this record, whose head waits, to be tried now.
+    pub(super) fn is_retried_now(&self, id: &KeyId, record: &Record) -> bool {
+        let is_waiting = self.lanes.key(id).is_some_and(|key| key.failing().is_some());
+        let run = record.headers.text(header::JOB_RUN);
+        is_waiting && self.retried_runs.iter().any(|(retried, _)| run == Some(retried.as_str()))
+    }
+
+    /// Ends the refused records at the front of a key that has nothing in flight; true where there was one.
     fn drain_front(&mut self, id: &KeyId, now: Timestamp) -> bool {
         let mut any = false;
-        if self.drains.is_empty() {
+        if !self.refuses_any() {
             return any;
         }
-        // Beyond what one commit may hold the rest is ended after it; nothing is sent before.
-        self.drain_later |= self.owes_much();
         while !self.owes_much()
             && let Some(key) = self.lanes.key(id)
-            && key.in_flight == 0
-            && key.activity != Activity::Fetching
-            && let Some(front) = key.queue.front()
+            && key.in_flight() == 0
+            && key.activity() != Activity::Fetching
+            && let Some(front) = key.front()
         {
-            let offset = front.offset;
-            let refusal = match front.record.clone() {
-                Some(record) => self.refusal(id, &record),
+            let (offset, record) = (front.offset, front.record().map(Arc::clone));
+            let refusal = match &record {
+                Some(record) => self.refusal(id, record),
                 None => self.refusal_unread(id, offset),
             };
-            let is_read = self.lanes.key(id).and_then(|key| key.queue.front()).is_some_and(|it| it.record.is_some());
-            match refusal {
-                Some(refusal @ (Refusal::Drained | Refusal::Expired)) if is_read => {
-                    self.give_up_front(id, refusal, now)
+            match (refusal, &record) {
+                (Some(Refusal::Repeated), _) => self.give_up_front(id, Refusal::Repeated, now),
+                (Some(refusal @ (Refusal::Drained | Refusal::Expired)), Some(_)) => {
+                    self.give_up_front(id, refusal, now);
                 }
-                Some(Refusal::Drained | Refusal::Expired) => {
-                    // A dead letter holds the whole record, and what is drained is counted for its run.
-                    if let Some(key) = self.lanes.key_mut(id) {
-                        key.activity = Activity::Fetching;
-                    }
-                    self.wanted.insert(offset, id.clone());
+                // A dead letter holds the whole record, and what is drained is counted for its run.
+                (Some(Refusal::Drained | Refusal::Expired), None) => {
+                    self.fetch_front(id);
                     break;
                 }
-                // Whose run it is of has to be read.
-                None if !is_read && self.drains_a_run(offset) => {
-                    if let Some(key) = self.lanes.key_mut(id) {
-                        key.activity = Activity::Fetching;
-                    }
-                    self.wanted.insert(offset, id.clone());
+                // Its job run is known when it has been read.
+                (None, None) if self.drains_a_run(offset) => {
+                    self.fetch_front(id);
                     break;
                 }
-                Some(Refusal::Unreadable) | None => break,
+                (Some(Refusal::Unreadable) | None, _) => break,
             }
             any = true;
-            if let Some(key) = self.lanes.key_mut(id) {
-                key.activity = Activity::Idle;
-            }
+            self.change_key(id, Key::rest_idle);
         }
+        // What exceeds one commit ends after it; nothing starts before.
+        self.drain_later |= self.owes_much();
         any
+    }
+
+    /// Some records are not to be sent.
+    pub(super) fn refuses_any(&self) -> bool {
+        !self.drains.is_empty() || self.repeats.has_kept()
     }
 
     fn drains_a_run(&self, at: Offset) -> bool {
@@ -433,6 +426,9 @@ impl PartitionState {
 
     /// Of a record that is only known by its offset, its lane and its user.
     fn refusal_unread(&self, id: &KeyId, offset: Offset) -> Option<Refusal> {
+        if self.repeats.is_kept(offset) {
+            return Some(Refusal::Repeated);
+        }
         let destination = self.lanes.at(id.lane).lane.destination.as_str();
         let user = Some(id.user.as_ref()).filter(|user| !user.starts_with('#'));
         self.ended_by(offset, |target| target.covers(destination, user, None))

@@ -202,7 +202,7 @@ impl World {
             partition: Partition(0),
             epoch: Epoch(1),
             settings: self.settings.clone(),
-            memory: Memory::new(self.settings.bounds.process_bytes),
+            memory: Memory::new(&self.settings.bounds),
             destinations: self.destinations.clone(),
             rules: Arc::new(rules),
             seed: self.seed,
@@ -363,8 +363,8 @@ impl World {
             if let Some(detached) = &lane.detached {
                 lanes.insert(lane.lane.clone(), (state.lane_tail(index), detached.window.runs()));
             }
-            for (user, key) in lane.keys.iter().filter(|(_, key)| key.held) {
-                keys.insert((lane.lane.clone(), user.to_string()), key.mark());
+            for (user, key) in lane.keys.iter().filter(|(_, key)| key.is_held()) {
+                keys.insert((lane.lane.clone(), user.to_string()), key.mark(&self.settings.bounds));
             }
         }
         let cover = Cover { base: memory, runs, lanes, keys };
@@ -403,6 +403,13 @@ impl World {
             self.committed = Some(position);
             self.check_cover();
             state.committed(self.now);
+        }
+    }
+
+    /// The state in memory keeps its invariants, and covers each pending record once.
+    fn verify(&self, state: &PartitionState) {
+        if let Err(broken) = state.check() {
+            panic!("seed {}: {broken}; {}", self.seed, describe(state));
         }
     }
 
@@ -477,6 +484,7 @@ impl World {
                     state = self.restore();
                 }
             }
+            self.verify(&state);
         }
         self.rest(&mut state);
     }
@@ -491,6 +499,7 @@ impl World {
             self.settle(state, true);
             if step % 20 == 0 {
                 self.now = self.now.plus(Duration::from_secs(100));
+                self.commit(state, true);
             }
             state.wake(self.now);
             if state.pending == 0 && state.live() > self.log[RECORDS - 1].offset {
@@ -507,7 +516,12 @@ impl World {
             state.wake(self.now);
         }
         self.commit(state, true);
-        assert_eq!((state.failing, state.parked, state.account.used()), (0, 0, 0), "seed {}", self.seed);
+        assert_eq!(
+            (state.failing, state.parked, state.account.records(), state.account.held()),
+            (0, 0, 0, 0),
+            "seed {}",
+            self.seed
+        );
         assert!(state.lows.is_empty() && state.lanes.detached.is_empty(), "seed {}: {}", self.seed, describe(state));
     }
 
@@ -549,15 +563,27 @@ fn prove(bounds: Bounds, seeds: std::ops::Range<u64>) -> [usize; 4] {
 fn near() -> Bounds {
     Bounds {
         key_bytes: 1_500,
+        key_records: 6,
+        listed_followers: 2,
+        mark_bytes: 4,
         lane_bytes: 4_000,
+        down_lane_bytes: 2_000,
+        probes: 2,
+        lane_floor_bytes: 1_000,
         partition_bytes: 16_000,
         process_bytes: 24_000,
         held_bytes: 4_000,
+        held_reserve_keys: 1,
         holes: 6,
         attach: 3,
         window_records: 60,
-        cursors: 4,
+        cursors: 3,
+        process_cursors: 2,
         near: 10,
+        uncommitted: 20,
+        uncommitted_bytes: 3_000,
+        fetches: 2,
+        turn_bytes: 500,
     }
 }
 

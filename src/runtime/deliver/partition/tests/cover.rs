@@ -6,16 +6,15 @@ use crate::model::progress::Run;
 /// What is left, for a run that does not come to rest.
 pub fn describe(state: &PartitionState) -> String {
     let mut text = format!("window {}..{} of {} ", state.window.base(), state.window.live(), state.taken_until);
-    text += &format!("memory {} cursors {:?}", state.account.used(), state.cursors);
+    text += &format!("memory {}", state.account.records());
     for index in 0..state.lanes.len() {
         let lane = state.lanes.at(index);
         let scan = lane.detached.as_ref().map(|detached| (detached.scan, detached.cursor, detached.window.base()));
-        text += &format!("\nlane {index} {scan:?} bytes {} shut {}", lane.bytes, lane.shut);
+        text += &format!("\nlane {index} {scan:?} bytes {} shut {}", lane.account.bytes(), lane.shut);
         for (user, key) in &lane.keys {
-            let queue: Vec<Offset> = key.queue.iter().map(|item| item.offset).collect();
-            let next = key.failing.as_ref().map(|failing| failing.next_try_at);
-            text +=
-                &format!("\n  {user} {:?} {next:?} {queue:?} parked {:?} {:?}", key.activity, key.parked, key.cursor);
+            let queue: Vec<Offset> = key.items().map(|item| item.offset).collect();
+            let next = key.failing().map(|failing| failing.next_try_at);
+            text += &format!("\n  {user} {:?} {next:?} {queue:?} {:?}", key.activity(), key.rest());
         }
     }
     text

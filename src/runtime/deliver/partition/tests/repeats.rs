@@ -38,7 +38,7 @@ impl Twice {
         let given = Given {
             partition: Partition(0),
             epoch: Epoch(1),
-            memory: Memory::new(settings.bounds.process_bytes),
+            memory: Memory::new(&settings.bounds),
             settings,
             destinations: World::destinations(),
             rules: Arc::new(rules),
