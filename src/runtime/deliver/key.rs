@@ -336,28 +336,28 @@ impl Key {
 
     /// Whether shedding would park records that are in the queue now.
     pub fn sheds_offsets(&self, bounds: &Bounds) -> bool {
-        self.queue.len() > self.kept_by_shedding() + bounds.listed_followers
+        self.queue.len() > self.listed_by_shedding(bounds)
     }
 
-    /// Records at the front that stay in memory: those in flight, or the head while it is sent next. The head of a key that
-    /// waits for its next attempt does not.
-    fn kept_by_shedding(&self) -> usize {
-        if self.activity == Activity::Waiting { 0 } else { self.in_flight.max(1) }
+    /// Offsets that stay in the queue: those in flight, or the head, and the next followers.
+    fn listed_by_shedding(&self, bounds: &Bounds) -> usize {
+        self.in_flight.max(1) + bounds.listed_followers
     }
 
     /// Removes the records of a held key from memory, except those in flight: the next followers stay as offsets, the rest is
     /// parked. A key that a cursor serves keeps all of its offsets, since the cursor has passed them.
     pub fn shed(&mut self, bounds: &Bounds) {
         debug_assert!(self.is_held(), "the mark covers what is removed");
-        let kept = self.kept_by_shedding();
+        // The head is sent next, unless it waits for its next attempt.
+        let kept = if self.activity == Activity::Waiting { 0 } else { self.in_flight.max(1) };
         for item in self.queue.iter_mut().skip(kept) {
             self.bytes -= item.weight();
             item.kept = None;
         }
         if self.rest.cursor().is_none()
-            && let Some(first) = self.queue.get(kept + bounds.listed_followers).map(|item| item.offset)
+            && let Some(first) = self.queue.get(self.listed_by_shedding(bounds)).map(|item| item.offset)
         {
-            self.queue.truncate(kept + bounds.listed_followers);
+            self.queue.truncate(self.listed_by_shedding(bounds));
             self.park(first);
         }
     }

@@ -200,6 +200,8 @@ impl<B: Backend, D: Deliver> Work for DeliverWork<B, D> {
             renew: false,
             known: std::collections::HashSet::new(),
             retention,
+            #[cfg(debug_assertions)]
+            steps: 0,
         };
         runner.run(Sources { records, asks, found, reading, freed, commands }).await
     }

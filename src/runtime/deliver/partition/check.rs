@@ -3,7 +3,9 @@
 //! Coverage itself (each pending record is covered by exactly one of memory, lane and key) needs to know which records are
 //! pending; the tests that know it check it beside these.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+
+use crate::clock::Timestamp;
 
 use super::super::key::{Activity, Key, Rest};
 use super::super::window::Located;
@@ -11,12 +13,18 @@ use super::lane::LaneState;
 use super::{Alarm, KEY_BYTES, KeyId, PartitionState};
 
 impl PartitionState {
+    /// How many keys are in memory.
+    pub fn keys(&self) -> usize {
+        (0..self.lanes.len()).map(|index| self.lanes.at(index).keys.len()).sum()
+    }
+
     /// # Errors
     /// Names the invariant that does not hold, and where.
     pub fn check(&self) -> Result<(), String> {
         let lanes = 0..self.lanes.len();
+        let timers: Timers = self.alarms.iter().filter_map(|alarm| Timers::key(&alarm.0)).collect();
         for index in lanes.clone() {
-            self.check_lane(index, self.lanes.at(index)).map_err(|error| format!("lane {index}: {error}"))?;
+            self.check_lane(index, self.lanes.at(index), &timers).map_err(|error| format!("lane {index}: {error}"))?;
         }
         let keys = || lanes.clone().flat_map(|index| self.lanes.at(index).keys.values());
         let count = |is: &dyn Fn(&Key) -> bool| keys().filter(|key| is(key)).count();
@@ -52,10 +60,12 @@ impl PartitionState {
         Ok(())
     }
 
-    fn check_lane(&self, index: usize, lane: &LaneState) -> Result<(), String> {
+    fn check_lane(&self, index: usize, lane: &LaneState, timers: &Timers<'_>) -> Result<(), String> {
         for (user, key) in &lane.keys {
             let id = KeyId { lane: index, user: user.clone() };
-            key.check().and_then(|()| self.check_key(&id, key)).map_err(|error| format!("key {user}: {error}"))?;
+            key.check()
+                .and_then(|()| self.check_key(&id, key, timers))
+                .map_err(|error| format!("key {user}: {error}"))?;
         }
         let placed = |key: &Key| key.items().filter(|item| item.place.is_some()).count();
         same("records in windows", lane.unfinished, lane.keys.values().map(placed).sum())?;
@@ -81,7 +91,7 @@ impl PartitionState {
         }
     }
 
-    fn check_key(&self, id: &KeyId, key: &Key) -> Result<(), String> {
+    fn check_key(&self, id: &KeyId, key: &Key, timers: &Timers<'_>) -> Result<(), String> {
         let lane = self.lanes.at(id.lane);
         let window = lane.detached.as_ref().map_or(&self.window, |detached| &detached.window);
         let stray =
@@ -101,15 +111,10 @@ impl PartitionState {
                     (_, true) => Err("nothing of it is in memory, and no cursor is asked for".to_owned()),
                 }
             }
-            (Activity::Waiting, Some(failing)) => {
-                let is_set = |alarm: &(crate::clock::Timestamp, Alarm)| {
-                    alarm.0 == failing.next_try_at && alarm.1 == Alarm::Key(id.clone())
-                };
-                match self.alarms.iter().any(|alarm| is_set(&alarm.0)) {
-                    true => Ok(()),
-                    false => Err("it waits for its next attempt without a timer".to_owned()),
-                }
-            }
+            (Activity::Waiting, Some(failing)) => match timers.0.contains(&(failing.next_try_at, id)) {
+                true => Ok(()),
+                false => Err("it waits for its next attempt without a timer".to_owned()),
+            },
             (Activity::Fetching, _) => {
                 let is_wanted = key.front().is_some_and(|front| self.wanted.get(&front.offset) == Some(id));
                 match is_wanted || self.fetching > 0 {
@@ -119,6 +124,24 @@ impl PartitionState {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// When timers of keys are due.
+struct Timers<'a>(HashSet<(Timestamp, &'a KeyId)>);
+
+impl Timers<'_> {
+    fn key((at, alarm): &(Timestamp, Alarm)) -> Option<(Timestamp, &KeyId)> {
+        match alarm {
+            Alarm::Key(id) => Some((*at, id)),
+            Alarm::Lane(_) | Alarm::Seats => None,
+        }
+    }
+}
+
+impl<'a> FromIterator<(Timestamp, &'a KeyId)> for Timers<'a> {
+    fn from_iter<I: IntoIterator<Item = (Timestamp, &'a KeyId)>>(timers: I) -> Self {
+        Self(timers.into_iter().collect())
     }
 }
 

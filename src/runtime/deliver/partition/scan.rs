@@ -143,6 +143,16 @@ impl Cursors {
         }
     }
 
+    /// Where each cursor is, whom it serves, and how much of it waits.
+    #[cfg(test)]
+    pub fn summary(&self) -> String {
+        let open = self.open.iter().map(|(id, open)| {
+            format!("{id} {} {:?} {:?} {:?} {}", open.position, open.lanes, open.keys, open.full, open.ahead.len())
+        });
+        let open: Vec<String> = open.collect();
+        format!("{open:?} {:?} {} {:?} {:?}", self.reading, self.turn, self.asking, self.stuck)
+    }
+
     #[cfg(any(test, debug_assertions))]
     fn asks(&self, seeker: &Seeker) -> bool {
         self.asking.contains(seeker) || self.stuck.contains(seeker)

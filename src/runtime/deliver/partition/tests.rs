@@ -3,6 +3,7 @@
 //! offset never passes one, the ledger closes.
 
 mod cover;
+mod exhaustive;
 mod repeats;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -89,6 +90,9 @@ struct World {
     final_here: BTreeSet<Offset>,
     final_collected: BTreeSet<Offset>,
     final_committed: BTreeSet<Offset>,
+    /// Where the owner read next, at its last collection and at the last commit.
+    read_collected: Offset,
+    read_committed: Offset,
     dead_letters: usize,
     finals: BTreeMap<Offset, usize>,
     in_flight: Vec<Flight>,
@@ -144,6 +148,8 @@ impl World {
             final_here: BTreeSet::new(),
             final_collected: BTreeSet::new(),
             final_committed: BTreeSet::new(),
+            read_collected: Offset::START,
+            read_committed: Offset::START,
             dead_letters: 0,
             finals: BTreeMap::new(),
             in_flight: Vec::new(),
@@ -190,6 +196,11 @@ impl World {
     }
 
     fn restore(&mut self) -> PartitionState {
+        let memory = Memory::new(&self.settings.bounds);
+        self.restore_in(memory)
+    }
+
+    fn restore_in(&mut self, memory: Memory) -> PartitionState {
         self.in_flight.clear();
         self.pending.clear();
         (self.position, self.scan, self.fetch) = (None, None, Vec::new());
@@ -202,7 +213,7 @@ impl World {
             partition: Partition(0),
             epoch: Epoch(1),
             settings: self.settings.clone(),
-            memory: Memory::new(&self.settings.bounds),
+            memory,
             destinations: self.destinations.clone(),
             rules: Arc::new(rules),
             seed: self.seed,
@@ -256,15 +267,20 @@ impl World {
             assert!(record.is_some(), "seed {}: there is no record at {offset}", self.seed);
             state.fetched(&key, offset, record, self.now);
         }
+        let count = self.random.random_range(1..20);
+        self.bring_scan(state, count);
+        self.detached = self.detached.max(state.lanes.detached.len());
+        self.parked += state.parked;
+    }
+
+    /// The cursor that reads gets this many records.
+    fn bring_scan(&mut self, state: &mut PartitionState, count: usize) {
         if let Some(Scan { cursor, from, until }) = self.scan.take() {
             let next = self.log.partition_point(|record| record.offset < from);
-            let count = self.random.random_range(1..20);
             let records: Vec<Record> = self.log[next..].iter().take(count).cloned().collect();
             let passed = records.is_empty().then_some(until);
             state.scanned(cursor, records, passed, self.now);
         }
-        self.detached = self.detached.max(state.lanes.detached.len());
-        self.parked += state.parked;
     }
 
     fn key_of(record: &Record) -> Option<(Lane, String)> {
@@ -303,11 +319,16 @@ impl World {
             return;
         }
         let index = self.random.random_range(0..self.in_flight.len());
+        let lane = state.lanes.at(self.in_flight[index].key.lane).lane.destination.as_str()[1..].parse();
+        let lane = lane.expect("a number");
+        self.settle_one(state, index, |world| world.verdict(lane, calm));
+    }
+
+    fn settle_one(&mut self, state: &mut PartitionState, index: usize, verdict: impl Fn(&mut Self) -> Verdict) {
         let Flight { key, offsets, permit } = self.in_flight.swap_remove(index);
-        let lane = state.lanes.at(key.lane).lane.destination.as_str()[1..].parse().expect("a number");
         let mut verdicts = Vec::new();
         for offset in offsets {
-            let verdict = self.verdict(lane, calm);
+            let verdict = verdict(self);
             let is_final = !matches!(verdict, Verdict::Retry { .. });
             verdicts.push(verdict);
             if !is_final {
@@ -355,6 +376,12 @@ impl World {
 
     /// What the state itself takes for unfinished, by its covers.
     fn unfinished_in(&self, state: &PartitionState) -> BTreeSet<Offset> {
+        let counts = self.log.iter().zip(self.cover_counts(state));
+        counts.filter(|(_, count)| *count > 0).map(|(record, _)| record.offset).collect()
+    }
+
+    /// How many cover each record of the log that has been taken.
+    fn cover_counts(&self, state: &PartitionState) -> Vec<usize> {
         let (mut memory, mut lanes, mut keys) = (state.window.base(), BTreeMap::new(), BTreeMap::new());
         memory = memory.min(state.window.live());
         let runs = state.window.runs();
@@ -367,12 +394,9 @@ impl World {
                 keys.insert((lane.lane.clone(), user.to_string()), key.mark(&self.settings.bounds));
             }
         }
-        let cover = Cover { base: memory, runs, lanes, keys };
-        self.log
-            .iter()
-            .filter(|record| record.offset < state.frontier() && cover.count(record) > 0)
-            .map(|record| record.offset)
-            .collect()
+        let cover = Cover { base: memory, read: state.window.live(), runs, lanes, keys };
+        let is_taken = |record: &Record| record.offset < state.frontier();
+        self.log.iter().map(|record| if is_taken(record) { cover.count(record) } else { 0 }).collect()
     }
 
     fn commit(&mut self, state: &mut PartitionState, succeeds: bool) {
@@ -382,6 +406,7 @@ impl World {
             self.pending.extend(changes.last);
             self.position = Some(changes.position);
             self.final_collected = self.final_here.clone();
+            self.read_collected = state.window.live();
         }
         if !succeeds {
             return;
@@ -396,6 +421,7 @@ impl World {
         }
         if let Some(position) = self.position.take() {
             self.final_committed = self.final_collected.clone();
+            self.read_committed = self.read_collected;
             let below = self.log.iter().filter(|record| record.offset < position.offset);
             let unfinished: BTreeSet<Offset> =
                 below.map(|record| record.offset).filter(|offset| !self.final_committed.contains(offset)).collect();
@@ -432,7 +458,7 @@ impl World {
     }
 
     fn stored_cover(&self) -> (Cover, Offset) {
-        let mut cover = Cover::default();
+        let mut cover = Cover { read: self.read_committed, ..Cover::default() };
         let mut live = Offset::START;
         for value in self.stored.values() {
             match codec::decode(value).expect("readable") {

@@ -26,6 +26,8 @@ pub type Mark = (Option<Head>, Vec<Offset>, Option<Offset>);
 #[derive(Debug, Default)]
 pub struct Cover {
     pub base: Offset,
+    /// Where the owner reads next: what is parked from there on is handed to its key's mark when it comes.
+    pub read: Offset,
     pub runs: Vec<Run>,
     pub lanes: BTreeMap<Lane, (Offset, Vec<Run>)>,
     pub keys: BTreeMap<(Lane, String), Mark>,
@@ -39,9 +41,11 @@ impl Cover {
         let within = |runs: &[Run]| runs.iter().any(|run| run.first <= offset && offset <= run.last);
         // Memory covers what live reading feeds. Of a lane that was detached while live was reading anew what an earlier owner had
         // read, some records are neither in the runs yet nor memory's: live will only count them.
-        let memory = offset >= self.base && !within(&self.runs) && !self.lanes.contains_key(&lane);
+        let in_memory = offset >= self.base && !within(&self.runs) && !self.lanes.contains_key(&lane);
         let of_lane = self.lanes.get(&lane).is_some_and(|(tail, done)| offset >= *tail && !within(done));
         let key = World::key_of(record).unwrap_or((lane, format!("#{offset}")));
+        let is_parked = self.keys.get(&key).is_some_and(|(_, _, parked)| parked.is_some_and(|from| from <= offset));
+        let memory = in_memory && !(is_parked && offset >= self.read);
         let of_key = self.keys.get(&key).is_some_and(|(head, followers, parked)| {
             head.as_ref().is_some_and(|head| head.offset == offset)
                 || followers.contains(&offset)
