@@ -342,6 +342,8 @@ pub struct DestinationRules {
     #[serde(default, deserialize_with = "some_duration")]
     pub retry_window: Option<Duration>,
     pub retry_min_attempts: Option<u32>,
+    /// Whether `fullPath`, `appendPath` and `header` of an event change its request. None: where the source's key is secret.
+    pub request_from_event: Option<bool>,
 }
 
 /// Networks or addresses, separated by commas.
@@ -495,6 +497,11 @@ mod tests {
         assert_eq!((rules["d"].rate, rules["d"].concurrency, rules["d"].ordered), (Some(5.0), Some(7), Some(false)));
         assert_eq!((rules["d"].retry_window, rules["e"].rate), (Some(Duration::from_secs(120)), Some(0.5)));
         assert_eq!(rules["WEBHOOK"].ordered, Some(false), "a type keeps its case");
+        let steered = [("LANEWAY_ROUTER__DESTINATIONS__WEBHOOK__REQUEST_FROM_EVENT", "true")];
+        assert_eq!(
+            load("", &steered, &[]).expect("valid").router.destinations["WEBHOOK"].request_from_event,
+            Some(true)
+        );
         let wrong = load("[router.destinations.d1]\nrat = 1", &[], &[]).unwrap_err().to_string();
         assert!(wrong.contains("rat"), "{wrong}");
     }

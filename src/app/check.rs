@@ -1,19 +1,21 @@
 //! Everything that would keep the engine from running, or make it run badly, found at once and before it is started.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::engine::edge;
+use super::engine::rules::request_from_event;
 use super::{drift, open, placement, retention};
 use crate::clock::Clock;
-use crate::config::{BackendKind, Config};
-use crate::control::workspace::Workspace;
+use crate::config::{BackendKind, Config, Router};
+use crate::control::workspace::{Source, Workspace};
 use crate::log::embedded::Access;
 use crate::log::partitioner::IsolateBy;
 use crate::log::topic::{TopicSpec, Topics};
 use crate::log::{Admin, Backend, LogError};
 use crate::model::codec::KnownSchema;
 use crate::model::record::Topic;
-use crate::transform::builtin::webhook::{self, WebhookError};
+use crate::transform::builtin::webhook;
 use crate::with_log;
 
 /// The log has so long to answer everything that is asked.
@@ -96,7 +98,7 @@ fn backend(config: &Config) -> &'static str {
 
 async fn workspace(config: &Config) -> Vec<Finding> {
     match open::workspace(config).await {
-        Ok(workspace) => of_workspace(&workspace),
+        Ok(workspace) => of_workspace(&workspace, &config.router),
         Err(error) if config.control.url.is_empty() => {
             let remedy = "name the file that the control plane exports (control.workspace_file)";
             vec![Finding::problem("workspace", format!("{error:#}"), remedy)]
@@ -174,7 +176,7 @@ async fn store(config: &Config) -> Finding {
     }
 }
 
-fn of_workspace(workspace: &Workspace) -> Vec<Finding> {
+fn of_workspace(workspace: &Workspace, router: &Router) -> Vec<Finding> {
     let subject = "workspace";
     let sources: Vec<_> = workspace.sources().collect();
     let count = sources.iter().map(|source| source.destinations.len()).sum::<usize>();
@@ -186,6 +188,7 @@ fn of_workspace(workspace: &Workspace) -> Vec<Finding> {
         let remedy = "its events go nowhere: connect one, or disable it";
         found.push(Finding::warning(subject, format!("source {} has no destination", source.id), remedy));
     }
+    found.extend(requests_from_events(&sources, router));
     for destination in sources.iter().flat_map(|source| &source.destinations) {
         let subject = format!("destination {}", destination.id);
         if destination.kind.as_str() != webhook::KIND {
@@ -193,13 +196,40 @@ fn of_workspace(workspace: &Workspace) -> Vec<Finding> {
             found.push(Finding::warning(&subject, says, "its events end in proc-errors: disconnect it"));
         } else if let Err(error) = webhook::check(&destination.config) {
             let remedy = "its events end in proc-errors: mend its configuration";
-            let says = match &error {
-                // An URL may hold a key.
-                WebhookError::Url(_, why) => format!("webhookUrl is not an URL: {why}"),
-                other => other.to_string(),
-            };
-            found.push(Finding::warning(&subject, says, remedy));
+            found.push(Finding::warning(&subject, error.to_string(), remedy));
         }
+    }
+    found
+}
+
+/// Which sources' events may change path, query and headers of webhook requests.
+fn requests_from_events(sources: &[&Arc<Source>], router: &Router) -> Vec<Finding> {
+    let allows = request_from_event(router);
+    let (mut found, mut may, mut may_not) = (Vec::new(), 0, 0);
+    for source in sources {
+        for destination in source.destinations.iter().filter(|it| it.kind.as_str() == webhook::KIND) {
+            if !allows(source, destination) {
+                may_not += 1;
+                continue;
+            }
+            may += 1;
+            if !source.definition.has_secret_key() {
+                let says = format!(
+                    "events of source {} may change path, query and headers of its requests, and the source's write key may be public",
+                    source.id
+                );
+                let remedy =
+                    "set request_from_event = false for it in router.destinations, unless only servers have this key";
+                found.push(Finding::warning(&format!("destination {}", destination.id), says, remedy));
+            }
+        }
+    }
+    if may + may_not > 0 {
+        let says = format!(
+            "fullPath, appendPath and header of events are followed on {may} of {} connections from a source to a webhook",
+            may + may_not
+        );
+        found.push(Finding::ok("webhook requests", says));
     }
     found
 }
@@ -345,15 +375,27 @@ mod tests {
                 {"id":"d2","enabled":true,"config":{},"destinationDefinition":{"name":"WEBHOOK"}},
                 {"id":"d3","enabled":true,"config":{},"destinationDefinition":{"name":"AM"}}]}]}"#;
         let workspace = Workspace::parse(text).expect("a workspace");
-        let mut found = of_workspace(&workspace);
+        let set = [("router.destinations.d2.request_from_event", "true".to_owned())];
+        let layers = Layers::read(None, std::iter::empty(), &set, &[]).expect("valid");
+        let mut found = of_workspace(&workspace, &layers.config().expect("valid").router);
         found.sort_by(|a, b| a.subject.cmp(&b.subject).then(a.state.cmp(&b.state)));
         let said: Vec<(&str, &str, &str)> =
             found.iter().map(|it| (it.subject.as_str(), it.state.as_str(), it.says.as_str())).collect();
         assert_eq!(
             said,
             [
+                (
+                    "destination d2",
+                    "warning",
+                    "events of source s2 may change path, query and headers of its requests, and the source's write key may be public"
+                ),
                 ("destination d2", "warning", "the destination has no webhookUrl"),
                 ("destination d3", "warning", "destinations of type AM are not served"),
+                (
+                    "webhook requests",
+                    "ok",
+                    "fullPath, appendPath and header of events are followed on 1 of 2 connections from a source to a webhook"
+                ),
                 ("workspace", "ok", "2 sources, 3 connected destinations"),
                 ("workspace", "warning", "source s1 has no destination"),
             ]

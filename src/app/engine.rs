@@ -1,6 +1,7 @@
 //! The stages of one process, running.
 
 pub(super) mod edge;
+pub(super) mod rules;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -22,9 +23,9 @@ use crate::delivery::http::{Client, ClientSettings, Guard};
 use crate::log::partitioner::Placement;
 use crate::log::topic::Topics;
 use crate::log::{Admin, Backend, Guarantee, LogError, Member, Session};
-use crate::model::id::{DestinationType, InstanceId};
+use crate::model::id::InstanceId;
 use crate::model::record::Topic;
-use crate::runtime::deliver::{Bounds, Deliver, DeliverSettings, DeliverWork, Destinations, RetryPolicy, Rules};
+use crate::runtime::deliver::{Bounds, Deliver, DeliverSettings, DeliverWork, Destinations};
 use crate::runtime::driver;
 use crate::runtime::failure::FailureTopic;
 use crate::runtime::project;
@@ -36,7 +37,7 @@ use crate::runtime::watch;
 use crate::stages::live::{Live, Waiting};
 use crate::stages::processor::Processor;
 use crate::stages::reporter::Reporter;
-use crate::stages::router::{Configured, Router};
+use crate::stages::router::Router;
 use crate::store::job_status::JobStatusStore;
 use crate::telemetry::server::{self, Readiness};
 
@@ -422,6 +423,7 @@ fn start_processor<B: Backend>(
 ) {
     let processor = Processor {
         workspace: parts.workspace.clone(),
+        request_from_event: rules::request_from_event(&parts.config.router),
         deliveries: placements[&Topic::DELIVERIES],
         failures: failures(&parts.config.log, placements[&Topic::PROC_ERRORS], Stage::Processor, Topic::PROC_ERRORS),
         jobs: JobTopic(placements[&Topic::JOB_STATUS]),
@@ -472,7 +474,7 @@ fn start_router<B: Backend>(
         client: Client::new(client, parts.clock.clone()).context("the HTTP client")?,
         workspace: parts.workspace.clone(),
         clock: parts.clock.clone(),
-        rules: rules(router.clone()),
+        rules: rules::deliver(router.clone()),
     };
     let deliver = DeliverSettings {
         input: Topic::DELIVERIES,
@@ -518,31 +520,4 @@ fn pause(destinations: Destinations, stage: Arc<Router>, mut commands: commands:
             apply(&commands.borrow_and_update());
         }
     });
-}
-
-/// The rules for a destination: the defaults, what is configured for its type, what is configured for its id.
-fn rules(router: crate::config::Router) -> Configured {
-    Box::new(move |id, kind| {
-        let mut rules = Rules {
-            retry: RetryPolicy {
-                first: router.retry_first,
-                cap: router.retry_cap,
-                window: router.retry_window,
-                min_attempts: router.retry_min_attempts,
-                ..RetryPolicy::default()
-            },
-            ..Rules::default()
-        };
-        for name in kind.map(DestinationType::as_str).into_iter().chain([id.as_str()]) {
-            let Some(own) = router.destinations.get(name) else { continue };
-            rules.ordered = own.ordered.unwrap_or(rules.ordered);
-            rules.rate = own.rate.or(rules.rate);
-            rules.concurrency = own.concurrency.or(rules.concurrency);
-            rules.retry.first = own.retry_first.unwrap_or(rules.retry.first);
-            rules.retry.cap = own.retry_cap.unwrap_or(rules.retry.cap);
-            rules.retry.window = own.retry_window.unwrap_or(rules.retry.window);
-            rules.retry.min_attempts = own.retry_min_attempts.unwrap_or(rules.retry.min_attempts);
-        }
-        rules
-    })
 }

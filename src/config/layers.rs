@@ -141,7 +141,9 @@ impl Layers {
         let as_default = match (get(&self.table, key), own) {
             _ if is_limit => text.parse().ok().map(Value::Integer),
             (Some(Value::Integer(_)), _) | (_, Some("concurrency")) => text.parse().ok().map(Value::Integer),
-            (Some(Value::Boolean(_)), _) | (_, Some("ordered")) => text.parse().ok().map(Value::Boolean),
+            (Some(Value::Boolean(_)), _) | (_, Some("ordered" | "request_from_event")) => {
+                text.parse().ok().map(Value::Boolean)
+            }
             (_, Some("rate")) => text.parse().ok().map(Value::Float),
             _ => None,
         };

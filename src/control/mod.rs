@@ -6,6 +6,7 @@ pub mod follow;
 pub mod kept;
 pub mod regulations;
 pub mod remote;
+pub mod source_types;
 pub mod suppression;
 pub mod uploads;
 pub mod workspace;

@@ -20,7 +20,7 @@ use crate::control::Current;
 use crate::control::workspace::{Destination, Source, Workspace};
 use crate::log::partitioner::Placement;
 use crate::model::codec;
-use crate::model::delivery::{Delivery, Origin, Payload, TransformAt};
+use crate::model::delivery::{Delivery, HttpRequest, Origin, Payload, TransformAt};
 use crate::model::event::Event;
 use crate::model::id::DeliveryId;
 use crate::model::job_status::Tally;
@@ -32,13 +32,17 @@ use crate::runtime::failure::{Cause, FailureTopic};
 use crate::runtime::tally::JobTopic;
 use crate::runtime::transform::Transform;
 use crate::telemetry::metrics::metrics;
-use crate::transform::builtin::webhook;
+use crate::transform::builtin::webhook::{self, EventFields};
 
 /// The log takes records up to 5 MiB.
 const MAX_DELIVERY: usize = (5 << 20) - (64 << 10);
 
+/// Whether events of a source may change the path, query and headers of requests to a destination.
+pub type RequestFromEvent = Box<dyn Fn(&Source, &Destination) -> bool + Send + Sync>;
+
 pub struct Processor {
     pub workspace: Current,
+    pub request_from_event: RequestFromEvent,
     /// How `deliveries` is placed.
     pub deliveries: Placement,
     pub failures: FailureTopic,
@@ -132,20 +136,34 @@ impl Processor {
             None => original,
             Some(text) => Object::parse(text).map_err(|error| format!("the completed payload is {error}"))?,
         };
-        let outputs = wanting.into_iter().map(|destination| self.deliver(record, event, destination, &whole)).collect();
-        Ok(Outcome::Produced(outputs))
+        let deliver = |destination: &Arc<Destination>| {
+            let fields = match (self.request_from_event)(source, destination) {
+                true => EventFields::Allowed,
+                false => EventFields::Ignored,
+            };
+            let made = match destination.kind.as_str() {
+                webhook::KIND => {
+                    webhook::request(&whole, &destination.config, fields).map_err(|error| error.to_string())
+                }
+                other => Err(format!("there is no transform for destinations of type {other}")),
+            };
+            match made {
+                Ok(request) => self.deliver(record, event, destination, &whole, request),
+                Err(message) => self.refuse(record, event, destination, message),
+            }
+        };
+        Ok(Outcome::Produced(wanting.into_iter().map(deliver).collect()))
     }
 
-    /// The delivery for one destination, or its failure.
-    fn deliver(&self, record: &Record, event: &Event, destination: &Destination, whole: &Object<'_>) -> Addressed {
-        let made = match destination.kind.as_str() {
-            webhook::KIND => webhook::request(whole, &destination.config).map_err(|error| error.to_string()),
-            other => Err(format!("there is no transform for destinations of type {other}")),
-        };
-        let request = match made {
-            Ok(request) => request,
-            Err(message) => return self.refuse(record, event, destination, message),
-        };
+    /// The delivery for one destination, or its failure where the delivery is too large for the log.
+    fn deliver(
+        &self,
+        record: &Record,
+        event: &Event,
+        destination: &Destination,
+        whole: &Object<'_>,
+        request: HttpRequest,
+    ) -> Addressed {
         let origin = Origin { topic: &self.failures.input, partition: record.partition, offset: record.offset };
         let delivery = Delivery {
             delivery_id: DeliveryId::of(origin, &destination.id, &event.message_id, 0),

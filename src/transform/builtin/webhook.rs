@@ -1,9 +1,12 @@
-//! The webhook destination: the event as it is, posted to an URL. Facts (checked against recorded answers of the transformer
+//! The webhook destination: the event as it is, sent to a URL. Facts (checked against recorded answers of the transformer
 //! service in the tests): the method is `webhookMethod`, POST where it is not set; GET and DELETE carry `properties` as
-//! parameters instead of a body; header names are lower case; the destination's headers come before the event's own `header`
-//! object; `fullPath` replaces the URL and `appendPath` is put behind it; these three fields do not go out.
+//! parameters instead of a body; header names are lower case; `fullPath` replaces the URL and `appendPath` extends it; the event's
+//! `header` object adds headers; these three fields do not go out.
 //!
-//! Unlike the service, an event may not lead off the configured host: anybody with a write key could send requests anywhere.
+//! Unlike the service: an event cannot change scheme, host or port of the configured URL, cannot replace a configured header, and
+//! changes path, query and headers only where [`EventFields::Allowed`] says so, because the write key of a browser is public.
+
+mod headers;
 
 use serde_json::Value;
 use url::Url;
@@ -11,49 +14,43 @@ use url::Url;
 use crate::model::delivery::{BodyFormat, HttpRequest};
 use crate::model::json::{Object, Splice, string_of, text_of};
 
-/// What of an event is for the transform and does not go out.
+/// Fields of an event that are for the transform and do not go out.
 const CONTROL_FIELDS: [&str; 3] = ["fullPath", "appendPath", "header"];
 
-/// Headers that say how a request is sent, or to whom: an event does not decide that. The destination's configuration may set
-/// `host`, and no other of them.
-const NOT_FROM_EVENTS: [&str; 10] = [
-    "host",
-    "content-length",
-    "transfer-encoding",
-    "connection",
-    "keep-alive",
-    "te",
-    "trailer",
-    "upgrade",
-    "expect",
-    "proxy-authorization",
-];
-
-/// The destinations that this serves.
+/// The destination type that this module serves.
 pub const KIND: &str = "WEBHOOK";
 
-/// Why an event cannot be made ready.
+/// Whether `fullPath`, `appendPath` and `header` of an event change the request. They are taken out of the body either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventFields {
+    Allowed,
+    Ignored,
+}
+
+/// Why an event cannot be made ready. No message contains the URL, which may hold a secret.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum WebhookError {
     #[error("the destination has no webhookUrl")]
     NoUrl,
     #[error("webhookMethod {0:?} is not an HTTP method that a webhook takes")]
     Method(String),
-    #[error("{0:?} is not an URL: {1}")]
-    Url(String, String),
-    #[error("the event's fullPath leads off the configured host, to {0:?}")]
+    #[error("{field} is not a URL that a request can be sent to: {why}")]
+    Url { field: &'static str, why: String },
+    #[error("the event's fullPath or appendPath changes the host of webhookUrl, to {0:?}")]
     OffHost(String),
+    #[error("the event's header object has {found}, more than {most}")]
+    Headers { found: String, most: String },
 }
 
 /// The request for an event. `event` is the whole event with all fields added.
 ///
 /// # Errors
-/// [`WebhookError`]; none of them passes by trying again.
-pub fn request(event: &Object<'_>, config: &Value) -> Result<HttpRequest, WebhookError> {
+/// [`WebhookError`]; a retry cannot succeed.
+pub fn request(event: &Object<'_>, config: &Value, fields: EventFields) -> Result<HttpRequest, WebhookError> {
     let method = method(config)?;
-    let url = target(event, config)?;
+    let url = target(event, config, fields)?;
     let has_body = matches!(method.as_str(), "POST" | "PUT" | "PATCH");
-    let headers = headers(event, config, has_body);
+    let headers = headers::of(event, config, has_body, fields)?;
     let (params, body_format, body) = match has_body {
         true => {
             let mut splice = Splice::new(event);
@@ -65,18 +62,25 @@ pub fn request(event: &Object<'_>, config: &Value) -> Result<HttpRequest, Webhoo
     Ok(HttpRequest { method, url, headers, params, body_format, body })
 }
 
-/// Whether any event can be made ready for a destination that is configured so.
+/// Whether any event can be made ready for a destination with this configuration.
 ///
 /// # Errors
 /// [`WebhookError`]
 pub fn check(config: &Value) -> Result<(), WebhookError> {
     method(config)?;
-    let url = configured(config)?;
-    Url::parse(url).map(drop).map_err(|error| WebhookError::Url(url.to_owned(), error.to_string()))
+    let url = parse("webhookUrl", configured(config)?)?;
+    // A URL that `url` reads and the HTTP client does not, such as one with a placeholder for its host.
+    match hyper::Uri::try_from(url.as_str()) {
+        Ok(_) if !matches!(url.scheme(), "http" | "https") => {
+            Err(WebhookError::Url { field: "webhookUrl", why: "its scheme is neither http nor https".to_owned() })
+        }
+        Ok(_) => Ok(()),
+        Err(error) => Err(WebhookError::Url { field: "webhookUrl", why: error.to_string() }),
+    }
 }
 
 fn method(config: &Value) -> Result<String, WebhookError> {
-    let method = match config.get("webhookMethod").and_then(Value::as_str) {
+    let method = match config.get("webhookMethod").and_then(Value::as_str).map(str::trim) {
         None | Some("") => "POST".to_owned(),
         Some(method) => method.to_uppercase(),
     };
@@ -91,8 +95,15 @@ fn configured(config: &Value) -> Result<&str, WebhookError> {
     if url.is_empty() { Err(WebhookError::NoUrl) } else { Ok(url) }
 }
 
-fn target(event: &Object<'_>, config: &Value) -> Result<String, WebhookError> {
+fn parse(field: &'static str, text: &str) -> Result<Url, WebhookError> {
+    Url::parse(text).map_err(|error| WebhookError::Url { field, why: error.to_string() })
+}
+
+fn target(event: &Object<'_>, config: &Value, fields: EventFields) -> Result<String, WebhookError> {
     let configured = configured(config)?;
+    if fields == EventFields::Ignored {
+        return Ok(configured.to_owned());
+    }
     let full = event.get("fullPath").and_then(string_of).or_else(|| from_integrations(event));
     let append = event.get("appendPath").and_then(string_of).unwrap_or_default();
     if full.is_none() && append.is_empty() {
@@ -100,8 +111,8 @@ fn target(event: &Object<'_>, config: &Value) -> Result<String, WebhookError> {
         return Ok(configured.to_owned());
     }
     let target = format!("{}{append}", full.as_deref().unwrap_or(configured));
-    let parse = |text: &str| Url::parse(text).map_err(|error| WebhookError::Url(text.to_owned(), error.to_string()));
-    let (home, away) = (parse(configured)?, parse(&target)?);
+    let field = if full.is_some() { "the event's fullPath" } else { "webhookUrl with the event's appendPath" };
+    let (home, away) = (parse("webhookUrl", configured)?, parse(field, &target)?);
     let host = |url: &Url| (url.scheme().to_owned(), url.host_str().map(str::to_owned), url.port_or_known_default());
     if host(&home) != host(&away) {
         return Err(WebhookError::OffHost(away.host_str().unwrap_or_default().to_owned()));
@@ -113,33 +124,6 @@ fn from_integrations<'a>(event: &Object<'a>) -> Option<std::borrow::Cow<'a, str>
     let integrations = Object::parse(event.get("integrations")?).ok()?;
     let own = Object::parse(integrations.get("webhook").or_else(|| integrations.get("Webhook"))?).ok()?;
     string_of(own.get("fullPath")?)
-}
-
-fn headers(event: &Object<'_>, config: &Value, has_body: bool) -> Vec<(String, String)> {
-    let mut headers: Vec<(String, String)> = Vec::new();
-    if has_body {
-        headers.push(("content-type".into(), "application/json".into()));
-    }
-    let mut set = |name: &str, value: String, of_event: bool| {
-        let name = name.trim().to_lowercase();
-        let is_ours = NOT_FROM_EVENTS.contains(&name.as_str()) && (of_event || name != "host");
-        if !name.is_empty() && !is_ours {
-            headers.retain(|(known, _)| *known != name);
-            headers.push((name, value));
-        }
-    };
-    for pair in config.get("headers").and_then(Value::as_array).into_iter().flatten() {
-        let text = |key: &str| pair.get(key).and_then(Value::as_str);
-        if let (Some(name), Some(value)) = (text("from"), text("to")) {
-            set(name, value.to_owned(), false);
-        }
-    }
-    if let Some(own) = event.get("header").and_then(|raw| Object::parse(raw).ok()) {
-        for member in own.members() {
-            set(&member.key, text_of(member.value).into_owned(), true);
-        }
-    }
-    headers
 }
 
 fn params(event: &Object<'_>) -> Vec<(String, String)> {
@@ -162,7 +146,7 @@ mod tests {
     }
 
     fn made(event: &str, more: Value) -> Result<HttpRequest, WebhookError> {
-        request(&Object::parse(event).expect("an event"), &config(more))
+        request(&Object::parse(event).expect("an event"), &config(more), EventFields::Allowed)
     }
 
     /// The pairs in tests/fixtures/webhook.json restate what the transformer service answered.
@@ -173,7 +157,8 @@ mod tests {
         assert!(pairs.len() >= 2);
         for pair in pairs {
             let event = pair["event"].to_string();
-            let found = request(&Object::parse(&event).expect("an event"), &pair["config"]).expect("made");
+            let found = request(&Object::parse(&event).expect("an event"), &pair["config"], EventFields::Allowed)
+                .expect("made");
             let expected = &pair["request"];
             assert_eq!(found.method, expected["method"].as_str().expect("text"));
             assert_eq!(found.url, expected["endpoint"].as_str().expect("text"));
@@ -203,9 +188,61 @@ mod tests {
         assert_eq!(found.url, "http://hook.test:7000/hook/v2?q=1");
         assert_eq!(found.body, r#"{"a":1.0,"big":12345678901234567890}"#);
         let headers: Vec<(&str, &str)> = found.headers.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-        assert_eq!(headers, [("content-type", "application/json"), ("x-one", "1"), ("x-two", r#"{"b":2}"#)]);
+        assert_eq!(headers, [("content-type", "application/json"), ("x-one", "0"), ("x-two", r#"{"b":2}"#)]);
         let inside = r#"{"integrations":{"webhook":{"fullPath":"http://hook.test:7000/other"}}}"#;
         assert_eq!(made(inside, json!({})).expect("made").url, "http://hook.test:7000/other");
+    }
+
+    #[test]
+    fn the_configuration_of_the_destination_wins_over_the_event() {
+        let event = r#"{"header":{"Authorization":"of the event","x-one":"1","X-ONE":"2"}}"#;
+        let keys = json!({"headers": [{"from": "authorization", "to": "of the destination"}]});
+        let found = made(event, keys).expect("made").headers;
+        let headers: Vec<(&str, &str)> = found.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        assert_eq!(
+            headers,
+            [("content-type", "application/json"), ("authorization", "of the destination"), ("x-one", "1")]
+        );
+    }
+
+    #[test]
+    fn an_event_changes_nothing_where_it_may_not() {
+        let event = r#"{"a":1,"header":{"x-one":"1"},"fullPath":"http://hook.test:7000/admin","appendPath":"/x","integrations":{"webhook":{"fullPath":"http://hook.test:7000/admin"}}}"#;
+        let found = request(&Object::parse(event).expect("an event"), &config(json!({})), EventFields::Ignored);
+        let found = found.expect("made");
+        assert_eq!(found.url, "http://hook.test:7000/hook");
+        assert_eq!(found.headers, [("content-type".to_owned(), "application/json".to_owned())]);
+        assert_eq!(
+            found.body, r#"{"a":1,"integrations":{"webhook":{"fullPath":"http://hook.test:7000/admin"}}}"#,
+            "the control fields do not go out"
+        );
+    }
+
+    #[test]
+    #[allow(clippy::disallowed_methods, reason = "the time of pure work")]
+    fn an_event_with_many_headers_is_refused_at_once() {
+        let members: Vec<String> = (0..116_000).map(|n| format!(r#""x{n}":1"#)).collect();
+        let event = format!(r#"{{"header":{{{}}}}}"#, members.join(","));
+        let began = std::time::Instant::now();
+        let error = made(&event, json!({})).unwrap_err().to_string();
+        assert_eq!(error, "the event's header object has 116000 members, more than 64");
+        assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+        let long = format!(r#"{{"header":{{"x":"{}"}}}}"#, "v".repeat(16 << 10));
+        assert!(made(&long, json!({})).unwrap_err().to_string().contains("16385 bytes, more than 16384"));
+        let most: Vec<String> = (0..64).map(|n| format!(r#""x{n}":1"#)).collect();
+        let found = made(&format!(r#"{{"header":{{{}}}}}"#, most.join(",")), json!({})).expect("made");
+        assert_eq!(found.headers.len(), 65);
+    }
+
+    #[test]
+    fn a_destination_that_no_request_can_be_sent_to_is_named() {
+        let of = |url: &str| check(&json!({"webhookUrl": url}));
+        assert_eq!(of("https://hook.test/x"), Ok(()));
+        let long = format!("https://hook.test/{}", "a".repeat(70_000));
+        for wrong in ["https://{{host}}/x", "ftp://hook.test/", "hook.test/x", long.as_str()] {
+            let error = of(wrong).expect_err("refused").to_string();
+            assert!(error.starts_with("webhookUrl is not a URL") && !error.contains("{{host}}"), "{error}");
+        }
     }
 
     #[test]
