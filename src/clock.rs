@@ -62,8 +62,13 @@ impl Timestamp {
         Some(Timestamp(at.timestamp().as_microsecond()))
     }
 
-    /// Reads an HTTP date (`Sun, 06 Nov 1994 08:49:37 GMT`, RFC 9110 section 5.6.7).
+    /// Reads an HTTP date in each of its three forms (`Sun, 06 Nov 1994 08:49:37 GMT`, RFC 9110 section 5.6.7), or one of a mail (RFC 2822),
+    /// which some servers send instead.
     pub fn parse_http_date(text: &str) -> Option<Timestamp> {
+        if let Ok(at) = httpdate::parse_http_date(text.trim()) {
+            let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+            return Some(Timestamp(i64::try_from(since.as_micros()).unwrap_or(i64::MAX)));
+        }
         let at = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text.trim()).ok()?;
         Some(Timestamp(at.as_microsecond()))
     }

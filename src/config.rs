@@ -314,6 +314,7 @@ pub struct Router {
     #[serde(deserialize_with = "duration")]
     pub timeout: Duration,
     pub block_private_ips: bool,
+    pub http2: bool,
     #[serde(deserialize_with = "duration")]
     pub retry_first: Duration,
     #[serde(deserialize_with = "duration")]

@@ -467,6 +467,7 @@ fn start_router<B: Backend>(
     let (router, runtime) = (&parts.config.router, &parts.config.runtime);
     let client = ClientSettings {
         timeout: router.timeout,
+        http2: router.http2,
         guard: Guard { block_private: router.block_private_ips },
         ..ClientSettings::default()
     };

@@ -58,11 +58,14 @@ impl Verdict {
     }
 }
 
-/// `Retry-After` in seconds or as a date (RFC 9110 section 10.2.3), at most an hour.
+/// `Retry-After` in seconds, with or without a fraction, or as a date (RFC 9110 section 10.2.3), at most an hour.
 fn parse_retry_after(text: &str, now: Timestamp) -> Option<Duration> {
-    let wait = match text.trim().parse::<u64>() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => Timestamp::parse_http_date(text)?.since(now),
+    let text = text.trim();
+    let is_number = text.starts_with(|first: char| first.is_ascii_digit())
+        && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let wait = match text.parse::<f64>() {
+        Ok(seconds) if is_number => Duration::try_from_secs_f64(seconds).unwrap_or(RETRY_AFTER_CAP),
+        _ => Timestamp::parse_http_date(text)?.since(now),
     };
     Some(wait.min(RETRY_AFTER_CAP))
 }
@@ -92,7 +95,14 @@ mod tests {
         assert_eq!(wait("120"), Some(120));
         assert_eq!(wait("Sun, 06 Nov 1994 08:50:07 GMT"), Some(30));
         assert_eq!(wait("Sun, 06 Nov 1994 08:00:00 GMT"), Some(0), "a date that is past");
-        assert_eq!(wait("999999"), Some(3_600));
-        assert_eq!(wait("soon"), None);
+        assert_eq!(wait("Sunday, 06-Nov-94 08:50:07 GMT"), Some(30), "RFC 850");
+        assert_eq!(wait("Sun Nov  6 08:50:07 1994"), Some(30), "asctime");
+        assert_eq!(wait(" 1.5 "), Some(1));
+        for large in ["999999", "99999999999999999999999999", "Fri, 01 Jan 2100 00:00:00 GMT"] {
+            assert_eq!(wait(large), Some(3_600), "{large}");
+        }
+        for wrong in ["soon", "", "-1", "inf", "NaN", "1e3", "1.2.3"] {
+            assert_eq!(wait(wrong), None, "{wrong}");
+        }
     }
 }

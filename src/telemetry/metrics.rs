@@ -58,6 +58,7 @@ catalogue! {
     router_outcomes: IntCounterVec "laneway_router_outcomes_total" ["destination", "outcome"] "Final outcomes: delivered, filtered, aborted, drained; repeated: what the log had twice, sent once.";
     router_aborted: IntCounterVec "laneway_router_aborted_total" ["destination", "reason"] "Deliveries given up, by reason.";
     router_attempts: IntCounterVec "laneway_router_attempts_total" ["destination", "code"] "Requests sent, by status code (0: no answer).";
+    router_resends: IntCounterVec "laneway_router_resends_total" [] "Requests sent again at once on a new connection, because an open connection broke before an answer began or the destination refused an HTTP/2 stream. They count neither as attempts nor for the breaker.";
     router_attempt_seconds: HistogramVec "laneway_router_attempt_seconds" [] "Time of one request to a destination, in seconds.";
     router_latency_seconds: HistogramVec "laneway_router_latency_seconds" [] "Time from receiving an event to having delivered it, in seconds.";
     router_in_flight: IntGaugeVec "laneway_router_in_flight_requests" [] "Requests to destinations that are under way.";

@@ -73,18 +73,21 @@ fn drips(head: &'static str, drop: &'static str) -> String {
     server(drip).0
 }
 
-async fn send_with(url: &str, guard: Guard) -> Verdict {
-    let settings = ClientSettings { timeout: TIMEOUT, guard, ..ClientSettings::default() };
-    let client = Client::new(settings, Clock::system()).expect("a client");
-    let request = HttpRequest {
+fn request(url: &str) -> HttpRequest {
+    HttpRequest {
         method: "POST".into(),
         url: url.into(),
         headers: vec![("content-type".into(), "application/json".into()), ("authorization".into(), "secret".into())],
         params: vec![],
         body_format: BodyFormat::Json,
         body: Bytes::from_static(BODY.as_bytes()),
-    };
-    let id = "d-1".into();
+    }
+}
+
+async fn send_with(url: &str, guard: Guard) -> Verdict {
+    let settings = ClientSettings { timeout: TIMEOUT, guard, ..ClientSettings::default() };
+    let client = Client::new(settings, Clock::system()).expect("a client");
+    let (request, id) = (request(url), "d-1".into());
     let sent = client.send(&request, &id);
     tokio::time::timeout(TIMEOUT * 20, sent).await.unwrap_or_else(|_| panic!("{url} holds the request up for ever"))
 }
@@ -112,25 +115,93 @@ async fn is_aborted(url: &str, with: Reason, code: u16) {
 async fn what_is_no_whole_answer_is_tried_again() {
     is_silence(&says(""), "no answer").await;
     is_silence(&says("SSH-2.0-OpenSSH_9.2\r\n"), "no answer").await;
-    is_silence(&says("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nten bytes."), "no answer").await;
-    is_silence(&says("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhel"), "no answer").await;
-    is_silence(&says("HTTP/1.1 200 OK\r\ncontent-length: banana\r\n\r\n"), "no answer").await;
+    is_silence(&says("HTTP/1.1 2"), "no answer").await;
     is_silence("http://127.0.0.1:1/", "no connection").await;
     let plain = says("HTTP/1.1 400 Bad Request\r\n\r\n").replace("http:", "https:");
     is_silence(&plain, "").await;
     let reset = server(|stream| {
-        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nten")?;
         rustix::net::sockopt::set_socket_linger(&*stream, Some(Duration::ZERO)).map_err(std::io::Error::from)
     });
     is_silence(&reset.0, "no answer").await;
+}
+
+/// A destination that has taken an event does not get it again because of how it says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_status_counts_whatever_comes_after_it() {
+    let many: String = (0..3_000).map(|n| format!("x{n}: 1\r\n")).collect();
+    let answers = [
+        "content-length: 100\r\n\r\nten bytes.",
+        "transfer-encoding: chunked\r\n\r\n5\r\nhel",
+        "transfer-encoding: chunked\r\n\r\nbanana\r\n",
+        "content-length: banana\r\n\r\n",
+        "content-length: 1\r\ncontent-length: 2\r\n\r\nok",
+        "content-security-policy: default-src 'self';\r\n  script-src 'self'\r\ncontent-length: 2\r\n\r\nok",
+        "x-powered-by : x\r\ncontent-length: 2\r\n\r\nok",
+        "x-\u{e9}: \u{1}\r\ncontent-length: 2\r\n\r\nok",
+        "no colon at all\r\ncontent-length: 2\r\n\r\nok",
+        "location\r\n",
+        &many,
+    ];
+    for rest in answers {
+        for (status, expected) in [("200 OK", 200), ("429 Too Many Requests", 429), ("400 Bad Request", 400)] {
+            let text = format!("HTTP/1.1 {status}\r\n{rest}");
+            let (url, asked) = server(move |stream| stream.write_all(text.as_bytes()));
+            let verdict = send(&url).await;
+            assert_eq!(verdict.code(), expected, "{rest:?}: {verdict:?}");
+            assert_eq!(matches!(verdict, Verdict::Delivered { .. }), expected == 200, "{rest:?}: {verdict:?}");
+            assert_eq!(asked.lock().expect("no poison").len(), 1, "{rest:?}");
+        }
+    }
+    let reset = server(|stream| {
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nten")?;
+        rustix::net::sockopt::set_socket_linger(&*stream, Some(Duration::ZERO)).map_err(std::io::Error::from)
+    });
+    assert_eq!(send(&reset.0).await, Verdict::Delivered { code: 200 });
+    let drip = drips("HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", ".");
+    assert_eq!(send(&drip).await, Verdict::Delivered { code: 200 });
+    assert_eq!(send(&drips("HTTP/1.1 200 OK\r\n", "a: b\r\n")).await, Verdict::Delivered { code: 200 });
+}
+
+/// Serves `served` requests on each connection, then closes when the next one comes.
+fn forgetful(served: usize, last_words: &'static str) -> (String, Asked) {
+    server(move |stream| {
+        let mut chunk = [0; 4096];
+        for _ in 0..served {
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")?;
+            if stream.read(&mut chunk)? == 0 {
+                return Ok(());
+            }
+        }
+        stream.write_all(last_words.as_bytes())
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_breaks_on_a_used_connection_is_sent_again_at_once() {
+    let settings = ClientSettings { timeout: TIMEOUT * 4, ..ClientSettings::default() };
+    let client = Client::new(settings, Clock::system()).expect("a client");
+    let (url, asked) = forgetful(1, "");
+    for _ in 0..4 {
+        assert_eq!(client.send(&request(&url), &"d-1".into()).await, Verdict::Delivered { code: 200 });
+    }
+    assert!(asked.lock().expect("no poison").len() >= 3, "connections are used again, and broke");
+    // Where an answer had begun, the destination may have acted on the request.
+    let (url, asked) = forgetful(1, "HTTP/1.1 5");
+    assert_eq!(client.send(&request(&url), &"d-1".into()).await, Verdict::Delivered { code: 200 });
+    let broken = client.send(&request(&url), &"d-1".into()).await;
+    assert!(matches!(broken, Verdict::Retry { code: 0, .. }), "{broken:?}");
+    assert_eq!(asked.lock().expect("no poison").len(), 1);
+    // A new connection that breaks is the destination's failure.
+    let (url, asked) = forgetful(0, "");
+    let broken = client.send(&request(&url), &"d-1".into()).await;
+    assert!(matches!(broken, Verdict::Retry { code: 0, .. }), "{broken:?}");
+    assert_eq!(asked.lock().expect("no poison").len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_never_ends_is_cut_off() {
     let nothing = server(|stream| stream.read(&mut [0; 1]).map(drop));
     is_silence(&nothing.0, "timed out").await;
-    is_silence(&drips("HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", "."), "timed out").await;
-    is_silence(&drips("HTTP/1.1 200 OK\r\n", "a: b\r\n"), "timed out").await;
     let informs = server(|stream| {
         loop {
             stream.write_all(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n")?;
@@ -143,7 +214,7 @@ async fn what_never_ends_is_cut_off() {
             stream.write_all(b"x: yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy\r\n")?;
         }
     });
-    is_silence(&headers.0, "").await;
+    assert_eq!(send(&headers.0).await, Verdict::Delivered { code: 200 });
     // What it says is enough to know that it has the delivery; the rest is of no interest.
     let body = server(|stream| {
         stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n")?;
@@ -171,6 +242,7 @@ async fn a_refusal_is_one_whatever_comes_with_it() {
     )
     .await;
     is_aborted(&says("HTTP/1.1 307 There\r\ncontent-length: 0\r\n\r\n"), Reason::Rejected, 307).await;
+    is_aborted(&says("HTTP/1.1 307 There\r\nlocation: \r\ncontent-length: 0\r\n\r\n"), Reason::Rejected, 307).await;
     is_aborted(
         &says("HTTP/1.1 308 Again\r\nlocation: /\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"),
         Reason::Rejected,
@@ -178,6 +250,8 @@ async fn a_refusal_is_one_whatever_comes_with_it() {
     )
     .await;
     is_aborted("ftp://127.0.0.1/", Reason::BadRequest, 0).await;
+    is_aborted("http://{{host}}/", Reason::BadRequest, 0).await;
+    is_aborted(&format!("http://127.0.0.1:1/{}", "a".repeat(70_000)), Reason::BadRequest, 0).await;
     assert_eq!(send(&says("HTTP/1.1 204 No Content\r\n\r\n")).await, Verdict::Delivered { code: 204 });
     for (told, least) in [("120", 100), ("Fri, 01 Jan 2100 00:00:00 GMT", 3_000)] {
         let text = format!("HTTP/1.1 429 Slow\r\nretry-after: {told}\r\ncontent-length: 0\r\n\r\n");
@@ -220,8 +294,8 @@ async fn no_way_leads_to_addresses_that_are_refused() {
 async fn a_destination_that_gets_such_answers_is_alone_with_them() {
     const EVENTS: u64 = 400;
     let silent = [
-        ("resets", says("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nten")),
-        ("drips", drips("HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", ".")),
+        ("resets", says("HTTP/1.1 503 Busy\r\ncontent-length: 100\r\n\r\nten")),
+        ("drips", drips("HTTP/1.1 503 Busy\r\ncontent-length: 100000\r\n\r\n", ".")),
         ("informs", drips("", "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n")),
         ("speaks-ssh", says("SSH-2.0-OpenSSH_9.2\r\n")),
     ];
