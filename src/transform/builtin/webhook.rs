@@ -1,18 +1,21 @@
 //! The webhook destination: the event as it is, sent to a URL. Facts (checked against recorded answers of the transformer
-//! service in the tests): the method is `webhookMethod`, POST where it is not set; GET and DELETE carry `properties` as
-//! parameters instead of a body; header names are lower case; `fullPath` replaces the URL and `appendPath` extends it; the event's
+//! service in the tests): the method is `webhookMethod`, POST where it is not set; GET and DELETE carry `properties`
+//! (of an identify its traits) as parameters instead of a body; header names are lower case; `fullPath` replaces the URL and `appendPath` extends it; the event's
 //! `header` object adds headers; these three fields do not go out.
 //!
 //! Unlike the service: an event cannot change scheme, host or port of the configured URL, cannot replace a configured header, and
 //! changes path, query and headers only where [`EventFields::Allowed`] says so, because the write key of a browser is public.
 
 mod headers;
+mod params;
+
+use std::borrow::Cow;
 
 use serde_json::Value;
 use url::Url;
 
 use crate::model::delivery::{BodyFormat, HttpRequest};
-use crate::model::json::{Object, Splice, string_of, text_of};
+use crate::model::json::{Object, Splice, string_of};
 
 /// Fields of an event that are for the transform and do not go out.
 const CONTROL_FIELDS: [&str; 3] = ["fullPath", "appendPath", "header"];
@@ -40,6 +43,10 @@ pub enum WebhookError {
     OffHost(String),
     #[error("the event's header object has {found}, more than {most}")]
     Headers { found: String, most: String },
+    #[error("the event's parameters have {found} bytes, more than {most}: they do not fit into a URL")]
+    Params { found: usize, most: usize },
+    #[error("the event's properties or traits are nested too deep")]
+    TooDeep,
 }
 
 /// The request for an event. `event` is the whole event with all fields added.
@@ -57,7 +64,7 @@ pub fn request(event: &Object<'_>, config: &Value, fields: EventFields) -> Resul
             splice.remove(&CONTROL_FIELDS);
             (Vec::new(), BodyFormat::Json, splice.finish().into())
         }
-        false => (params(event), BodyFormat::None, bytes::Bytes::new()),
+        false => (params::of(event)?, BodyFormat::None, bytes::Bytes::new()),
     };
     Ok(HttpRequest { method, url, headers, params, body_format, body })
 }
@@ -104,8 +111,9 @@ fn target(event: &Object<'_>, config: &Value, fields: EventFields) -> Result<Str
     if fields == EventFields::Ignored {
         return Ok(configured.to_owned());
     }
-    let full = event.get("fullPath").and_then(string_of).or_else(|| from_integrations(event));
-    let append = event.get("appendPath").and_then(string_of).unwrap_or_default();
+    let own = own_integration(event);
+    let full = control_text(event, own.as_ref(), "fullPath");
+    let append = control_text(event, own.as_ref(), "appendPath").unwrap_or_default();
     if full.is_none() && append.is_empty() {
         // The common case: the URL is parsed once more where it is sent, errors and all.
         return Ok(configured.to_owned());
@@ -120,16 +128,15 @@ fn target(event: &Object<'_>, config: &Value, fields: EventFields) -> Result<Str
     Ok(target)
 }
 
-fn from_integrations<'a>(event: &Object<'a>) -> Option<std::borrow::Cow<'a, str>> {
-    let integrations = Object::parse(event.get("integrations")?).ok()?;
-    let own = Object::parse(integrations.get("webhook").or_else(|| integrations.get("Webhook"))?).ok()?;
-    string_of(own.get("fullPath")?)
+/// A text of the event, or of what its `integrations` says about webhooks. An empty one is none.
+fn control_text<'a>(event: &Object<'a>, own: Option<&Object<'a>>, field: &str) -> Option<Cow<'a, str>> {
+    let text = |object: &Object<'a>| object.get(field).and_then(string_of).filter(|text| !text.trim().is_empty());
+    text(event).or_else(|| own.and_then(text))
 }
 
-fn params(event: &Object<'_>) -> Vec<(String, String)> {
-    let properties = event.get("properties").and_then(|raw| Object::parse(raw).ok());
-    let members = properties.iter().flat_map(|properties| properties.members());
-    members.map(|member| (member.key.to_string(), text_of(member.value).into_owned())).collect()
+fn own_integration<'a>(event: &Object<'a>) -> Option<Object<'a>> {
+    let integrations = Object::parse(event.get("integrations")?).ok()?;
+    Object::parse(integrations.get("webhook").or_else(|| integrations.get("Webhook"))?).ok()
 }
 
 #[cfg(test)]
@@ -189,8 +196,22 @@ mod tests {
         assert_eq!(found.body, r#"{"a":1.0,"big":12345678901234567890}"#);
         let headers: Vec<(&str, &str)> = found.headers.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         assert_eq!(headers, [("content-type", "application/json"), ("x-one", "0"), ("x-two", r#"{"b":2}"#)]);
-        let inside = r#"{"integrations":{"webhook":{"fullPath":"http://hook.test:7000/other"}}}"#;
-        assert_eq!(made(inside, json!({})).expect("made").url, "http://hook.test:7000/other");
+        let cases = [
+            (
+                r#"{"integrations":{"webhook":{"fullPath":"http://hook.test:7000/other"}}}"#,
+                "http://hook.test:7000/other",
+            ),
+            (r#"{"integrations":{"Webhook":{"appendPath":"/x"}}}"#, "http://hook.test:7000/hook/x"),
+            (r#"{"fullPath":"","integrations":{"webhook":{"appendPath":"/x"}}}"#, "http://hook.test:7000/hook/x"),
+            (r#"{"fullPath":" ","appendPath":null}"#, "http://hook.test:7000/hook"),
+            (
+                r#"{"appendPath":"/own","integrations":{"webhook":{"appendPath":"/x"}}}"#,
+                "http://hook.test:7000/hook/own",
+            ),
+        ];
+        for (event, url) in cases {
+            assert_eq!(made(event, json!({})).expect("made").url, url, "{event}");
+        }
     }
 
     #[test]
