@@ -214,3 +214,63 @@ impl JsonValue for Response {
         serde_json::from_str(&self.text().await.expect("text")).expect("JSON")
     }
 }
+
+/// What analytics-next, -kotlin, -swift and -react-native send: no Authorization, the write key in the body, short routes.
+#[tokio::test(flavor = "multi_thread")]
+async fn newer_sdks_of_segment_are_taken() {
+    let (flow, _running) = edge().await;
+    let plain = ("content-type", "text/plain");
+    for (letter, kind) in
+        [("t", "track"), ("i", "identify"), ("p", "page"), ("s", "screen"), ("g", "group"), ("a", "alias")]
+    {
+        for prefix in ["/v1", ""] {
+            let event = format!(r#"{{"userId":"u","writeKey":"wk-1","messageId":"{prefix}{letter}"}}"#);
+            assert_eq!(post(&flow, &format!("{prefix}/{letter}"), event, &[plain]).await.status(), 200, "{letter}");
+            let of_kind = stored(&flow).into_iter().filter(|it| it.contains(&format!("\"type\":\"{kind}\""))).count();
+            assert_eq!(of_kind, if prefix.is_empty() { 2 } else { 1 }, "{kind}");
+        }
+    }
+    let batches = [
+        r#"{"writeKey":"wk-1","batch":[{"userId":"u","type":"track"}],"sentAt":"2026-01-01T00:00:00Z"}"#,
+        r#"{"batch":[{"userId":"u","type":"track","writeKey":"wk-1"}]}"#,
+    ];
+    for path in ["/v1/b", "/b", "/v1/batch", "/v1/import"] {
+        for batch in batches {
+            let chunks = [Ok::<_, std::io::Error>(gzip(batch.as_bytes()))];
+            let chunked = reqwest::Body::wrap_stream(futures_util::stream::iter(chunks));
+            let answer = post(&flow, path, chunked, &[plain, ("content-encoding", "gzip")]).await;
+            assert_eq!(answer.status(), 200, "{path} {batch}");
+        }
+    }
+    let cases = [
+        (r#"{"userId":"u"}"#, 401, "failed to read writekey from header"),
+        (r#"{"userId":"u","writeKey":""}"#, 401, "failed to read writekey from header"),
+        (r#"{"userId":"u","writeKey":1}"#, 401, "failed to read writekey from header"),
+        ("no json", 401, "failed to read writekey from header"),
+        (r#"{"userId":"u","writeKey":"nobody"}"#, 401, "invalid write key"),
+        (r#"{"userId":"u","writeKey":"wk-off"}"#, 404, "source is disabled"),
+        (r#"{"writeKey":"wk-1"}"#, 400, "request neither has anonymousId nor userId"),
+    ];
+    for (body, status, text) in cases {
+        let answer = post(&flow, "/v1/t", body, &[plain]).await;
+        assert_eq!((answer.status().as_u16(), answer.text().await.expect("text")), (status, format!("{text}\n")));
+    }
+    // The header decides where there is one.
+    let both =
+        post(&flow, "/v1/t", r#"{"userId":"u","writeKey":"wk-1"}"#, &[("authorization", "Basic bm9wZTo=")]).await;
+    assert_eq!(both.status(), 401);
+    let settings = async |key: &str| reqwest::get(format!("{}/v1/projects/{key}/settings", flow.url())).await.unwrap();
+    let known: Value = serde_json::from_str(&settings("wk-1").await.text().await.expect("text")).expect("JSON");
+    assert_eq!(known["integrations"]["Segment.io"]["apiKey"], "wk-1");
+    assert_eq!(settings("nobody").await.status(), 401);
+}
+
+/// As rudder-server's router has it: a path with a slash too many is another path.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slash_too_many_is_another_path() {
+    let (flow, _running) = edge().await;
+    for path in ["/v1/track/", "//v1/track", "/v1//track", "/v1/batch/"] {
+        let answer = post(&flow, path, r#"{"userId":"u"}"#, &[KEY]).await;
+        assert_eq!(answer.status(), 404, "{path}");
+    }
+}

@@ -1,5 +1,5 @@
-//! Which source a request speaks for: by its write key (the user of HTTP Basic, whose password is not looked at, or in the query),
-//! or by its id on the internal listener.
+//! Which source a request speaks for: by its write key (the user of HTTP Basic, whose password is not looked at, in the query, or in the
+//! body, where Segment's newer SDKs put it), or by its id on the internal listener.
 
 use std::sync::Arc;
 
@@ -18,6 +18,8 @@ use super::request::Refusal;
 pub enum Auth {
     /// HTTP Basic.
     WriteKey,
+    /// HTTP Basic; without the header, `writeKey` of the body.
+    HeaderOrBody,
     /// `?writeKey=`, as beacons and pixels send it.
     QueryKey,
     /// Either; the query first.
@@ -36,16 +38,21 @@ pub struct Speaker {
 }
 
 impl Auth {
+    /// Whether only the body can say which source it is.
+    pub fn needs_body(self, parts: &Parts) -> bool {
+        self == Auth::HeaderOrBody && !parts.headers.contains_key(header::AUTHORIZATION)
+    }
+
     /// # Errors
     /// In this order: nothing usable in the request, an unknown source, one that is switched off, a destination that it does not have.
     pub fn speaker(self, parts: &Parts, workspace: &Workspace) -> Result<Speaker, Refusal> {
-        let by_key = |key: String| workspace.by_write_key(&key).ok_or(Refusal::InvalidWriteKey);
+        let by_key = |key: String| by_key(&key, workspace);
         let by_id = || {
             let id = text(&parts.headers, "x-rudder-source-id").ok_or(Refusal::NoSourceId)?;
             workspace.source(&id.into()).ok_or(Refusal::InvalidSourceId)
         };
         let source = match self {
-            Auth::WriteKey => by_key(basic(&parts.headers).ok_or(Refusal::NoWriteKey)?)?,
+            Auth::WriteKey | Auth::HeaderOrBody => by_key(basic(&parts.headers).ok_or(Refusal::NoWriteKey)?)?,
             Auth::QueryKey => by_key(query_key(parts).ok_or(Refusal::NoWriteKeyInQuery)?)?,
             Auth::AnyKey => {
                 by_key(query_key(parts).or_else(|| basic(&parts.headers)).ok_or(Refusal::NoWriteKeyInQuery)?)?
@@ -69,6 +76,22 @@ impl Auth {
             return Err(if is_off { Refusal::DestinationDisabled } else { Refusal::InvalidDestination });
         }
         Ok(Speaker { source: Arc::clone(source), only })
+    }
+}
+
+fn by_key<'w>(key: &str, workspace: &'w Workspace) -> Result<&'w Arc<Source>, Refusal> {
+    workspace.by_write_key(key).ok_or(Refusal::InvalidWriteKey)
+}
+
+/// For a body whose write key is this one.
+///
+/// # Errors
+/// As [`Auth::speaker`], where the body has none.
+pub fn speaker_of_body(key: Option<&str>, workspace: &Workspace) -> Result<Speaker, Refusal> {
+    let source = by_key(key.filter(|key| !key.is_empty()).ok_or(Refusal::NoWriteKey)?, workspace)?;
+    match source.enabled {
+        true => Ok(Speaker { source: Arc::clone(source), only: None }),
+        false => Err(Refusal::SourceDisabled),
     }
 }
 

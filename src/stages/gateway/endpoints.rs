@@ -22,6 +22,8 @@ pub enum Action {
     /// Passes it on to the warehouse service.
     Warehouse,
     SourceConfig,
+    /// What Segment's SDKs ask before they start.
+    Settings,
     Health,
     Version,
     Robots,
@@ -66,11 +68,21 @@ const fn ingest(path: &'static str, call: Call, auth: Auth, kind: Kind, summary:
 }
 
 const fn typed(path: &'static str, word: &'static str, summary: &'static str) -> Endpoint {
-    ingest(path, Call::Typed(word), Auth::WriteKey, Kind::Live, summary)
+    ingest(path, Call::Typed(word), Auth::HeaderOrBody, Kind::Live, summary)
+}
+
+/// What newer SDKs of Segment send: the first letter of the type in the path, the write key in the body.
+const fn short(path: &'static str, word: &'static str) -> Endpoint {
+    typed(path, word, "The same, as newer SDKs of Segment send it.")
+}
+
+const fn batch(path: &'static str) -> Endpoint {
+    let summary = "Several events, as newer SDKs of Segment send them.";
+    ingest(path, Call::Batch, Auth::HeaderOrBody, Kind::Live, summary)
 }
 
 /// For everybody.
-pub const PUBLIC: [Endpoint; 22] = [
+pub const PUBLIC: [Endpoint; 38] = [
     typed("/v1/identify", "identify", "Who a user is."),
     typed("/v1/track", "track", "What a user did."),
     typed("/v1/page", "page", "A page that a user saw."),
@@ -79,11 +91,25 @@ pub const PUBLIC: [Endpoint; 22] = [
     typed("/v1/alias", "alias", "A user's new id."),
     typed("/v1/merge", "merge", "Ids that are the same user."),
     typed("/v1/audiencelist", "audiencelist", "Members of an audience; as large as a request may be."),
-    ingest("/v1/batch", Call::Batch, Auth::WriteKey, Kind::Live, "Several events, each with its type."),
+    ingest("/v1/batch", Call::Batch, Auth::HeaderOrBody, Kind::Live, "Several events, each with its type."),
+    short("/v1/i", "identify"),
+    short("/v1/t", "track"),
+    short("/v1/p", "page"),
+    short("/v1/s", "screen"),
+    short("/v1/g", "group"),
+    short("/v1/a", "alias"),
+    batch("/v1/b"),
+    short("/i", "identify"),
+    short("/t", "track"),
+    short("/p", "page"),
+    short("/s", "screen"),
+    short("/g", "group"),
+    short("/a", "alias"),
+    batch("/b"),
     ingest(
         "/v1/import",
         Call::Batch,
-        Auth::WriteKey,
+        Auth::HeaderOrBody,
         Kind::Backfill,
         "Several events of the past; turned away before live ones.",
     ),
@@ -98,6 +124,8 @@ pub const PUBLIC: [Endpoint; 22] = [
     ),
     at("get", "/pixel/v1/page", Action::Pixel("page"), "A page as the address of an image: each parameter is a field."),
     at("get", "/sourceConfig", Action::SourceConfig, "What browser SDKs ask before they start."),
+    at("get", "/v1/projects/{write_key}/settings", Action::Settings, "What SDKs of Segment ask before they start."),
+    at("get", "/projects/{write_key}/settings", Action::Settings, "The same, for SDKs whose host has no path."),
     at("get", "/health", Action::Health, "Whether events are taken."),
     at("get", "/", Action::Health, "Whether events are taken."),
     at("get", "/version", Action::Version, "Which version this is."),

@@ -42,7 +42,7 @@ pub fn document() -> Value {
         "paths": paths,
         "components": {
             "securitySchemes": {
-                "writeKey": {"type": "http", "scheme": "basic", "description": "The write key as user, no password."},
+                "writeKey": {"type": "http", "scheme": "basic", "description": "The write key as user, no password. Public routes without this header take `writeKey` of the body."},
                 "queryKey": {"type": "apiKey", "in": "query", "name": "writeKey"},
                 "sourceId": {"type": "apiKey", "in": "header", "name": "X-Rudder-Source-Id"},
                 "token": {"type": "apiKey", "in": "header", "name": "X-Laneway-Token", "description": "Or as a bearer's token."},
@@ -116,6 +116,15 @@ fn operation(endpoint: &Endpoint, is_internal: bool) -> Value {
             needed.insert("queryKey".into(), json!([]));
             operation["responses"]["200"] = answer("The source.", "application/json");
         }
+        Action::Settings => {
+            operation["parameters"] =
+                json!([{"name": "write_key", "in": "path", "required": true, "schema": {"type": "string"}}]);
+            operation["responses"] = json!({
+                "200": answer("The source, with no integration but this one.", "application/json"),
+                "401": answer(&format!("`{}`", Refusal::InvalidWriteKey), "text/plain"),
+                "404": answer(&format!("`{}`", Refusal::SourceDisabled), "text/plain"),
+            });
+        }
         Action::Health | Action::Version | Action::OpenApi => {
             operation["responses"]["200"] = answer("What was asked for.", "application/json");
         }
@@ -136,7 +145,7 @@ fn operation(endpoint: &Endpoint, is_internal: bool) -> Value {
 
 fn ingested(operation: &mut Value, needed: &mut Map<String, Value>, ingest: Ingest) {
     let scheme = match ingest.auth {
-        Auth::WriteKey | Auth::AnyKey => "writeKey",
+        Auth::WriteKey | Auth::HeaderOrBody | Auth::AnyKey => "writeKey",
         Auth::QueryKey => "queryKey",
         Auth::SourceId | Auth::Replay => "sourceId",
     };

@@ -2,6 +2,7 @@
 //!
 //! One bad event refuses the whole request, as clients of this API expect: they send it again or drop it as a whole.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use uuid::Uuid;
@@ -188,6 +189,17 @@ fn judged<T>(
     let mut request = Request::new(source, call, facts, parts[0].as_ref(), Some(&object));
     let take = |part: &Option<Object<'_>>| request.take(part.as_ref().ok_or(Refusal::NotAnEvent)?);
     gather(&mut parts.iter().map(take))
+}
+
+/// The write key that a body names: its own, else that of its first event.
+pub fn write_key(call: Call, body: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(body).ok()?;
+    let of = |object: &Object<'_>| object.get("writeKey").and_then(string_of).map(Cow::into_owned);
+    if let Call::Typed(_) = call {
+        return of(&Object::parse(text).ok()?);
+    }
+    let (object, events) = Object::parse_list(text, "batch", MAX_STORED / OVERHEAD).ok()?;
+    of(&object).or_else(|| events.first()?.as_ref().and_then(of))
 }
 
 /// What a record of it takes, about: ids stand in the value and in a header each.

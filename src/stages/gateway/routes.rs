@@ -13,6 +13,7 @@ use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post, put};
+use bytes::Bytes;
 
 use crate::clock::Clock;
 use crate::control::Current;
@@ -27,7 +28,7 @@ use crate::model::record::Addressed;
 use crate::telemetry::metrics::metrics;
 use crate::telemetry::seldom;
 
-use super::auth::{Auth, Speaker};
+use super::auth::{Auth, Speaker, speaker_of_body};
 use super::client::TrustedProxies;
 use super::cors::{self, Origins};
 use super::endpoints::{Action, Endpoint, INTERNAL, Ingest, Kind, PUBLIC};
@@ -36,7 +37,7 @@ use super::job_status::JobStatusApi;
 use super::limit::RateLimits;
 use super::publish::Along;
 use super::reply::{self, Verdict};
-use super::request::{Call, Facts, Refusal, admit, admit_each};
+use super::request::{Call, Facts, Refusal, admit, admit_each, write_key};
 use super::suppress::{is_suppressed, without_suppressed};
 use super::webhook::{Failed, Made, Webhooks, request_of};
 use super::{Admission, messages, openapi, pixel, source_config};
@@ -155,6 +156,12 @@ fn route<P: Publisher>(endpoint: &Endpoint) -> MethodRouter<Arc<Gateway<P>>> {
             if endpoint.method == "get" { get(pass) } else { post(pass) }
         }
         Action::SourceConfig => get(config::<P>),
+        Action::Settings => get(|State(gateway): At<P>, Path(key): Path<String>| async move {
+            match speaker_of_body(Some(&key), &gateway.workspace.get()) {
+                Ok(speaker) => reply::json(StatusCode::OK, &source_config::segment(&speaker.source)),
+                Err(refusal) => reply::refuse(refusal),
+            }
+        }),
         Action::Health => get(health::<P>),
         Action::Version => get(|| async { reply::json(StatusCode::OK, &version()) }),
         Action::Robots => get(|| async { "User-agent: * \nDisallow: / \n" }),
@@ -204,15 +211,7 @@ async fn counted<P>(
 
 async fn take<P: Publisher>(gateway: &Gateway<P>, ingest: Ingest, request: Request) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
-    let speaker = match ingest.auth.speaker(&parts, &gateway.workspace.get()) {
-        Ok(speaker) => speaker,
-        Err(refusal) => {
-            gateway.intake.discard(body).await;
-            return Err(refusal);
-        }
-    };
-    let is_backfill = ingest.kind != Kind::Live || speaker.source.is_backfill();
-    let (body, held) = gateway.intake.take(body, &parts.headers, is_backfill).await?;
+    let (speaker, is_backfill, body, held) = identified(gateway, ingest, &parts, body).await?;
     let channel = if ingest.kind == Kind::Replay { Channel::Replay } else { Channel::Http };
     let facts = facts(gateway, &parts, channel);
     let along = along(&parts.headers, &speaker);
@@ -246,6 +245,34 @@ async fn take<P: Publisher>(gateway: &Gateway<P>, ingest: Ingest, request: Reque
     let charged = if is_exempt { 0 } else { events.len() };
     store(gateway, &source, events, held, &along, charged).await?;
     Ok(reply::ok())
+}
+
+/// Whom a request speaks for, whether it can come later, and its body.
+async fn identified<P>(
+    gateway: &Gateway<P>,
+    ingest: Ingest,
+    parts: &Parts,
+    body: Body,
+) -> Result<(Speaker, bool, Bytes, Held), Refusal> {
+    let can_wait = ingest.kind != Kind::Live;
+    if ingest.auth.needs_body(parts) {
+        let (body, held) = gateway.intake.take(body, &parts.headers, can_wait).await?;
+        let own = body.clone();
+        let (key, held) = worked(gateway, held, body.len(), move || Ok(write_key(ingest.call, &own))).await?;
+        let speaker = speaker_of_body(key.as_deref(), &gateway.workspace.get())?;
+        let is_backfill = can_wait || speaker.source.is_backfill();
+        return Ok((speaker, is_backfill, body, held));
+    }
+    let speaker = match ingest.auth.speaker(parts, &gateway.workspace.get()) {
+        Ok(speaker) => speaker,
+        Err(refusal) => {
+            gateway.intake.discard(body).await;
+            return Err(refusal);
+        }
+    };
+    let is_backfill = can_wait || speaker.source.is_backfill();
+    let (body, held) = gateway.intake.take(body, &parts.headers, is_backfill).await?;
+    Ok((speaker, is_backfill, body, held))
 }
 
 /// Works on a body of so many bytes, off the async threads where it is large.

@@ -22,3 +22,26 @@ pub fn of(source: &Source, now: Timestamp) -> Value {
         "consentManagementMetadata": {"providers": [], "resolutionStrategies": {}},
     })
 }
+
+/// What an SDK of Segment asks its settings host before it starts: every kind of event goes here, and nowhere from the device.
+pub fn segment(source: &Source) -> Value {
+    let all = json!({"__default": {"enabled": true, "integrations": {}}});
+    json!({
+        "integrations": {
+            "Segment.io": {
+                "apiKey": source.write_key.as_str(),
+                "unbundledIntegrations": [],
+                "addBundledMetadata": true,
+                "maybeBundledConfigIds": {},
+            },
+        },
+        "plan": {"track": all, "identify": all, "group": all},
+        "edgeFunction": {},
+        "middlewareSettings": {},
+        "enabledMiddleware": {},
+        "metrics": {"sampleRate": 0},
+        "analyticsNextEnabled": true,
+        "legacyVideoPluginsEnabled": false,
+        "remotePlugins": [],
+    })
+}
