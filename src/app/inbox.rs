@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 
 use crate::clock::{Clock, Timestamp};
 use crate::model::json::{Object, text_of};
+use crate::telemetry::terminal::plain;
 
 /// Requests kept for each inbox.
 const KEPT: usize = 1_000;
@@ -70,7 +71,7 @@ impl Inbox {
 /// Whether anybody reads the lines is no concern of the engine's.
 fn tell(line: &str) {
     use std::io::Write;
-    let _ = writeln!(std::io::stdout().lock(), "{line}");
+    let _ = writeln!(std::io::stdout().lock(), "{}", plain(line));
 }
 
 async fn take(State(inbox): State<Inbox>, Path(name): Path<String>, headers: HeaderMap, body: Bytes) -> &'static str {

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::ConfigArgs;
-use super::output::{Output, line, table};
+use super::output::{Output, document, line, table};
 use crate::config::{DEFAULTS, schema};
 
 #[derive(Args)]
@@ -41,11 +41,11 @@ impl ConfigCommand {
         match &self.action {
             Action::Show { output, changed, config } => show(config, *output, *changed),
             Action::Schema => {
-                line(&serde_json::to_string_pretty(&schema::schema())?);
+                document(&serde_json::to_string_pretty(&schema::schema())?);
                 Ok(())
             }
             Action::Defaults { file: None } => {
-                line(DEFAULTS.trim_end());
+                document(DEFAULTS.trim_end());
                 Ok(())
             }
             Action::Defaults { file: Some(path) } => {

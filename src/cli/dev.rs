@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::Args;
 
-use super::output::Output;
+use super::output::{self, Output};
 use super::run::{apply, event_partitions, shutdown_on_signal};
 use super::{ConfigArgs, Usage};
 use crate::app::engine::{self, Listeners, Listening, Parts, Stage, StoreCell};
@@ -140,7 +140,10 @@ impl Dev {
         let Some(gateway) = listening.gateway else { return };
         let (admin, took) = (listening.admin, began.elapsed().as_millis());
         // Where the output is for programs, the banner is not part of it.
-        let print = |line: String| if self.output == Output::Json { eprintln!("{line}") } else { println!("{line}") };
+        let print = |line: String| match self.output {
+            Output::Json => output::note(&line),
+            Output::Table => drop(output::line(&line)),
+        };
         print(format!("Laneway {} is up ({took} ms)", env!("CARGO_PKG_VERSION")));
         print(format!("  events in    http://{gateway}   (Segment / RudderStack API)"));
         print(format!("  health       http://{admin}/readyz   metrics: http://{admin}/metrics"));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::output::{Output, drains_in, line, short, table};
+use super::output::{Output, drains_in, line, note, short, table};
 use super::{Common, Usage, operator};
 use crate::app::open::AnyLog;
 use crate::app::standing::{self, Standing};
@@ -178,7 +178,7 @@ async fn command<B: Backend>(
     if let Target::Destination(destination) | Target::User(destination, _) = &command.target
         && !standing::read(log).await?.destinations.contains_key(destination.as_str())
     {
-        eprintln!("laneway: nothing is known of destination {destination} yet; the command holds all the same");
+        note(&format!("laneway: nothing is known of destination {destination} yet; the command holds all the same"));
     }
     log.publisher()?.publish(vec![record]).await?;
     let Command { id, action, target, at, by } = command;

@@ -8,7 +8,8 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::output::{Output, line, table};
+use super::output::{Output, document, line, table};
+use super::secrets;
 use super::stage::when;
 use super::{Common, Usage};
 use crate::app::engine::Stage;
@@ -26,9 +27,6 @@ use crate::model::outcome::Reason;
 use crate::model::record::{Offset, Partition, header};
 use crate::model::redrive::{Filter, Letter, Plan, Shelf};
 use crate::with_log;
-
-/// In place of what lets somebody in.
-const HIDDEN: &str = "(hidden)";
 
 #[derive(Args)]
 pub struct Letters {
@@ -52,6 +50,9 @@ enum Action {
     Show {
         /// As `list` names it: PARTITION/OFFSET.
         letter: String,
+        /// Show the whole URL, every header and every parameter. They may hold keys of the destination.
+        #[arg(long)]
+        secrets: bool,
         #[command(flatten)]
         common: Common,
     },
@@ -133,7 +134,7 @@ impl Letters {
         let any = AnyLog::open(&config, Access::Command, &clock).await?;
         let ended = with_log!(&any, log => match &self.action {
             Action::List { filter, limit, .. } => list(log, shelf, &filter.read(clock.now())?, *limit, output).await,
-            Action::Show { letter, .. } => show(log, shelf, letter, output).await,
+            Action::Show { letter, secrets, .. } => show(log, shelf, letter, *secrets, output).await,
             Action::Redrive(redrive) => redrive.run(log, shelf, &config, &clock).await,
             Action::Plans(_) => plans(log, shelf, output).await,
             Action::Abandon { plan, .. } => abandon(log, shelf, &config, &clock, plan, output).await,
@@ -202,7 +203,7 @@ fn cells(letter: &Letter) -> Vec<String> {
         failure.reason.as_str().to_owned(),
         last.filter(|last| last.code > 0).map_or_else(dash, |last| last.code.to_string()),
         failure.attempts.to_string(),
-        last.map_or_else(dash, |last| last.message.chars().take(80).collect()),
+        if letter.message.is_empty() { dash() } else { letter.message.chars().take(80).collect() },
     ]
 }
 
@@ -216,7 +217,7 @@ fn describe(letter: &Letter) -> Value {
         "destination": failure.destination, "source": letter.original(header::SOURCE), "user": letter.original(header::USER),
         "message_id": letter.original(header::MESSAGE_ID), "delivery_id": letter.original(header::DELIVERY_ID),
         "replay_id": letter.original(header::REPLAY_ID), "stage": failure.stage, "reason": failure.reason.as_str(),
-        "attempts": failure.attempts, "first": tried(&failure.first), "last": tried(&failure.last),
+        "message": letter.message, "attempts": failure.attempts, "first": tried(&failure.first), "last": tried(&failure.last),
         "origin": {
             "topic": failure.topic.as_str(), "partition": failure.partition.0, "offset": failure.offset.to_string(),
             "timestamp": failure.timestamp.to_string(),
@@ -224,7 +225,13 @@ fn describe(letter: &Letter) -> Value {
     })
 }
 
-async fn show<B: Backend>(log: &B, shelf: Shelf, letter: &str, output: Output) -> anyhow::Result<()> {
+async fn show<B: Backend>(
+    log: &B,
+    shelf: Shelf,
+    letter: &str,
+    with_secrets: bool,
+    output: Output,
+) -> anyhow::Result<()> {
     let place = letter
         .split_once('/')
         .and_then(|(partition, offset)| Some((Partition(partition.parse().ok()?), Offset::parse(offset)?)));
@@ -233,23 +240,26 @@ async fn show<B: Backend>(log: &B, shelf: Shelf, letter: &str, output: Output) -
     let record = record.ok_or_else(|| Usage(format!("there is no letter at {letter}")))?;
     let letter = Letter::of(&record).with_context(|| format!("the record at {letter}"))?;
     let mut whole = describe(&letter);
-    original(&mut whole, shelf, &letter);
+    original(&mut whole, shelf, &letter, with_secrets);
     match output {
         Output::Json => drop(line(&whole.to_string())),
-        Output::Table => drop(line(&serde_json::to_string_pretty(&whole)?)),
+        Output::Table => drop(document(&serde_json::to_string_pretty(&whole)?)),
     }
     Ok(())
 }
 
 /// What was given up, as it was.
-fn original(whole: &mut Value, shelf: Shelf, letter: &Letter) {
+fn original(whole: &mut Value, shelf: Shelf, letter: &Letter, with_secrets: bool) {
     let value = letter.failure.value.clone().unwrap_or_default();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let event_of = |bytes: &[u8]| if with_secrets { text(bytes) } else { secrets::event(&text(bytes)) };
     let unreadable = |error: String| json!({"error": error, "value": text(&value)});
     if shelf == Shelf::ProcErrors && letter.failure.stage == Stage::Gateway.as_str() {
         match serde_json::from_slice::<Value>(&value) {
             Ok(mut request) => {
-                secrets(&mut request);
+                if !with_secrets {
+                    secrets::webhook_request(&mut request);
+                }
                 whole["webhook"] = request;
             }
             Err(error) => whole["unreadable"] = unreadable(error.to_string()),
@@ -261,7 +271,7 @@ fn original(whole: &mut Value, shelf: Shelf, letter: &Letter) {
             Ok(event) => {
                 whole["type"] = json!(event.event_type);
                 whole["received_at"] = json!(event.received_at.to_string());
-                whole["event"] = json!(text(&event.payload));
+                whole["event"] = json!(event_of(&event.payload));
             }
             Err(error) => whole["unreadable"] = unreadable(error.to_string()),
         }
@@ -273,46 +283,23 @@ fn original(whole: &mut Value, shelf: Shelf, letter: &Letter) {
             whole["received_at"] = json!(delivery.received_at.to_string());
             match delivery.payload {
                 Payload::Request(request) => {
-                    let headers: Vec<(&str, &str)> =
-                        request.headers.iter().map(|(name, value)| (name.as_str(), shown(name, value))).collect();
+                    let shown = |(name, value): &(String, String)| match with_secrets {
+                        true => (name.clone(), value.clone()),
+                        false => (name.clone(), secrets::shown(name, value).to_owned()),
+                    };
+                    let [headers, params]: [Vec<_>; 2] =
+                        [&request.headers, &request.params].map(|list| list.iter().map(shown).collect());
+                    let url = if with_secrets { request.url.clone() } else { secrets::url(&request.url) };
                     whole["request"] = json!({
-                        "method": request.method, "url": request.url, "headers": headers, "params": request.params,
+                        "method": request.method, "url": url, "headers": headers, "params": params,
                         "body_format": request.body_format.as_str(), "body": text(&request.body),
                     });
                 }
-                Payload::Event(event) => whole["event"] = json!(text(&event)),
+                Payload::Event(event) => whole["event"] = json!(event_of(&event)),
             }
         }
         Err(error) => whole["unreadable"] = unreadable(error.to_string()),
     }
-}
-
-/// Hides what lets somebody in: tools put it into headers and the query, and a source's settings hold it.
-fn secrets(request: &mut Value) {
-    for place in ["/request/headers", "/request/query_parameters"] {
-        request.pointer_mut(place).map(hide);
-    }
-    if let Some(Value::String(url)) = request.pointer_mut("/request/url") {
-        url.truncate(url.find('?').unwrap_or(url.len()));
-    }
-    for place in ["/source/Config", "/source/SourceDefinition/Options", "/source/WriteKey"] {
-        if let Some(found) = request.pointer_mut(place).filter(|found| !found.is_null()) {
-            *found = HIDDEN.into();
-        }
-    }
-}
-
-/// Of values by name, what lets somebody in.
-fn hide(headers: &mut Value) {
-    let Some(headers) = headers.as_object_mut() else { return };
-    headers.iter_mut().filter(|(name, _)| shown(name, "") == HIDDEN).for_each(|(_, value)| *value = HIDDEN.into());
-}
-
-/// A header's value, where it is none of a destination's keys.
-fn shown<'a>(name: &str, value: &'a str) -> &'a str {
-    const WORDS: [&str; 7] = ["auth", "key", "token", "secret", "password", "cookie", "signature"];
-    let name = name.to_lowercase();
-    if name != "idempotency-key" && WORDS.iter().any(|word| name.contains(word)) { HIDDEN } else { value }
 }
 
 async fn abandon<B: Backend>(

@@ -13,6 +13,7 @@ mod offsets;
 mod output;
 mod publish;
 mod run;
+mod secrets;
 mod stage;
 mod tail;
 mod topics;
@@ -128,7 +129,15 @@ impl ConfigArgs {
 /// Parses the arguments, runs the command, and turns its end into an exit code: 0 done, 1 failed, 2 usage or
 /// configuration, 3 a check found something.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => error.exit(),
+        // Help and version.
+        Err(text) => {
+            output::raw(&text.render().to_string());
+            return printed(ExitCode::SUCCESS);
+        }
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let ended = match runtime {
         Ok(runtime) => {
@@ -140,9 +149,12 @@ pub fn main() -> ExitCode {
         Err(error) => Err(error.into()),
     };
     match ended {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => printed(ExitCode::SUCCESS),
         Err(error) => {
-            eprintln!("laneway: {error:#}");
+            // Some libraries write several lines.
+            let text = format!("{error:#}");
+            let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+            output::note(&format!("laneway: {}", lines.join(", ")));
             let is_usage = error.chain().any(is_usage);
             let is_finding = error.is::<Found>();
             ExitCode::from(if is_usage {
@@ -154,6 +166,13 @@ pub fn main() -> ExitCode {
             })
         }
     }
+}
+
+/// A command that could not print its answer has failed.
+fn printed(code: ExitCode) -> ExitCode {
+    let Some(error) = output::failed() else { return code };
+    output::note(&format!("laneway: cannot write to standard output: {error}"));
+    ExitCode::FAILURE
 }
 
 /// What the caller has to mend: arguments, or something that is configured.

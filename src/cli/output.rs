@@ -1,8 +1,15 @@
 //! How commands print: a table for people, or one JSON document.
 
+use std::io::{ErrorKind, Write};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use clap::ValueEnum;
+
+use crate::telemetry::terminal::plain;
+
+/// The first write to standard output that failed. A command ends with it (`failed`).
+static FAILED: OnceLock<std::io::Error> = OnceLock::new();
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Output {
@@ -11,10 +18,40 @@ pub enum Output {
     Json,
 }
 
-/// Prints a line; false where nobody reads any more (`| head`).
+/// Prints one line, without characters that act on a terminal. False where it cannot be written: the command may end then.
 pub fn line(text: &str) -> bool {
-    use std::io::Write;
-    writeln!(std::io::stdout().lock(), "{text}").is_ok()
+    write(&plain(text))
+}
+
+/// Prints several lines, each as [`line`] does.
+pub fn document(text: &str) -> bool {
+    text.lines().all(line)
+}
+
+/// Prints a line to standard error, without characters that act on a terminal.
+pub fn note(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{}", plain(text));
+}
+
+/// Prints what was made for a terminal, such as a help text.
+pub fn raw(text: &str) -> bool {
+    write(text.strip_suffix('\n').unwrap_or(text))
+}
+
+fn write(text: &str) -> bool {
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Ok(()) => true,
+        Err(error) => {
+            let _ = FAILED.set(error);
+            false
+        }
+    }
+}
+
+/// Why not everything was printed. A reader that has gone (`| head`) is no failure.
+pub fn failed() -> Option<&'static std::io::Error> {
+    FAILED.get().filter(|error| error.kind() != ErrorKind::BrokenPipe)
 }
 
 /// `3h 20m`, `45s`, `0.2s`.
@@ -43,8 +80,10 @@ pub fn drains_in(work: u64, per_second: Option<f64>) -> (Option<f64>, String) {
     }
 }
 
-/// Prints rows with aligned columns.
+/// Prints rows with aligned columns, a line each.
 pub fn table(head: &[&str], rows: &[Vec<String>]) {
+    let plain_row = |row: &Vec<String>| row.iter().map(|cell| plain(cell).into_owned()).collect();
+    let rows: Vec<Vec<String>> = rows.iter().map(plain_row).collect();
     let width = |column: usize| {
         rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
     };
@@ -54,7 +93,7 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) {
         line(padded.join("  ").trim_end());
     };
     row_of(&mut head.iter().copied());
-    for row in rows {
+    for row in &rows {
         row_of(&mut row.iter().map(String::as_str));
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 
-use super::output::Output;
+use super::output::{Output, line};
 use super::run::event_partitions;
 use super::{ConfigArgs, Usage};
 use crate::app::open::{self, AnyLog};
@@ -83,9 +83,9 @@ impl Publish {
         })?;
         any.close().await;
         match self.output {
-            Output::Table => println!("{count} events published"),
-            Output::Json => println!("{}", serde_json::json!({"published": count})),
-        }
+            Output::Table => line(&format!("{count} events published")),
+            Output::Json => line(&serde_json::json!({"published": count}).to_string()),
+        };
         Ok(())
     }
 }

@@ -4,6 +4,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::output::{Output, line};
+use super::secrets;
 use super::{ConfigArgs, Usage, signalled};
 use crate::app::open::AnyLog;
 use crate::clock::Clock;
@@ -36,6 +37,9 @@ pub struct Tail {
     /// End when everything that is there now has been shown.
     #[arg(long)]
     until_end: bool,
+    /// Show URLs of deliveries and the `header` object of events whole. They may hold keys of a destination.
+    #[arg(long)]
+    secrets: bool,
     /// A line for each record, or a JSON object for each.
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -93,7 +97,7 @@ impl Tail {
             return true;
         }
         // Not every topic says it in its headers.
-        let value = record.value.as_ref().map(|value| show(&self.topic, value)).unwrap_or_default();
+        let value = self.decoded(record).unwrap_or_default();
         let is = |wanted: &Option<String>, name: &str, field: &str| {
             let Some(wanted) = wanted.as_deref() else { return true };
             record.headers.text(name) == Some(wanted) || value[field] == wanted
@@ -101,11 +105,20 @@ impl Tail {
         is(&self.source, header::SOURCE, "source") && is(&self.destination, header::DESTINATION, "destination")
     }
 
+    /// A record's value for people. None: a tombstone.
+    fn decoded(&self, record: &Record) -> Option<Value> {
+        let mut value = show(&self.topic, record.value.as_ref()?, self.secrets);
+        if matches!(self.topic.as_str(), "dead-letters" | "proc-errors") && value.get("reason").is_some() {
+            value["message"] = json!(record.headers.text(header::FAILURE_MESSAGE));
+        }
+        Some(value)
+    }
+
     /// False where nobody reads any more.
     fn print(&self, record: &Record) -> bool {
         let text = |bytes: &bytes::Bytes| String::from_utf8_lossy(bytes).into_owned();
         let key = record.key.as_ref().map(text);
-        let value = record.value.as_ref().map(|value| show(&self.topic, value));
+        let value = self.decoded(record);
         match self.output {
             Output::Table => line(&format!(
                 "{}/{}  {}  {}  {}",
@@ -152,21 +165,23 @@ async fn read<R: Reader>(
 }
 
 /// A value for people: decoded where it is one of ours.
-fn show(topic: &str, value: &bytes::Bytes) -> Value {
+fn show(topic: &str, value: &bytes::Bytes, with_secrets: bool) -> Value {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let event_of = |bytes: &[u8]| if with_secrets { text(bytes) } else { secrets::event(&text(bytes)) };
     let shown = match topic {
         "events" => codec::decode::<Event>(value).map(|event| {
             json!({
                 "source": event.source, "user": event.user, "message_id": event.message_id, "type": event.event_type,
-                "received_at": event.received_at.to_string(), "channel": event.channel.as_str(), "payload": text(&event.payload),
+                "received_at": event.received_at.to_string(), "channel": event.channel.as_str(), "payload": event_of(&event.payload),
             })
         }),
         "deliveries" => codec::decode::<Delivery>(value).map(|delivery| {
             let request = match &delivery.payload {
                 Payload::Request(request) => {
-                    json!({"method": request.method, "url": request.url, "body": text(&request.body)})
+                    let url = if with_secrets { request.url.clone() } else { secrets::url(&request.url) };
+                    json!({"method": request.method, "url": url, "body": text(&request.body)})
                 }
-                Payload::Event(event) => json!({"event": text(event)}),
+                Payload::Event(event) => json!({"event": event_of(event)}),
             };
             json!({
                 "delivery_id": delivery.delivery_id, "destination": delivery.destination, "user": delivery.user,

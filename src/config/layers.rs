@@ -207,9 +207,15 @@ fn is_secret(key: &str) -> bool {
     is_of_somebody && WORDS.iter().any(|word| key.contains(word))
 }
 
-/// An address with a user and a password in it.
+/// An address with a password in it: before the host, where it may hold slashes by mistake, or in the query.
 fn holds_credentials(text: &str) -> bool {
-    text.split("://").skip(1).any(|rest| rest.split('/').next().is_some_and(|authority| authority.contains('@')))
+    const WORDS: [&str; 6] = ["password", "secret", "token", "key", "credential", "auth"];
+    text.split("://").skip(1).any(|rest| {
+        let (before, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let named = |pair: &str| pair.split_once('=').map(|(name, _)| name.to_lowercase());
+        let is_named = |name: String| WORDS.iter().any(|word| name.contains(word));
+        before.contains('@') || query.split(['&', ';']).filter_map(named).any(is_named)
+    })
 }
 
 /// Without the line itself, which may hold a secret.
@@ -336,6 +342,15 @@ mod tests {
         assert_eq!(shown("ssl.key.password").0, from_file);
         assert_eq!(shown("sasl.oauthbearer.client.secret").0, HIDDEN);
         assert!(!format!("{settings:?}").contains("hunter"));
+        for url in
+            ["postgres://h/d?sslmode=require&password=hunter1", "postgres://u:hun/ter1@h/d", "http://u:hunter1@h"]
+        {
+            let shown = layers(&[("store.url", url), ("transformer.url", url)], &[]).settings();
+            let is_hidden = |key: &str| shown.iter().any(|it| it.key == key && it.value.as_str() == Some(HIDDEN));
+            assert!(is_hidden("store.url") && is_hidden("transformer.url"), "{url}");
+        }
+        let open = layers(&[("store.url", "postgres://h/d?sslmode=require")], &[]).settings();
+        assert!(open.iter().any(|it| it.value.as_str() == Some("postgres://h/d?sslmode=require")));
     }
 
     #[test]

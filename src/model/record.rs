@@ -287,6 +287,8 @@ pub mod header {
     pub const REQUEST_IP: &str = "lw-request-ip";
     pub const STAGE: &str = "lw-stage";
     pub const REASON: &str = "lw-reason";
+    /// Of a failure: why, for people. Other tools read it by this name (runtime/failure.rs).
+    pub const FAILURE_MESSAGE: &str = "__connect.errors.exception.message";
     pub const CODE: &str = "lw-code";
     pub const ATTEMPTS: &str = "lw-attempts";
     pub const FIRST_FAILED_AT: &str = "lw-first-failed-at";

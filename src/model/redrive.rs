@@ -46,6 +46,8 @@ pub struct Letter {
     pub offset: Offset,
     /// When it was given up.
     pub at: Timestamp,
+    /// Why, for people: the last answer, or what kept it from being tried.
+    pub message: String,
     pub failure: Failure,
 }
 
@@ -53,8 +55,10 @@ impl Letter {
     /// # Errors
     /// [`Unreadable`] where it is none of ours, or empty.
     pub fn of(record: &Record) -> Result<Self, Unreadable> {
-        let failure = codec::decode(&record.value.clone().unwrap_or_default())?;
-        Ok(Self { partition: record.partition, offset: record.offset, at: record.timestamp, failure })
+        let failure: Failure = codec::decode(&record.value.clone().unwrap_or_default())?;
+        let header = || record.headers.text(header::FAILURE_MESSAGE).unwrap_or_default().to_owned();
+        let message = failure.last.as_ref().map_or_else(header, |last| last.message.clone());
+        Ok(Self { partition: record.partition, offset: record.offset, at: record.timestamp, message, failure })
     }
 
     /// A header of the original record.
@@ -178,6 +182,7 @@ mod tests {
             partition: Partition(3),
             offset: Offset::new(offset),
             at: Timestamp::from_millis(1_000),
+            message: "no".into(),
             failure: Failure {
                 stage: "router".into(),
                 reason: Reason::Rejected,

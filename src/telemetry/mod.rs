@@ -5,4 +5,5 @@ pub mod events;
 pub mod metrics;
 pub mod seldom;
 pub mod server;
+pub mod terminal;
 pub mod tracing;

@@ -1,5 +1,7 @@
 //! The configuration, as an operator looks at it: shown, checked, refused.
 
+use std::process::Stdio;
+
 use serde_json::Value;
 
 use crate::support::process::{Flow, workspace};
@@ -70,6 +72,24 @@ fn everything_is_found_at_once() {
     let told = flow.command(&["topics", "diff", "--output", "json"]);
     let rows: Vec<Value> = serde_json::from_slice(&told.stdout).expect("JSON");
     assert_eq!((told.status.code(), rows.len()), (Some(3), 3), "{rows:?}");
+}
+
+/// A script must not take half an answer for a whole one.
+#[test]
+fn an_answer_that_cannot_be_written_is_a_failure() {
+    let flow = Flow::embedded();
+    let ends = |args: &[&str], into: Stdio| {
+        let ended = flow.prepared(args).stdout(into).output().expect("run");
+        (ended.status.code(), String::from_utf8_lossy(&ended.stderr).into_owned())
+    };
+    for args in [&["metrics"][..], &["config", "defaults"], &["config", "show", "--output", "json"], &["--help"]] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("a device that is full");
+        let (code, said) = ends(args, full.into());
+        assert!(code == Some(1) && said.contains("cannot write to standard output"), "{args:?}: {code:?} {said}");
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        assert_eq!(ends(args, writer.into()), (Some(0), String::new()), "{args:?}: nobody reads any more");
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::{FilterArgs, find};
 use crate::app::engine::{self, Stage};
 use crate::app::letters::{self, Events, Redrive, Resend, Sent, Survey};
 use crate::app::open;
-use crate::cli::output::{Output, line, short, table};
+use crate::cli::output::{Output, line, note, short, table};
 use crate::cli::run::shutdown_on_signal;
 use crate::cli::{Common, Found, Usage, operator};
 use crate::clock::Clock;
@@ -134,12 +134,12 @@ impl RedriveArgs {
         let waits: Vec<&Plan> = unfinished.filter(|plan| survey.planned_before.contains_key(&plan.id)).collect();
         for it in &waits {
             let (count, id) = (survey.planned_before[&it.id], &it.id);
-            eprintln!(
+            note(&format!(
                 "laneway: {count} of the letters left out belong to plan {id}, which is not finished: {}, and `laneway {} \
                  abandon {id}` gives it up",
                 go_on(it),
                 it.shelf.command()
-            );
+            ));
         }
         if plan.letters == 0 && !waits.is_empty() {
             anyhow::bail!(Found("what is meant waits in plans that are not finished".into()));
@@ -223,12 +223,12 @@ async fn carry_out<B: Backend>(
         if now.duration_since(told.0) >= Duration::from_secs(1) || told.1.is_none() {
             let left = plan.letters.saturating_sub(sent.letters) as f64 / f64::from(plan.rate);
             told = (now, Some(sent.letters));
-            eprintln!(
+            note(&format!(
                 "laneway: {} of {} sent, {} left",
                 sent.letters,
                 plan.letters,
                 short(Duration::from_secs_f64(left))
-            );
+            ));
         }
     };
     let sent = redrive.run(tell).await.with_context(|| go_on(&plan))?;

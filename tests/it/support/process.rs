@@ -280,15 +280,17 @@ impl Flow {
         format!("http://127.0.0.1:{}", self.gateway)
     }
 
+    /// A command, to be run.
+    pub fn prepared(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_laneway"));
+        let environment = self.environment.iter().map(|(name, value)| (name, value));
+        command.args(args).envs(environment).current_dir(self.folder.path()).stdin(Stdio::null());
+        command
+    }
+
     /// Runs a command to its end.
     pub fn command(&self, args: &[&str]) -> std::process::Output {
-        Command::new(env!("CARGO_BIN_EXE_laneway"))
-            .args(args)
-            .envs(self.environment.iter().map(|(name, value)| (name, value)))
-            .current_dir(self.folder.path())
-            .stdin(Stdio::null())
-            .output()
-            .expect("laneway runs")
+        self.prepared(args).output().expect("laneway runs")
     }
 
     /// Starts a command.
