@@ -76,6 +76,11 @@ pub async fn run(config: &Config, clock: &Clock) -> Vec<Finding> {
     found.extend(suppressed(config, clock).await);
     match open::topics(config) {
         Ok(topics) => {
+            if config.runtime.drain_timeout <= config.router.timeout {
+                let says = "runtime.drain_timeout is not longer than router.timeout";
+                let remedy = "requests under way at a stop are sent again by the next owner: make it longer";
+                found.push(Finding::warning("runtime.drain_timeout", says, remedy));
+            }
             found.extend(limits(config, &topics));
             found.extend(log(config, &topics, clock).await);
         }
@@ -181,6 +186,10 @@ fn of_workspace(workspace: &Workspace, router: &Router) -> Vec<Finding> {
     let sources: Vec<_> = workspace.sources().collect();
     let count = sources.iter().map(|source| source.destinations.len()).sum::<usize>();
     let mut found = vec![Finding::ok(subject, format!("{} sources, {count} connected destinations", sources.len()))];
+    for problem in workspace.left_out() {
+        let remedy = "nothing goes there: mend it in the control plane, or in the file";
+        found.push(Finding::warning(subject, format!("left out: {problem}"), remedy));
+    }
     if sources.iter().all(|source| !source.enabled) {
         found.push(Finding::warning(subject, "no source is enabled", "every event will be refused: enable one"));
     }

@@ -86,5 +86,7 @@ async fn read(path: &Path) -> Result<String, FileError> {
 }
 
 fn parse(path: &Path, text: &str) -> Result<Workspace, FileError> {
-    Workspace::parse(text).map_err(|error| FileError::Refused { path: path.to_owned(), error })
+    let workspace = Workspace::parse(text).map_err(|error| FileError::Refused { path: path.to_owned(), error })?;
+    workspace.warn();
+    Ok(workspace)
 }

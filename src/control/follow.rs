@@ -84,6 +84,7 @@ async fn keep<B: Backend>(
             text = kept.changed() => {
                 if let Ok((_, workspace)) = usable(text).await {
                     tracing::info!(sources = workspace.sources().count(), "workspace configuration in force");
+                    workspace.warn();
                     sender.send_replace(Arc::new(workspace));
                     count("applied");
                 }

@@ -1,13 +1,19 @@
 //! The workspace configuration in RudderStack's JSON, read into what the stages need. Unknown fields are ignored, so that a
 //! file exported from there works as it is.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+mod raw;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::model::id::{DestinationId, DestinationType, SourceId, WorkspaceId, WriteKey};
+
+use raw::{Pairs, RawDestination, RawSource, RawWorkspace};
+
+pub(super) use raw::or_default;
 
 /// Which of an event's ids keeps what in order (topics/README.md).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -45,15 +51,15 @@ pub struct Source {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct SourceDefinition {
-    #[serde(alias = "ID", deserialize_with = "or_empty")]
+    #[serde(alias = "ID", deserialize_with = "or_default")]
     pub id: String,
     /// Which transform its requests need, where it is a webhook.
-    #[serde(alias = "Name", deserialize_with = "or_empty")]
+    #[serde(alias = "Name", deserialize_with = "or_default")]
     pub name: String,
     /// Empty for a stream of events, else `webhook`, `cloud`, `warehouse`, ….
-    #[serde(alias = "Category", deserialize_with = "or_empty")]
+    #[serde(alias = "Category", deserialize_with = "or_default")]
     pub category: String,
-    #[serde(rename = "type", alias = "Type", deserialize_with = "or_empty")]
+    #[serde(rename = "type", alias = "Type", deserialize_with = "or_default")]
     pub kind: String,
     #[serde(alias = "Options")]
     pub options: Value,
@@ -94,6 +100,7 @@ pub struct Workspace {
     by_write_key: HashMap<WriteKey, Arc<Source>>,
     by_source: HashMap<SourceId, Arc<Source>>,
     by_destination: HashMap<DestinationId, Arc<Destination>>,
+    left_out: Vec<String>,
 }
 
 /// What is wrong with a configuration.
@@ -161,21 +168,42 @@ impl Workspace {
         self.by_destination.get(id)
     }
 
+    /// Every connected destination, also those that are switched off.
+    pub fn destination_ids(&self) -> impl Iterator<Item = &DestinationId> {
+        self.by_destination.keys().chain(self.by_source.values().flat_map(|source| &source.disabled))
+    }
+
     pub fn sources(&self) -> impl Iterator<Item = &Arc<Source>> {
         self.by_source.values()
+    }
+
+    /// Sources and destinations that cannot be used, and why. Everything else of the configuration is in force.
+    pub fn left_out(&self) -> &[String] {
+        &self.left_out
+    }
+
+    /// Logs what is left out.
+    pub fn warn(&self) {
+        for problem in &self.left_out {
+            tracing::warn!(problem, "left out of the workspace configuration");
+        }
     }
 
     fn add(&mut self, source: &RawSource, raw: &RawWorkspace, disconnected: &Pairs<'_>) -> Result<(), WorkspaceError> {
         let refused = |what: String| Err(WorkspaceError::Refused(what));
         if source.id.is_empty() || source.write_key.is_empty() {
-            return refused(format!("source {:?} ({:?}) needs an id and a writeKey", source.id, source.name));
+            self.left_out.push(format!("source {:?} ({:?}) has no id or no writeKey", source.id, source.name));
+            return Ok(());
         }
         let disconnected =
             |destination: &RawDestination| disconnected.contains(&(source.id.as_str(), destination.id.as_str()));
         let (mut destinations, mut disabled) = (Vec::new(), Vec::new());
         for destination in &source.destinations {
-            if destination.id.is_empty() {
-                return refused(format!("a destination of source {:?} has no id", source.id));
+            if destination.id.is_empty() || destination.destination_definition.name.is_empty() {
+                let (id, name) = (&destination.id, &destination.name);
+                let problem = format!("destination {id:?} ({name:?}) of source {:?} has no id or no type", source.id);
+                self.left_out.push(problem);
+                continue;
             }
             match (destination.is_processor_enabled, destination.enabled && !disconnected(destination)) {
                 (true, true) => destinations.push(self.destination_of(destination)?),
@@ -249,164 +277,6 @@ impl Workspace {
         self.by_destination.insert(destination.id.clone(), Arc::clone(&destination));
         Ok(destination)
     }
-}
-
-fn yes() -> bool {
-    true
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RawWorkspace {
-    #[serde(default, alias = "WorkspaceID", alias = "workspaceID")]
-    workspace_id: String,
-    #[serde(alias = "Sources")]
-    sources: Vec<RawSource>,
-    #[serde(default, alias = "Connections")]
-    connections: HashMap<String, RawConnection>,
-    #[serde(default, alias = "EventReplays", deserialize_with = "or_default")]
-    event_replays: BTreeMap<String, RawReplay>,
-}
-
-/// A replay that the control plane has begun: copies of sources and destinations, by their own ids.
-#[derive(Clone, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-#[derive(Default)]
-struct RawReplay {
-    #[serde(deserialize_with = "or_default")]
-    sources: BTreeMap<String, RawOriginal>,
-    #[serde(deserialize_with = "or_default")]
-    destinations: BTreeMap<String, RawOriginal>,
-    #[serde(deserialize_with = "or_default")]
-    connections: Vec<RawConnection>,
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RawOriginal {
-    original_id: String,
-}
-
-/// A source and a destination each.
-type Pairs<'a> = HashSet<(&'a str, &'a str)>;
-
-impl RawWorkspace {
-    /// Connections that are switched off.
-    fn disconnected(&self) -> Pairs<'_> {
-        let off = self.connections.values().filter(|connection| !connection.enabled);
-        off.map(|connection| (connection.source_id.as_str(), connection.destination_id.as_str())).collect()
-    }
-
-    /// The sources that replay others. Those without any destination are left out.
-    fn replays(&self) -> Vec<RawSource> {
-        let mut all = Vec::new();
-        for replay in self.event_replays.values() {
-            for (id, RawOriginal { original_id }) in &replay.sources {
-                let Some(original) = self.sources.iter().find(|source| source.id == *original_id) else { continue };
-                let connections = replay.connections.iter().filter(|connection| connection.source_id == *id);
-                let destinations: Vec<RawDestination> =
-                    connections.filter_map(|connection| self.replayed(&connection.destination_id, replay)).collect();
-                if destinations.is_empty() {
-                    continue;
-                }
-                let mut source = RawSource {
-                    id: id.clone(),
-                    write_key: id.clone(),
-                    original_id: original_id.clone(),
-                    destinations,
-                    ..original.clone()
-                };
-                // Nobody looks at what has been before.
-                if let Value::Object(config) = &mut source.config {
-                    config.remove("eventUpload");
-                }
-                all.push(source);
-            }
-        }
-        all
-    }
-
-    /// The copy of a destination that a replay goes to.
-    fn replayed(&self, id: &str, replay: &RawReplay) -> Option<RawDestination> {
-        let original = &replay.destinations.get(id)?.original_id;
-        let mut known = self.sources.iter().flat_map(|source| &source.destinations);
-        let original = known.find(|destination| destination.id == *original)?;
-        Some(RawDestination { id: id.to_owned(), is_processor_enabled: true, ..original.clone() })
-    }
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RawSource {
-    #[serde(default, alias = "ID")]
-    id: String,
-    #[serde(default, alias = "Name")]
-    name: String,
-    #[serde(default, alias = "WriteKey")]
-    write_key: String,
-    #[serde(default = "yes", alias = "Enabled")]
-    enabled: bool,
-    #[serde(default, alias = "WorkspaceID", alias = "workspaceID")]
-    workspace_id: String,
-    #[serde(default, alias = "OriginalID", alias = "originalID")]
-    original_id: String,
-    #[serde(default, alias = "SourceDefinition")]
-    source_definition: SourceDefinition,
-    #[serde(default, alias = "Config")]
-    config: Value,
-    #[serde(default, alias = "Destinations")]
-    destinations: Vec<RawDestination>,
-}
-
-/// Null is nothing.
-pub(super) fn or_default<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + Default>(
-    input: D,
-) -> Result<T, D::Error> {
-    Ok(Option::deserialize(input)?.unwrap_or_default())
-}
-
-/// Null is nothing.
-fn or_empty<'de, D: serde::Deserializer<'de>>(input: D) -> Result<String, D::Error> {
-    Ok(Option::deserialize(input)?.unwrap_or_default())
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RawDestination {
-    #[serde(default, alias = "ID")]
-    id: String,
-    #[serde(default, alias = "Name")]
-    name: String,
-    #[serde(default = "yes", alias = "Enabled")]
-    enabled: bool,
-    #[serde(default = "yes", alias = "IsProcessorEnabled")]
-    is_processor_enabled: bool,
-    #[serde(default, alias = "Config")]
-    config: Value,
-    #[serde(alias = "DestinationDefinition")]
-    destination_definition: RawDefinition,
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RawDefinition {
-    #[serde(alias = "Name")]
-    name: String,
-    #[serde(default, alias = "DisplayName")]
-    display_name: String,
-    #[serde(default, alias = "Config")]
-    config: Value,
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RawConnection {
-    #[serde(default)]
-    source_id: String,
-    #[serde(default)]
-    destination_id: String,
-    #[serde(default = "yes")]
-    enabled: bool,
 }
 
 #[cfg(test)]
@@ -494,6 +364,46 @@ mod tests {
         {
             assert!(Workspace::parse_any(broken).is_err(), "{broken}");
         }
+    }
+
+    #[test]
+    fn null_is_absent_wherever_it_stands() {
+        fn nulled(value: &Value, at: &mut usize, out: &mut Vec<String>, whole: &Value, path: String) {
+            let children: Vec<(String, &Value)> = match value {
+                Value::Object(members) => members.iter().map(|(key, it)| (format!("{path}/{key}"), it)).collect(),
+                Value::Array(list) => list.iter().enumerate().map(|(n, it)| (format!("{path}/{n}"), it)).collect(),
+                _ => return,
+            };
+            for (place, child) in children {
+                let mut copy = whole.clone();
+                *copy.pointer_mut(&place).expect("there") = Value::Null;
+                *at += 1;
+                out.push(copy.to_string());
+                nulled(child, at, out, whole, place);
+            }
+        }
+        let source = r#","name":"s","enabled":true,"workspaceId":"ws-1","originalId":"","config":{"a":1},
+            "sourceDefinition":{"id":"d","name":"HTTP","category":"","type":"cloud","options":{}}"#;
+        let destination = r#","enabled":true,"isProcessorEnabled":true,"config":{"webhookUrl":"http://h/"}"#;
+        let replay = r#""connections":{"c":{"sourceId":"src-1","destinationId":"dst-1","enabled":true}},
+            "eventReplays":{"r":{"sources":{"src-r":{"originalId":"src-1"}},"destinations":{"dst-r":{"originalId":"dst-1"}},
+            "connections":[{"sourceId":"src-r","destinationId":"dst-r","enabled":true}]}},"sources""#;
+        let whole = text(source, destination).replacen("\"sources\"", replay, 1);
+        let whole: Value = serde_json::from_str(&whole).expect("JSON");
+        let (mut places, mut texts) = (0, Vec::new());
+        nulled(&whole, &mut places, &mut texts, &whole, String::new());
+        for text in texts.iter().filter(|text| !text.contains(r#""sources":null,"#)) {
+            let workspace = Workspace::parse(text).unwrap_or_else(|error| panic!("{error}: {text}"));
+            let source = workspace.by_write_key("wk-1");
+            assert!(source.is_some() || workspace.left_out().len() + workspace.sources().count() <= 2, "{text}");
+        }
+        assert!(places > 30, "{places}");
+        let nameless = Workspace::parse(
+            r#"{"sources":[{"id":"a","writeKey":null},{"id":"b","writeKey":"k",
+            "destinations":[{"id":"d","destinationDefinition":null},null]}]}"#,
+        );
+        let nameless = nameless.expect("the rest is usable");
+        assert_eq!((nameless.left_out().len(), nameless.sources().count()), (2, 1), "{:?}", nameless.left_out());
     }
 
     #[test]
