@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
 
 mod layers;
+mod numbers;
 pub mod schema;
 
 pub use layers::{ConfigError, Layers};
@@ -322,6 +323,8 @@ pub struct Router {
     #[serde(deserialize_with = "duration")]
     pub retry_window: Duration,
     pub retry_min_attempts: u32,
+    #[serde(deserialize_with = "duration")]
+    pub job_run_retry_window: Duration,
     pub repeat_window: usize,
     /// By destination type or id.
     pub destinations: std::collections::BTreeMap<String, DestinationRules>,
@@ -343,6 +346,8 @@ pub struct DestinationRules {
     #[serde(default, deserialize_with = "some_duration")]
     pub retry_window: Option<Duration>,
     pub retry_min_attempts: Option<u32>,
+    #[serde(default, deserialize_with = "some_duration")]
+    pub job_run_retry_window: Option<Duration>,
     /// Whether `fullPath`, `appendPath` and `header` of an event change its request. None: where the source's key is secret.
     pub request_from_event: Option<bool>,
 }
@@ -363,10 +368,18 @@ fn words<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<String>, D::Error> {
     Ok(text.split(',').map(str::trim).filter(|word| !word.is_empty()).map(str::to_owned).collect())
 }
 
+/// Points in time that far ahead can be computed.
+const MAX_DURATION: Duration = Duration::from_secs(10 * 365 * 86_400);
+
 fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(input)?;
     let parsed = text.parse::<jiff::SignedDuration>().ok().and_then(|span| Duration::try_from(span).ok());
-    parsed.ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration such as 500ms, 10s or 3h")))
+    let wrong = |what: &str| serde::de::Error::custom(format!("{text:?} is {what}"));
+    match parsed {
+        None => Err(wrong("not a duration such as 500ms, 10s or 3h")),
+        Some(time) if time > MAX_DURATION => Err(wrong("more than 10 years")),
+        Some(time) => Ok(time),
+    }
 }
 
 /// Not none, nor next to none.

@@ -9,8 +9,8 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::output::{Output, drains_in, line, note, short, table};
-use super::{Common, Usage, operator};
+use super::output::{Output, drains_in, line, short, table};
+use super::{Common, Usage, known, operator};
 use crate::app::open::AnyLog;
 use crate::app::standing::{self, Standing};
 use crate::clock::{Clock, Timestamp};
@@ -44,6 +44,9 @@ enum What {
     /// Start nothing more for a destination. What is pending waits; its retry windows stop.
     Pause {
         destination: String,
+        /// Accept an id that nothing is known of.
+        #[arg(long)]
+        unknown: bool,
         #[command(flatten)]
         common: Common,
     },
@@ -59,6 +62,9 @@ enum What {
         /// Only this user's.
         #[arg(long)]
         user: Option<String>,
+        /// Accept an id that nothing is known of.
+        #[arg(long)]
+        unknown: bool,
         #[command(flatten)]
         common: Common,
     },
@@ -76,6 +82,9 @@ struct Drain {
     /// The deliveries of a reverse-ETL job run, whatever their destination.
     #[arg(long, conflicts_with_all = ["destination", "user"])]
     job_run: Option<String>,
+    /// Accept an id that nothing is known of.
+    #[arg(long)]
+    unknown: bool,
     /// Do it.
     #[arg(long)]
     execute: bool,
@@ -108,9 +117,28 @@ impl Lanes {
         let config = common.config.load(&[], &[])?;
         let clock = Clock::system();
         let any = AnyLog::open(&config, Access::Command, &clock).await?;
-        let ended = with_log!(&any, log => self.act(log, common.output, &clock).await);
+        let ended = with_log!(&any, log => {
+            match self.meant() {
+                Some(id) => match known::destination(log, &config, id).await {
+                    Ok(()) => self.act(log, common.output, &clock).await,
+                    refused => refused,
+                },
+                None => self.act(log, common.output, &clock).await,
+            }
+        });
         any.close().await;
         ended
+    }
+
+    /// The destination that has to exist.
+    fn meant(&self) -> Option<&str> {
+        match &self.action {
+            Some(What::Pause { destination, unknown: false, .. } | What::Retry { destination, unknown: false, .. }) => {
+                Some(destination)
+            }
+            Some(What::Drain(Drain { destination, unknown: false, .. })) => destination.as_deref(),
+            _ => None,
+        }
     }
 
     async fn act<B: Backend>(&self, log: &B, output: Output, clock: &Clock) -> anyhow::Result<()> {
@@ -175,11 +203,6 @@ async fn command<B: Backend>(
     let id = uuid::Uuid::new_v4().simple().to_string();
     let command = Command { id, action, target, at: clock.now(), by: operator() };
     let record = commands::record(&command.to_control());
-    if let Target::Destination(destination) | Target::User(destination, _) = &command.target
-        && !standing::read(log).await?.destinations.contains_key(destination.as_str())
-    {
-        note(&format!("laneway: nothing is known of destination {destination} yet; the command holds all the same"));
-    }
     log.publisher()?.publish(vec![record]).await?;
     let Command { id, action, target, at, by } = command;
     match output {

@@ -3,6 +3,7 @@
 mod check;
 mod config;
 mod dev;
+mod known;
 mod lag;
 mod lanes;
 mod letters;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::{Config, DEFAULTS};
+use super::{Config, DEFAULTS, numbers};
 
 const PREFIX: &str = "LANEWAY_";
 /// Sections whose keys are the user's own.
@@ -26,6 +26,10 @@ pub enum ConfigError {
     Invalid { place: String, error: String },
     #[error("{place}: there is no key {key}; the nearest is {nearest}")]
     Unknown { place: String, key: String, nearest: String },
+    #[error(
+        "the environment variable {name} sets no key (two underscores stand between section and key); the nearest is {nearest}"
+    )]
+    Variable { name: String, nearest: String },
     #[error("{key}: {problem}")]
     Secret { key: String, problem: String },
 }
@@ -91,6 +95,7 @@ impl Layers {
             check(&known, key, "--set")?;
             layers.set(key, layers.like(key, text), "--set");
         }
+        layers.check_names(&known)?;
         Ok(layers)
     }
 
@@ -108,14 +113,39 @@ impl Layers {
                 put(&mut table, &key, Value::String(secret));
             }
         }
-        table.try_into().map_err(|error: toml::de::Error| {
+        let config: Result<Config, _> = table.try_into();
+        let config = config.map_err(|error: toml::de::Error| {
             let hide = |text: String, secret: &String| {
                 let quoted = format!("{secret:?}");
                 text.replace(secret.as_str(), HIDDEN).replace(quoted.trim_matches('"'), HIDDEN)
             };
             let error = secrets.iter().filter(|it| !it.is_empty()).fold(error.to_string().trim().to_owned(), hide);
             ConfigError::Invalid { place: "configuration".to_owned(), error }
-        })
+        })?;
+        match numbers::problem(&config) {
+            Some((key, problem)) => {
+                let place = self.places.get(&key).cloned().unwrap_or_else(|| "configuration".to_owned());
+                Err(ConfigError::Invalid { place, error: format!("{key}: {problem}") })
+            }
+            None => Ok(config),
+        }
+    }
+
+    /// Refuses variables that look like ours and set nothing, such as one with a single underscore between section and key.
+    fn check_names(&self, known: &[String]) -> Result<(), ConfigError> {
+        let texts: Vec<Value> = leaves(&self.table, "").into_iter().map(|(_, value)| value).collect();
+        let is_named = |name: &str| {
+            let name = format!("${{{name}}}");
+            texts.iter().any(|value| value.as_str().is_some_and(|text| text.contains(&name)))
+        };
+        let strays = self.environment.keys().filter_map(|name| Some((name, name.strip_prefix(PREFIX)?)));
+        let stray = strays.filter(|(_, rest)| !rest.contains("__") && !is_of_others(rest));
+        let Some((name, rest)) = stray.into_iter().find(|(name, _)| !is_named(name)) else { return Ok(()) };
+        let wanted = rest.to_lowercase();
+        let near = |key: &&String| (strsim::jaro_winkler(&key.replace('.', "_"), &wanted) * 1e9) as u64;
+        let nearest =
+            known.iter().max_by_key(near).map(|key| format!("{PREFIX}{}", key.replace('.', "__").to_uppercase()));
+        Err(ConfigError::Variable { name: name.clone(), nearest: nearest.unwrap_or_default() })
     }
 
     /// Everything that is in force, by key. What may be a secret is hidden, unless it only names one.
@@ -174,6 +204,22 @@ impl Layers {
         }
         Ok((rest.len() < text.len()).then(|| found + rest))
     }
+}
+
+/// Variables that begin as ours do and are not: of the services for tests, and those that Kubernetes sets for a service named `laneway…`.
+fn is_of_others(rest: &str) -> bool {
+    const TESTS: [&str; 4] = ["SERVICES_", "TEST_", "KAFKA_FULL_JIT", "PULSAR_TOKENS"];
+    let is_of_tests = TESTS.iter().any(|name| rest.starts_with(name));
+    let is_port = |part: &str| {
+        let (number, after) = part.split_once('_').unwrap_or((part, ""));
+        !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()) && !after.is_empty()
+    };
+    let is_of_kubernetes = rest.ends_with("SERVICE_HOST")
+        || rest.contains("SERVICE_PORT")
+        || rest == "PORT"
+        || rest.ends_with("_PORT")
+        || rest.split("PORT_").skip(1).any(is_port);
+    is_of_tests || is_of_kubernetes
 }
 
 /// The key that a variable sets. Ids and types of destinations keep their case.
@@ -368,6 +414,34 @@ mod tests {
             let error = it.config().unwrap_err().to_string();
             assert!(!error.contains("hun") && !error.contains("xyz"), "{key}: {error}");
         }
+    }
+
+    #[test]
+    fn a_variable_that_sets_nothing_is_named() {
+        let read = |name: &str, flags: &[(&str, String)]| {
+            let environment = [(name.to_owned(), "x".to_owned())].into_iter();
+            Layers::read(None, environment, flags, &[]).map(drop).map_err(|error| error.to_string())
+        };
+        for (name, nearest) in [
+            ("LANEWAY_LOG_BACKEND", "LANEWAY_LOG__BACKEND"),
+            ("LANEWAY_ROUTER_TIMEOT", "LANEWAY_ROUTER__TIMEOUT"),
+            ("LANEWAY_LOG_KAFKA_BOOTSTRAP_SERVERS", "LANEWAY_LOG__KAFKA__BOOTSTRAP_SERVERS"),
+        ] {
+            let error = read(name, &[]).expect_err("refused");
+            assert!(error.contains(name) && error.ends_with(&format!("the nearest is {nearest}")), "{error}");
+        }
+        for other in [
+            "LANEWAY_KAFKA_PORT",
+            "LANEWAY_SERVICE_HOST",
+            "LANEWAY_GATEWAY_SERVICE_PORT_HTTP",
+            "LANEWAY_PORT_8080_TCP_ADDR",
+            "LANEWAY_GATEWAY_PORT_8080_TCP",
+            "LANEWAY_SERVICES_RUN",
+            "LANEWAY",
+        ] {
+            assert_eq!(read(other, &[]), Ok(()), "{other}");
+        }
+        assert_eq!(read("LANEWAY_PASSWORD", &[("control.token", "${LANEWAY_PASSWORD}".to_owned())]), Ok(()));
     }
 
     #[test]

@@ -29,8 +29,8 @@ pub fn schema() -> Value {
 fn destination() -> Value {
     let duration = json!({"type": "string", "pattern": DURATION});
     json!({"type": "object", "additionalProperties": false, "properties": {
-        "ordered": {"type": "boolean"}, "request_from_event": {"type": "boolean"}, "rate": {"type": "number"}, "concurrency": {"type": "integer", "minimum": 1},
-        "retry_first": duration, "retry_cap": duration, "retry_window": duration,
+        "ordered": {"type": "boolean"}, "request_from_event": {"type": "boolean"}, "rate": {"type": "number", "exclusiveMinimum": 0}, "concurrency": {"type": "integer", "minimum": 1},
+        "retry_first": duration, "retry_cap": duration, "retry_window": duration, "job_run_retry_window": duration,
         "retry_min_attempts": {"type": "integer", "minimum": 0},
     }})
 }

@@ -35,7 +35,7 @@ pub async fn follow<B: Backend>(log: &B, settings: &RemoteSettings, clock: Clock
     let (first, kept, workspace) = loop {
         if let Asked::New(text, workspace) = asked(&mut remote).await {
             let kept = Kept::<B>::open(log, clock.clone()).await?;
-            break (Some(Packed::of(text).await), kept, workspace);
+            break (Some(Packed::of(text).await), kept, *workspace);
         }
         let mut kept = Kept::<B>::open(log, clock.clone()).await?;
         if let Some(text) = kept.text().await
@@ -104,7 +104,7 @@ async fn keep<B: Backend>(
 
 /// What an answer of the control plane means.
 enum Asked {
-    New(String, Workspace),
+    New(String, Box<Workspace>),
     /// What it said last holds.
     Same,
     /// It says nothing, or nothing that can be used; that is told.
@@ -117,7 +117,9 @@ async fn asked(remote: &mut Remote) -> Asked {
             count("unchanged");
             Asked::Same
         }
-        Ok(Some(text)) => usable(text).await.map_or(Asked::Nothing, |(text, workspace)| Asked::New(text, workspace)),
+        Ok(Some(text)) => {
+            usable(text).await.map_or(Asked::Nothing, |(text, workspace)| Asked::New(text, Box::new(workspace)))
+        }
         Err(error) => {
             count("unreachable");
             tracing::warn!(%error, "the control plane cannot be asked, the last good workspace configuration stays in force");

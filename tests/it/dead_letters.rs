@@ -205,6 +205,8 @@ async fn letters_are_listed_shown_and_sent_by_what_they_are() {
     assert!(refused(&flow, &["list", "--since", "soon"]).contains("neither a duration"));
     assert!(refused(&flow, &["show", "0"]).contains("PARTITION/OFFSET"));
     assert!(refused(&flow, &["show", "0/99999999"]).contains("no letter at 0/99999999"));
+    assert!(refused(&flow, &["redrive", "--destination", "bb"]).contains("there is no destination bb"));
+    assert!(letters(&flow, &["redrive", "--destination", "bb", "--unknown"])["letters"] == 0);
     assert!(refused(&flow, &["redrive", "--plan", "x"]).contains("no plan x"));
 
     // A start that is told to stop says how to go on; another one beside it is refused.

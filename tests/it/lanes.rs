@@ -145,6 +145,11 @@ async fn a_dead_destination_delays_nobody_and_comes_back_in_order_on_pulsar() {
 async fn an_operator_pauses_resumes_and_drains() {
     let (flow, destinations) = flow(Flow::embedded()).await;
     let mut running = flow.start_all().await;
+    for typo in [&["pause", "bda"][..], &["retry", "bda"], &["drain", "bda"], &["drain", "bda", "--execute"]] {
+        let refused = flow.command(&[&["lanes"], typo].concat());
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(2) && said.contains("the nearest is bad"), "{typo:?}: {said}");
+    }
     let told = steer(&flow, &["pause", "bad"]);
     assert!(told["id"].is_string() && told["by"].is_string() && told["action"] == "pause", "{told}");
     let paused = r#"laneway_router_paused{destination="bad"} 1"#;

@@ -17,7 +17,7 @@ pub fn deliver(router: Router) -> Configured {
                 cap: router.retry_cap,
                 window: router.retry_window,
                 min_attempts: router.retry_min_attempts,
-                ..RetryPolicy::default()
+                job_run_window: router.job_run_retry_window,
             },
             ..Rules::default()
         };
@@ -29,6 +29,7 @@ pub fn deliver(router: Router) -> Configured {
             rules.retry.first = own.retry_first.unwrap_or(rules.retry.first);
             rules.retry.cap = own.retry_cap.unwrap_or(rules.retry.cap);
             rules.retry.window = own.retry_window.unwrap_or(rules.retry.window);
+            rules.retry.job_run_window = own.job_run_retry_window.unwrap_or(rules.retry.job_run_window);
             rules.retry.min_attempts = own.retry_min_attempts.unwrap_or(rules.retry.min_attempts);
         }
         rules

@@ -12,7 +12,7 @@ use crate::app::letters::{self, Events, Redrive, Resend, Sent, Survey};
 use crate::app::open;
 use crate::cli::output::{Output, line, note, short, table};
 use crate::cli::run::shutdown_on_signal;
-use crate::cli::{Common, Found, Usage, operator};
+use crate::cli::{Common, Found, Usage, known as existing, operator};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::control::suppression::{self, Suppressed};
@@ -38,6 +38,9 @@ pub struct RedriveArgs {
     /// Go on with a plan that was not finished.
     #[arg(long, value_name = "ID", conflicts_with_all = ["FilterArgs", "again"])]
     plan: Option<String>,
+    /// Accept a destination that nothing is known of.
+    #[arg(long)]
+    unknown: bool,
     /// Do it.
     #[arg(long)]
     execute: bool,
@@ -59,6 +62,10 @@ impl RedriveArgs {
             Some(plan) => self.go_on(log, plan).await?,
             None => {
                 let survey = letters::survey(log, shelf, &filter, self.again, &known).await?;
+                let is_found = survey.letters > 0 || !survey.planned_before.is_empty() || survey.unsendable > 0;
+                if let Some(id) = filter.destination.as_ref().filter(|_| !is_found && !self.unknown) {
+                    existing::destination(log, config, id.as_str()).await?;
+                }
                 let plan = self.plan_of(&survey, shelf, filter, &known, clock);
                 if !self.tell(&plan, &survey, &known)? {
                     return Ok(());
