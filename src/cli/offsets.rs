@@ -15,6 +15,7 @@ use crate::app::offsets::{self, Place, Step, Target};
 use crate::app::open::AnyLog;
 use crate::app::standing::{self, Standing};
 use crate::clock::{Clock, Timestamp};
+use crate::config::{BackendKind, Log};
 use crate::log::Backend;
 use crate::log::embedded::Access;
 use crate::model::record::{Offset, Partition, Topic};
@@ -86,16 +87,18 @@ struct TargetArgs {
 
 impl TargetArgs {
     /// `topics`: the names of the stage's topic.
-    fn read(&self, topics: &[&str], now: Timestamp) -> anyhow::Result<Target> {
+    fn read(&self, topics: &[&str], backend: BackendKind, now: Timestamp) -> anyhow::Result<Target> {
         if let Some(text) = &self.to_offset {
             let offset = Offset::parse(text).ok_or_else(|| Usage(format!("--to-offset {text}: not an offset")))?;
+            of_log(offset, backend).map_err(|problem| Usage(format!("--to-offset {problem}")))?;
             return Ok(Target::Offset(offset));
         }
         if let Some(path) = &self.from_file {
             let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-            return Ok(Target::Each(
-                each(&text, topics).map_err(|problem| Usage(format!("{}: {problem}", path.display())))?,
-            ));
+            let problem = |problem| Usage(format!("{}: {problem}", path.display()));
+            let offsets = each(&text, topics).map_err(problem)?;
+            offsets.values().try_for_each(|offset| of_log(*offset, backend)).map_err(problem)?;
+            return Ok(Target::Each(offsets));
         }
         Ok(match (&self.to_time, self.shift_by) {
             (Some(text), _) => Target::Time(when(text, now)?),
@@ -104,6 +107,17 @@ impl TargetArgs {
             (None, None) if self.to_latest => Target::Latest,
             (None, None) => Target::Current,
         })
+    }
+}
+
+/// Refuses an offset in the notation of another log: it would be taken for the beginning or the end.
+fn of_log(offset: Offset, backend: BackendKind) -> Result<(), String> {
+    match (offset.entry().is_some(), backend == BackendKind::Pulsar) {
+        (true, false) => {
+            Err(format!("{offset}: offsets of this log are numbers, ledger:entry:index is Pulsar's notation"))
+        }
+        (false, true) => Err(format!("{offset}: offsets on Pulsar are written ledger:entry:index")),
+        _ => Ok(()),
     }
 }
 
@@ -139,7 +153,7 @@ impl Offsets {
         let any = AnyLog::open(&config, Access::Command, &clock).await?;
         let ended = with_log!(&any, log => match &self.action {
             Action::List { stages, .. } => list(log, stages, output).await,
-            Action::Reset(reset) => reset.run(log, &config.log.topic_prefix, output, &clock).await,
+            Action::Reset(reset) => reset.run(log, &config.log, output, &clock).await,
         });
         any.close().await;
         ended
@@ -182,13 +196,14 @@ async fn list<B: Backend>(log: &B, stages: &[Consumer], output: Output) -> anyho
 }
 
 impl Reset {
-    async fn run<B: Backend>(&self, log: &B, prefix: &str, output: Output, clock: &Clock) -> anyhow::Result<()> {
+    async fn run<B: Backend>(&self, log: &B, own: &Log, output: Output, clock: &Clock) -> anyhow::Result<()> {
         let stage = Stage::from(self.stage);
         if stage == Stage::Reporter {
             anyhow::bail!(Usage("the reporter's positions lie in the store, with what it has counted".into()));
         }
         let (topic, mut places) = look(log, stage).await?;
-        let target = self.target.read(&[topic.as_str(), &format!("{prefix}{topic}")], clock.now())?;
+        let names = [topic.as_str(), &format!("{}{topic}", own.topic_prefix)];
+        let target = self.target.read(&names, own.backend, clock.now())?;
         let named = match &target {
             Target::Each(each) => each.keys().map(|partition| partition.0).collect(),
             _ => self.partitions.clone(),
@@ -245,6 +260,20 @@ impl Reset {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn offsets_of_another_log_are_refused() {
+        let (number, place) = (Offset::new(5), Offset::of_entry(1, 2, 3));
+        for backend in [BackendKind::Kafka, BackendKind::Embedded, BackendKind::Memory] {
+            assert_eq!((of_log(number, backend).is_ok(), of_log(place, backend).is_ok()), (true, false));
+        }
+        assert_eq!(
+            (of_log(number, BackendKind::Pulsar).is_ok(), of_log(place, BackendKind::Pulsar).is_ok()),
+            (false, true)
+        );
+        assert_eq!(Offset::parse("99999999999999999999:0:0"), None);
+        assert_eq!(Offset::parse(&format!("{}:0:0", u64::MAX)), None);
+    }
 
     #[test]
     fn positions_are_read_from_a_file() {

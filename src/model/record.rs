@@ -133,7 +133,10 @@ impl Offset {
         match (parts.next(), parts.next(), parts.next(), parts.next()) {
             (Some(number), None, None, None) => number.parse().ok().filter(|raw| raw & OF_ENTRY == 0).map(Offset),
             (Some(ledger), Some(entry), Some(index), None) => {
-                Some(Self::of_entry(ledger.parse().ok()?, entry.parse().ok()?, index.parse().ok()?))
+                let (ledger, entry, index): (u64, u64, u32) =
+                    (ledger.parse().ok()?, entry.parse().ok()?, index.parse().ok()?);
+                let fits = u128::from(ledger) <= LEDGER && u128::from(entry) <= ENTRY && u128::from(index) <= INDEX;
+                fits.then(|| Self::of_entry(ledger, entry, index))
             }
             _ => None,
         }

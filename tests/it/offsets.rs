@@ -39,6 +39,10 @@ async fn goes_where_it_is_put(flow: Flow) {
     stopped(running).await;
 
     let would = offsets(&flow, &["reset", "processor", "--to-earliest"]);
+    // Below 0 Kafka's protocol has words of its own for times.
+    for early in ["1960-01-01T00:00:00Z", "1969-12-31T23:59:59.999Z", "1970-01-01T00:00:00Z", "99999999d"] {
+        assert_eq!(offsets(&flow, &["reset", "processor", "--to-time", early]), would, "{early}");
+    }
     let before = offsets(&flow, &["list", "processor"]);
     let start =
         |partition: &Value| before.iter().find(|it| it["partition"] == *partition).expect("listed")["start"].clone();
@@ -70,6 +74,8 @@ async fn goes_where_it_is_put(flow: Flow) {
 
     let usage = |args: &[&str]| flow.command(&[&["offsets", "reset", "router"], args].concat()).status.code();
     assert_eq!((usage(&[]), usage(&["--to-earliest", "--to-latest"])), (Some(2), Some(2)));
+    let is_place = offsets(&flow, &["list", "router"])[0]["start"].as_str().is_some_and(|start| start.contains(':'));
+    assert_eq!(usage(&["--to-offset", if is_place { "5" } else { "1:2:3" }]), Some(2), "of another log");
     assert_eq!((usage(&["--to-offset", "x"]), usage(&["--to-latest", "--partition", "99"])), (Some(2), Some(2)));
 }
 

@@ -229,12 +229,14 @@ impl Admin for KafkaAdmin {
 
     async fn offset_at(&self, topic: &Topic, partition: Partition, at: Timestamp) -> Result<Offset, LogError> {
         let (name, number) = (self.0.config.topic(topic), convert::partition(partition));
+        // Below 0 the protocol has words of its own: -1 is the end.
+        let millis = at.millis().max(0);
         // Taken before: what lies below it when nothing at or after that time is found has been written before that time.
         let end = self.watermarks(topic, partition).await?.end;
         let found = self
             .ask(&self.0.uncommitted, move |client| {
                 let mut list = TopicPartitionList::new();
-                list.add_partition_offset(&name, number, RawOffset::Offset(at.millis()))?;
+                list.add_partition_offset(&name, number, RawOffset::Offset(millis))?;
                 let found = leaders::offsets_for_times(client, &name, &list, CALL)?;
                 Ok(found.find_partition(&name, number).map(|element| element.offset()))
             })

@@ -189,7 +189,7 @@ impl Admin for PulsarAdmin {
 
     async fn offset_at(&self, topic: &Topic, partition: Partition, at: Timestamp) -> Result<Offset, LogError> {
         let marks = self.watermarks(topic, partition).await?;
-        let path = format!("{}/messageid/{}", self.rest.partition(topic, partition), at.millis());
+        let path = format!("{}/messageid/{}", self.rest.partition(topic, partition), at.millis().max(0));
         let found: Option<LastMessage> = self.rest.get(&path).await?;
         let from = found.and_then(|found| {
             Some(Offset::of_entry(u64::try_from(found.ledger_id).ok()?, u64::try_from(found.entry_id).ok()?, 0))
