@@ -23,8 +23,9 @@ use crate::telemetry::seldom;
 
 /// A listener that cannot accept (no file descriptors are left, mostly) is asked again after so long.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Of a request's head, in bytes.
-const MAX_HEAD: usize = 128 * 1024;
+/// Of a request's head. Heads are not counted by the gateway's memory limit, and a client may send most of one and stop. An HTTP/1 request with a
+/// longer head is answered with 431.
+const MAX_HEAD_BYTES: u32 = 32 << 10;
 /// What a connection of HTTP/2 begins with.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const LOOK: Duration = Duration::from_millis(20);
@@ -52,9 +53,10 @@ pub async fn serve(
 ) -> std::io::Result<()> {
     let idle = admittance.idle;
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(idle).max_buf_size(MAX_HEAD);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(idle).max_buf_size(MAX_HEAD_BYTES as usize);
     let http2 = &mut builder.http2();
     http2.timer(TokioTimer::new()).keep_alive_interval(idle).keep_alive_timeout(idle).max_concurrent_streams(STREAMS);
+    http2.max_header_list_size(MAX_HEAD_BYTES);
     let graceful = GracefulShutdown::new();
     let seats = Arc::new(Semaphore::new(admittance.connections));
     loop {

@@ -58,6 +58,7 @@ impl Publish {
                 received_at: clock.now(),
                 client_ip: String::new(),
                 channel: Channel::Publish,
+                names_runs: true,
                 job_run: None,
                 task_run: None,
             };

@@ -20,7 +20,7 @@ use crate::clock::Clock;
 use crate::log::{Backend, Commit, Committed, Limit, LogError, Member, Polled, Read, Reader, Session};
 use crate::model::codec;
 use crate::model::command::Control;
-use crate::model::id::{SourceId, WorkspaceId};
+use crate::model::id::{SourceId, WorkspaceId, clean};
 use crate::model::record::{Addressed, Epoch, Headers, Offset, Partition, Record, Topic, header};
 use crate::telemetry::metrics::metrics;
 use crate::telemetry::seldom;
@@ -312,7 +312,8 @@ fn records(item: &Item) -> Vec<Addressed> {
     let sources = if item.source_ids.is_empty() { &all[..] } else { &item.source_ids };
     let created = item.created_at().micros().max(0).unsigned_abs();
     let of = |source: &String| {
-        let key = format!("{:032x}", digest(&item.workspace_id, &item.user_id, source));
+        // Events are compared by their cleaned ids.
+        let key = format!("{:032x}", digest(&item.workspace_id, &clean(&item.user_id), source));
         record(key, (!item.canceled).then(|| (created, Bytes::new())))
     };
     sources.iter().map(of).collect()
@@ -371,6 +372,11 @@ mod tests {
         assert!(!covers("b", "s3") && !covers("c", "s1") && !covers("", "s1"));
         assert!(!suppressed.covers(&"other".into(), &"s1".into(), "a"), "of another workspace");
         assert_eq!(suppressed.asked(), asked);
+        // A blank or an invisible character on one side or on both makes no other user.
+        taken(&suppressed, vec![item(" ann\u{200b}\u{a0}", false, &[])], &asked);
+        assert!(covers("ann", "s1"));
+        taken(&suppressed, vec![item("ann ", true, &[])], &asked);
+        assert!(!covers("ann", "s1"));
         // Only what was said is taken back.
         taken(&suppressed, vec![item("a", true, &["s1"]), item("b", true, &["s1"])], &asked);
         assert!(covers("a", "s1") && !covers("b", "s1") && covers("b", "s2"));

@@ -274,3 +274,13 @@ async fn a_slash_too_many_is_another_path() {
         assert_eq!(answer.status(), 404, "{path}");
     }
 }
+
+/// Heads are not counted by the gateway's memory limit, so they are small.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_of_more_than_32_kib_is_refused() {
+    let (flow, _running) = edge().await;
+    let (small, large) = ("x".repeat(20 << 10), "x".repeat(40 << 10));
+    let with = async |value: &str| post(&flow, "/v1/track", r#"{"userId":"u"}"#, &[KEY, ("x-large", value)]).await;
+    assert_eq!(with(&small).await.status(), 200);
+    assert_eq!(with(&large).await.status(), 431);
+}

@@ -53,7 +53,7 @@ pub fn start<B: Backend>(
         proxies: TrustedProxies::new(settings.trusted_proxies.clone()),
         origins: Origins::parse(&settings.cors_origins),
         intake: Intake::new(settings.body_memory, settings.body_timeout),
-        limits: RateLimits::new(limits),
+        limits: RateLimits::new(limits, parts.clock.clone()),
         most: settings.max_requests,
         token: settings.internal.token.clone(),
         open: AtomicUsize::new(0),

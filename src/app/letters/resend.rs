@@ -83,7 +83,7 @@ impl Resend {
         match self {
             Resend::Deliveries(placement) => Ok(whole(delivery(*placement, plan, letter))),
             Resend::Events(events) if letter.failure.stage == GATEWAY => events.webhook(plan, letter).await,
-            Resend::Events(events) => Ok(whole(events.event(plan, letter))),
+            Resend::Events(events) => Ok(events.event(plan, letter).map_or(Sent::Not, Sent::Again)),
         }
     }
 }
@@ -108,15 +108,18 @@ fn delivery(placement: Placement, plan: &str, letter: &Letter) -> Option<Address
 
 impl Events {
     /// The event, for the destination whose transform failed, or for all where the whole event did.
-    fn event(&self, plan: &str, letter: &Letter) -> Option<Addressed> {
+    /// Nothing for a user who is suppressed. None: the letter does not hold the whole event.
+    fn event(&self, plan: &str, letter: &Letter) -> Option<Vec<Addressed>> {
         let event: Event = codec::decode(letter.failure.value.as_ref()?).ok()?;
+        // Who was suppressed since then.
+        let Some(event) = without_suppressed(&self.suppressed, vec![event]).pop() else { return Some(Vec::new()) };
         let before = letter.original(header::DESTINATION).map(Into::into);
         let along = Along {
             traceparent: letter.original(header::TRACEPARENT).map(str::to_owned),
             only: letter.failure.destination.clone().or(before),
             replay: Some(plan.to_owned()),
         };
-        Some(address(self.placement, &event, &along))
+        Some(vec![address(self.placement, &event, &along)])
     }
 
     async fn webhook(&self, plan: &str, letter: &Letter) -> Result<Sent, RedriveError> {
@@ -135,6 +138,7 @@ impl Events {
             received_at: letter.failure.timestamp,
             client_ip: letter.original(header::REQUEST_IP).unwrap_or_default().to_owned(),
             channel: Channel::Webhook,
+            names_runs: source.is_backfill(),
             job_run: None,
             task_run: None,
         };

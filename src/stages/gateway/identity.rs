@@ -1,35 +1,12 @@
 //! Who an event is about: ids as text, cleaned of what cannot be seen, and what is made of them.
 
-use std::borrow::Cow;
-
 use md5::{Digest, Md5};
 use uuid::Uuid;
 
 use crate::control::workspace::OrderBy;
 use crate::model::id::User;
 
-/// Without invisible and non-printing characters, trimmed. For keys only; the event keeps what it came with.
-pub fn clean(text: &str) -> Cow<'_, str> {
-    if text.bytes().all(|byte| (b' '..0x7F).contains(&byte)) {
-        return Cow::Borrowed(text.trim());
-    }
-    let visible: String = text.chars().filter(|character| !is_invisible(*character)).collect();
-    Cow::Owned(visible.trim().to_owned())
-}
-
-/// Control and format characters, spaces other than the plain one, fillers that render as nothing, private use.
-fn is_invisible(character: char) -> bool {
-    if character == ' ' {
-        return false;
-    }
-    character.is_control()
-        || character.is_whitespace()
-        || matches!(u32::from(character),
-            0xAD | 0x34F | 0x600..=0x605 | 0x61C | 0x6DD | 0x70F | 0x8E2 | 0x115F..=0x1160 | 0x17B4..=0x17B5
-            | 0x180B..=0x180F | 0x200B..=0x200F | 0x202A..=0x202E | 0x2060..=0x206F | 0x2800 | 0x3164 | 0xFEFF | 0xFFA0
-            | 0xFFF0..=0xFFFB | 0xE000..=0xF8FF | 0x110BD | 0x110CD | 0x1BCA0..=0x1BCA3 | 0x1D173..=0x1D17A
-            | 0xE0000..=0xE0FFF | 0xF0000..)
-}
+pub use crate::model::id::clean;
 
 /// The user of an event by the source's rule; none where both ids are empty.
 pub fn user(order_by: OrderBy, anonymous: &str, user: &str) -> Option<User> {
@@ -58,22 +35,6 @@ pub fn rudder_id(user: &str, anonymous: &str) -> Uuid {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_cannot_be_seen_is_taken_out() {
-        let cases = [
-            (" anon-1 ", "anon-1"),
-            ("a\u{200B}b\u{FEFF}c", "abc"),
-            ("\u{A0}x\t\u{AD}", "x"),
-            ("two words", "two words"),
-            ("ünï→😀", "ünï→😀"),
-            ("\u{3164}\u{2800}", ""),
-            ("e\u{301}", "e\u{301}"),
-        ];
-        for (text, expected) in cases {
-            assert_eq!(clean(text), expected, "{text:?}");
-        }
-    }
 
     #[test]
     fn the_sources_rule_decides_who_stays_in_order() {

@@ -10,7 +10,10 @@ use crate::model::json::{Object, check_depth, string_of};
 
 use super::identity;
 use super::publish::Along;
-use super::request::{MAX_BODY, MAX_EVENT, Refusal};
+use super::request::{MAX_BODY, MAX_EVENT, MAX_RECORD, MAX_RUN, MAX_STORED, MAX_TRACE, OVERHEAD, Refusal, weight};
+
+/// Of an id that another edge names. It is in the record twice, and no control plane gives longer ones.
+const MAX_ID: usize = 512;
 
 #[derive(Deserialize)]
 struct Message<'a> {
@@ -75,7 +78,22 @@ pub fn admit(workspace: &Workspace, body: &[u8]) -> Result<Vec<(Event, Along)>, 
     if messages.is_empty() {
         return Err(Refusal::NotAnEvent);
     }
-    messages.iter().map(|message| event(workspace, message)).collect()
+    if messages.len() > MAX_STORED / OVERHEAD {
+        return Err(Refusal::TooLarge);
+    }
+    // As for the public routes: a record that the log does not take would come again for ever.
+    let mut stored = 0;
+    let mut admitted = Vec::with_capacity(messages.len());
+    for message in &messages {
+        let (event, along) = event(workspace, message)?;
+        let weight = weight(&event);
+        stored += weight;
+        if weight > MAX_RECORD || stored > MAX_STORED {
+            return Err(Refusal::TooLarge);
+        }
+        admitted.push((event, along));
+    }
+    Ok(admitted)
 }
 
 fn event(workspace: &Workspace, message: &Message<'_>) -> Result<(Event, Along), Refusal> {
@@ -95,6 +113,10 @@ fn made(workspace: &Workspace, said: &Properties, object: &Object<'_>) -> Option
     let has_fields = ["receivedAt", "request_ip", "rudderId"].iter().all(|field| object.get(field).is_some());
     let message_id = object.get("messageId").and_then(string_of)?;
     let message_id = identity::clean(&message_id);
+    let named = [&said.workspace_id, &said.source_id, &said.destination_id, &said.request_ip];
+    if named.iter().any(|id| id.len() > MAX_ID) {
+        return None;
+    }
     if !has_type || !has_fields || message_id.is_empty() || needed.iter().any(|it| it.is_empty()) {
         return None;
     }
@@ -102,6 +124,8 @@ fn made(workspace: &Workspace, said: &Properties, object: &Object<'_>) -> Option
     let (anonymous, user) = (object.text_of("anonymousId"), object.text_of("userId"));
     let order_by = source.map_or(OrderBy::default(), |source| source.order_by);
     let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    // Left out where it is too long, as on the public routes.
+    let run = |text: &str| some(text).filter(|run| run.len() <= MAX_RUN).map(Into::into);
     let event = Event {
         workspace: (&*said.workspace_id).into(),
         source: (&*said.source_id).into(),
@@ -111,14 +135,18 @@ fn made(workspace: &Workspace, said: &Properties, object: &Object<'_>) -> Option
         event_type: object.get("type").and_then(string_of).unwrap_or_default().into_owned(),
         received_at: Timestamp::parse(&said.received_at)?,
         request_ip: said.request_ip.to_owned(),
-        job_run: some(&said.source_job_run_id).map(Into::into),
-        task_run: some(&said.source_task_run_id).map(Into::into),
+        job_run: run(&said.source_job_run_id),
+        task_run: run(&said.source_task_run_id),
         channel: if &*said.request_type == "replay" { Channel::Replay } else { Channel::Http },
         payload: object.text().to_owned().into(),
     };
     Some((
         event,
-        Along { traceparent: some(&said.trace_id), only: some(&said.destination_id).map(Into::into), replay: None },
+        Along {
+            traceparent: some(&said.trace_id).filter(|trace| trace.len() <= MAX_TRACE),
+            only: some(&said.destination_id).map(Into::into),
+            replay: None,
+        },
     ))
 }
 
@@ -168,6 +196,18 @@ mod tests {
             let gone = message(|it| drop(it["payload"].as_object_mut().and_then(|payload| payload.remove(field))));
             assert_eq!(admitted(&gone).err(), Some(Refusal::NotAnEvent), "{field}");
         }
+        let long = "x".repeat(1 << 20);
+        let too_large = message(|it| it["payload"]["userId"] = long.repeat(2).into());
+        assert_eq!(admitted(&too_large).err(), Some(Refusal::TooLarge));
+        let nameless = message(|it| it["properties"]["sourceID"] = long.as_str().into());
+        assert_eq!(admitted(&nameless).err(), Some(Refusal::NotAnEvent));
+        let (event, along) = admitted(&message(|it| {
+            it["properties"]["traceID"] = long.as_str().into();
+            it["properties"]["sourceJobRunID"] = long.as_str().into();
+        }))
+        .expect("admitted")
+        .remove(0);
+        assert_eq!((along.traceparent, event.job_run), (None, None));
         for (body, refusal) in [
             ("[]", Refusal::NotAnEvent),
             ("{}", Refusal::InvalidJson),

@@ -24,11 +24,13 @@ pub const MAX_EVENT: usize = 1 << 20;
 /// any amount of memory.
 pub const MAX_STORED: usize = 16 << 20;
 /// What an event costs beside its payload and its ids.
-const OVERHEAD: usize = 512;
+pub(super) const OVERHEAD: usize = 512;
 /// A record with everything that goes along: below what topics and clients take.
-const MAX_RECORD: usize = 5_000_000;
+pub(super) const MAX_RECORD: usize = 5_000_000;
 /// The name of a run. What is longer is none: it would stand in every event of the request.
-const MAX_RUN: usize = 512;
+pub(super) const MAX_RUN: usize = 512;
+/// W3C trace context; what is longer is none, and would stand in every event of the request.
+pub(super) const MAX_TRACE: usize = 128;
 /// What a batch lends to its events that have none.
 const LENT: [&str; 3] = ["sentAt", "context", "integrations"];
 
@@ -54,6 +56,9 @@ pub struct Facts {
     pub received_at: Timestamp,
     pub client_ip: String,
     pub channel: Channel,
+    /// Whether the request may name a run of reverse ETL. Those of public write keys may not: each name is a row in the store, and a known one
+    /// changes what is told of that run.
+    pub names_runs: bool,
     /// `X-Rudder-Job-Run-Id` and `X-Rudder-Task-Run-Id`.
     pub job_run: Option<JobRunId>,
     pub task_run: Option<JobRunId>,
@@ -203,7 +208,7 @@ pub fn write_key(call: Call, body: &[u8]) -> Option<String> {
 }
 
 /// What a record of it takes, about: ids stand in the value and in a header each.
-fn weight(event: &Event) -> usize {
+pub(super) fn weight(event: &Event) -> usize {
     let ids = [event.user.as_ref().map_or("", |user| user.as_str()), event.message_id.as_str(), &event.event_type];
     let runs = [&event.job_run, &event.task_run].into_iter().flatten().map(|run| run.as_str().len() * 2);
     event.payload.len()
@@ -242,7 +247,7 @@ impl<'r> Request<'r> {
             let text = sources.as_ref()?.get(key).and_then(string_of)?;
             (!text.is_empty()).then(|| JobRunId::from(text.as_ref()))
         };
-        let named = |run: &JobRunId| run.as_str().len() <= MAX_RUN;
+        let named = |run: &JobRunId| facts.names_runs && run.as_str().len() <= MAX_RUN;
         let job_run = run("job_run_id").or_else(|| facts.job_run.clone()).filter(named);
         let task_run = run("task_run_id").or_else(|| facts.task_run.clone()).filter(named);
         let lent = LENT.map(|field| envelope.and_then(|envelope| envelope.get(field)));
@@ -357,6 +362,7 @@ mod tests {
             received_at: Timestamp::from_millis(1_767_225_602_000),
             client_ip: "10.0.0.1".into(),
             channel: Channel::Http,
+            names_runs: true,
             job_run: None,
             task_run: Some("from-header".into()),
         }
@@ -387,6 +393,18 @@ mod tests {
         assert_eq!(event.user.as_ref().map(ToString::to_string).as_deref(), Some("12345678901234567890"));
         assert_eq!((event.message_id.as_str(), event.event_type.as_str()), ("m-1", "track"));
         assert_eq!(event.task_run.as_ref().map(ToString::to_string).as_deref(), Some("from-header"));
+    }
+
+    #[test]
+    fn a_public_key_names_no_run() {
+        let body = r#"{"userId":"u","context":{"sources":{"job_run_id":"r","task_run_id":"t"}}}"#;
+        let run = |names_runs| {
+            let facts = Facts { names_runs, job_run: Some("h".into()), ..facts() };
+            let events = admit(&source(), Call::Typed("track"), body.as_bytes(), &facts).expect("admitted");
+            (events[0].job_run.clone(), events[0].task_run.clone())
+        };
+        assert_eq!(run(true), (Some("r".into()), Some("t".into())));
+        assert_eq!(run(false), (None, None));
     }
 
     #[test]

@@ -37,7 +37,7 @@ use super::job_status::JobStatusApi;
 use super::limit::RateLimits;
 use super::publish::Along;
 use super::reply::{self, Verdict};
-use super::request::{Call, Facts, Refusal, admit, admit_each, write_key};
+use super::request::{Call, Facts, MAX_TRACE, Refusal, admit, admit_each, write_key};
 use super::suppress::{is_suppressed, without_suppressed};
 use super::webhook::{Failed, Made, Webhooks, request_of};
 use super::{Admission, messages, openapi, pixel, source_config};
@@ -46,8 +46,6 @@ use super::{Admission, messages, openapi, pixel, source_config};
 const LARGE: usize = 128 * 1024;
 /// While nothing is taken.
 const TURNING_AWAY: Duration = Duration::from_secs(2);
-/// W3C trace context; what is longer is none, and would stand in every event of the request.
-const MAX_TRACE: usize = 128;
 
 pub struct Gateway<P> {
     pub admission: Admission<P>,
@@ -213,7 +211,7 @@ async fn take<P: Publisher>(gateway: &Gateway<P>, ingest: Ingest, request: Reque
     let (parts, body) = request.into_parts();
     let (speaker, is_backfill, body, held) = identified(gateway, ingest, &parts, body).await?;
     let channel = if ingest.kind == Kind::Replay { Channel::Replay } else { Channel::Http };
-    let facts = facts(gateway, &parts, channel);
+    let facts = facts(gateway, &parts, channel, &speaker.source);
     let along = along(&parts.headers, &speaker);
     let source = speaker.source;
     // Runs of reverse ETL are as fast as they are; whoever only says so is not believed.
@@ -332,7 +330,7 @@ async fn look<P: Publisher>(gateway: &Gateway<P>, kind: &'static str, request: R
     let agent = parts.headers.get(header::USER_AGENT).and_then(|value| value.to_str().ok());
     let query = parts.uri.query().unwrap_or_default();
     let Some(body) = pixel::event(kind, query, agent, gateway.clock.now()) else { return Ok(reply::ok()) };
-    let facts = facts(gateway, &parts, Channel::Pixel);
+    let facts = facts(gateway, &parts, Channel::Pixel, &speaker.source);
     let events = admit(&speaker.source, Call::Typed(kind), body.as_bytes(), &facts)?;
     let events = without_suppressed(&gateway.suppressed, events);
     let along = along(&parts.headers, &speaker);
@@ -344,9 +342,9 @@ async fn take_messages<P: Publisher>(gateway: &Gateway<P>, request: Request) -> 
     let (parts, body) = request.into_parts();
     let (body, held) = gateway.intake.take(body, &parts.headers, false).await?;
     let workspace = gateway.workspace.get();
-    let suppressed = gateway.suppressed.clone();
+    let (suppressed, known) = (gateway.suppressed.clone(), Arc::clone(&workspace));
     let work = move || {
-        let mut events = messages::admit(&workspace, &body)?;
+        let mut events = messages::admit(&known, &body)?;
         events.retain(|(event, _)| suppressed.is_empty() || !is_suppressed(&suppressed, event));
         Ok(events)
     };
@@ -355,7 +353,9 @@ async fn take_messages<P: Publisher>(gateway: &Gateway<P>, request: Request) -> 
     held.grow(records.iter().map(Addressed::size).sum())?;
     stored(gateway.admission.publish(records).await)?;
     for (event, _) in &events {
-        metrics().gateway_events.with_label_values(&[event.source.as_str()]).inc();
+        // Ids of sources that nobody configured must not become series of metrics.
+        let source = if workspace.source(&event.source).is_some() { event.source.as_str() } else { "unknown" };
+        metrics().gateway_events.with_label_values(&[source]).inc();
     }
     Ok(reply::ok())
 }
@@ -393,7 +393,7 @@ async fn take_of_webhook<P: Publisher>(
     // They wait for another service with their bodies: what does not is to have its half of the memory.
     let (body, held) = gateway.intake.take(body, &parts.headers, true).await?;
     gateway.limits.admit(&speaker.source, 1)?;
-    let (facts, along) = (facts(gateway, &parts, Channel::Webhook), along(&parts.headers, &speaker));
+    let (facts, along) = (facts(gateway, &parts, Channel::Webhook, &speaker.source), along(&parts.headers, &speaker));
     let (source, bytes) = (Arc::clone(&speaker.source), body.len());
     let (request, mut held) = worked(gateway, held, bytes, move || request_of(&parts, body, &source)).await?;
     held.grow(request.len())?;
@@ -500,13 +500,14 @@ async fn config<P: Publisher>(State(gateway): State<Arc<Gateway<P>>>, request: R
     }
 }
 
-fn facts<P>(gateway: &Gateway<P>, parts: &Parts, channel: Channel) -> Facts {
+fn facts<P>(gateway: &Gateway<P>, parts: &Parts, channel: Channel, source: &Source) -> Facts {
     let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| *peer);
     let run = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok()).filter(|id| !id.is_empty());
     Facts {
         received_at: gateway.clock.now(),
         client_ip: gateway.proxies.client(&parts.headers, peer),
         channel,
+        names_runs: source.is_backfill() || parts.uri.path().starts_with("/internal/"),
         job_run: run("x-rudder-job-run-id").map(Into::into),
         task_run: run("x-rudder-task-run-id").map(Into::into),
     }

@@ -157,6 +157,7 @@ async fn fill<B: Backend>(log: &B, count: u64) {
             received_at: clock.now(),
             client_ip: "127.0.0.1".into(),
             channel: Channel::Http,
+            names_runs: false,
             job_run: None,
             task_run: None,
         };
