@@ -190,15 +190,21 @@ pub async fn run<B: Backend>(
     let Some(placements) = answered(&parts, async || placements(&parts).await).await? else { return Ok(()) };
     let Some(workspace) = workspace(&parts).await? else { return Ok(()) };
     parts.workspace = workspace;
+    let mut commands = None;
+    if [Stage::Processor, Stage::Router].iter().any(|stage| stages.contains(stage)) {
+        let follow =
+            async || commands::follow(parts.log.clone(), parts.clock.clone()).await.context("the topic control");
+        let Some(followed) = answered(&parts, follow).await? else { return Ok(()) };
+        commands = Some(followed);
+    }
     let mut router = None;
     if stages.contains(&Stage::Router) {
-        router = answered(&parts, async || Standing::read(&parts).await).await?;
-        if router.is_none() {
-            return Ok(());
-        }
+        let check = async || retention::check(&parts.log, &parts.topics, &parts.config.router).await;
+        let Some(retention) = answered(&parts, check).await? else { return Ok(()) };
+        router = commands.clone().map(|commands| Standing { retention, commands });
     }
-    if stages.contains(&Stage::Processor) {
-        start_processor(&parts, &placements, &readiness, &mut supervisor);
+    if let Some(commands) = commands.filter(|_| stages.contains(&Stage::Processor)) {
+        start_processor(&parts, &placements, commands, &readiness, &mut supervisor);
     }
     if let Some(standing) = router {
         start_router(&parts, &placements, standing, &readiness, &mut supervisor)?;
@@ -418,6 +424,7 @@ fn start_live<B: Backend>(parts: &Parts<B>, supervisor: &mut Supervisor) -> anyh
 fn start_processor<B: Backend>(
     parts: &Parts<B>,
     placements: &Placements,
+    commands: commands::Current,
     readiness: &Readiness,
     supervisor: &mut Supervisor,
 ) {
@@ -427,6 +434,8 @@ fn start_processor<B: Backend>(
         deliveries: placements[&Topic::DELIVERIES],
         failures: failures(&parts.config.log, placements[&Topic::PROC_ERRORS], Stage::Processor, Topic::PROC_ERRORS),
         jobs: JobTopic(placements[&Topic::JOB_STATUS]),
+        commands,
+        clock: parts.clock.clone(),
     };
     let own = &parts.config.processor;
     let remembers = own.dedup_window > std::time::Duration::ZERO;
@@ -447,14 +456,6 @@ fn start_processor<B: Backend>(
 struct Standing {
     retention: Option<std::time::Duration>,
     commands: commands::Current,
-}
-
-impl Standing {
-    async fn read<B: Backend>(parts: &Parts<B>) -> anyhow::Result<Self> {
-        let retention = retention::check(&parts.log, &parts.topics, &parts.config.router).await?;
-        let commands = commands::follow(parts.log.clone(), parts.clock.clone()).await.context("the topic control")?;
-        Ok(Self { retention, commands })
-    }
 }
 
 fn start_router<B: Backend>(

@@ -42,6 +42,17 @@ impl Commands {
         self.0.values().filter(move |command| command.action == Action::Drain && now.since(command.at) < DRAIN_LIFE)
     }
 
+    /// Runs of reverse ETL whose rows are not to be delivered, whenever they come.
+    pub fn drained_runs(&self, now: Timestamp) -> HashSet<&str> {
+        fn run(command: &Command) -> Option<&str> {
+            match &command.target {
+                Target::JobRun(run) => Some(run),
+                _ => None,
+            }
+        }
+        self.drains(now).filter_map(run).collect()
+    }
+
     pub fn retries(&self, now: Timestamp) -> impl Iterator<Item = &Command> {
         self.0.values().filter(move |command| command.action == Action::Retry && now.since(command.at) < RETRY_LIFE)
     }

@@ -37,10 +37,12 @@ pub enum Reason {
     TransformerAway,
     /// What the source's transform made of the request cannot be taken.
     NotAdmitted,
+    /// Its run of reverse ETL was drained.
+    Drained,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 16] = [
+    pub const ALL: [Reason; 17] = [
         Reason::Unreadable,
         Reason::Panicked,
         Reason::UnknownSource,
@@ -57,6 +59,7 @@ impl Reason {
         Reason::SourceTransform,
         Reason::TransformerAway,
         Reason::NotAdmitted,
+        Reason::Drained,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -77,6 +80,7 @@ impl Reason {
             Reason::SourceTransform => "source_transform",
             Reason::TransformerAway => "transformer_away",
             Reason::NotAdmitted => "not_admitted",
+            Reason::Drained => "drained",
         }
     }
 }

@@ -220,6 +220,19 @@ async fn rows_may_be_for_one_destination_and_a_run_can_be_drained() {
     assert_eq!((answer.status().as_u16(), answer.text().await.unwrap().as_str()), (201, ""));
     eventually("both are drained", Duration::from_secs(20), async || total("/ledger/drained") == 2).await;
     let mut arrivals = sink(flow.sink).await;
+    // Rows of the run that were not processed yet when it was drained, or come afterwards, are not delivered either.
+    retl(&[], rows("late", "run-1")).await;
+    let status = format!("http://127.0.0.1:{internal}/internal/v2/job-status/run-1");
+    eventually("all of them have failed", Duration::from_secs(20), async || {
+        let told = send(Method::GET, status.clone(), &[("x-laneway-token", TOKEN)], "").await;
+        let told: Value = serde_json::from_str(&told.text().await.unwrap()).unwrap_or_default();
+        let source = &told["tasks"][0]["sources"][0];
+        let stats =
+            |of: &Value| (of["stats"]["in"].as_u64(), of["stats"]["out"].as_u64(), of["stats"]["failed"].as_u64());
+        let at = source["destinations"].as_array().into_iter().flatten().map(stats);
+        stats(source) == (Some(2), Some(2), Some(0)) && at.eq([(Some(2), Some(0), Some(2)); 2])
+    })
+    .await;
     retl(&[("x-rudder-destination-id", "dst-2")], rows("one", "run-2")).await;
     retl(&[], rows("all", "run-2")).await;
     let mut arrived = Vec::new();

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use crate::control::workspace::Workspace;
 use crate::model::codec;
 use crate::model::event::Event;
 use crate::model::failure::Failure;
@@ -13,6 +14,8 @@ use crate::runtime::tally::{counts, key_of_event};
 
 /// What a row is told that the engine itself refused.
 const REFUSED: u16 = 400;
+/// What a row of a drained run is told, as rudder-server does.
+const DRAINED: u16 = 410;
 
 /// Counts an event of a run: what became of it at the source, and what each destination gets to do.
 pub fn count(tally: &mut Tally, record: &Record, outcome: &Outcome) {
@@ -38,6 +41,26 @@ pub fn count(tally: &mut Tally, record: &Record, outcome: &Outcome) {
             counted.add(Counts::failed(row(), REFUSED));
         }
         tally.add(JobKey { destination: Some(destination), ..key.clone() }, counted);
+    }
+}
+
+/// Counts a row of a drained run: it has passed the source, and failed at each destination that it would have gone to.
+pub fn count_drained(tally: &mut Tally, record: &Record, workspace: &Workspace) {
+    if !counts(record) {
+        return;
+    }
+    let event = record.value.as_ref().and_then(|value| codec::decode::<Event>(value).ok());
+    let Some(key) = event.as_ref().map_or_else(|| said(record), key_of_event) else { return };
+    tally.add(key.clone(), Counts::passed());
+    let only = record.headers.text(header::DESTINATION);
+    let source = event.as_ref().and_then(|event| workspace.source(&event.source));
+    for destination in source.iter().flat_map(|source| &source.destinations) {
+        if only.is_some_and(|only| destination.id.as_str() != only) {
+            continue;
+        }
+        let mut counted = Counts::taken(1);
+        counted.add(Counts::failed(event.as_ref().and_then(record_id), DRAINED));
+        tally.add(JobKey { destination: Some(destination.id.clone()), ..key.clone() }, counted);
     }
 }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | unreadable, or of a source that is not configured | failed: whole to `proc-errors` |
 //! | no destination wants it, or it was processed before | filtered |
+//! | its run of reverse ETL was drained | filtered, and counted as failed at each of its destinations |
 //! | a destination's transform refuses it | that destination's failure to `proc-errors`; the others get theirs |
 //! | else | one delivery for each destination |
 
@@ -16,8 +17,9 @@ use std::sync::Arc;
 
 use md5::{Digest, Md5};
 
-use crate::control::Current;
+use crate::clock::Clock;
 use crate::control::workspace::{Destination, Source, Workspace};
+use crate::control::{Current, commands};
 use crate::log::partitioner::Placement;
 use crate::model::codec;
 use crate::model::delivery::{Delivery, HttpRequest, Origin, Payload, TransformAt};
@@ -47,12 +49,24 @@ pub struct Processor {
     pub deliveries: Placement,
     pub failures: FailureTopic,
     pub jobs: JobTopic,
+    /// Which runs of reverse ETL are drained.
+    pub commands: commands::Current,
+    pub clock: Clock,
 }
 
 impl Transform for Processor {
     fn process(&self, records: &[Record]) -> Vec<Outcome> {
         let workspace = self.workspace.get();
-        let outcomes: Vec<Outcome> = records.iter().map(|record| self.one(&workspace, record)).collect();
+        let commands = Arc::clone(&self.commands.borrow());
+        let drained = commands.drained_runs(self.clock.now());
+        let is_drained = |record: &Record| {
+            !drained.is_empty() && record.headers.text(header::JOB_RUN).is_some_and(|run| drained.contains(run))
+        };
+        let outcome = |record: &Record| match is_drained(record) {
+            true => Outcome::Filtered(Reason::Drained),
+            false => self.one(&workspace, record),
+        };
+        let outcomes: Vec<Outcome> = records.iter().map(outcome).collect();
         count(&outcomes);
         outcomes
     }
@@ -86,7 +100,13 @@ impl Transform for Processor {
 
     fn beside(&self, records: &[Record], outcomes: &[Outcome], known: &[Record]) -> Vec<Addressed> {
         let mut tally = Tally::default();
-        records.iter().zip(outcomes).for_each(|(record, outcome)| jobs::count(&mut tally, record, outcome));
+        let workspace = self.workspace.get();
+        for (record, outcome) in records.iter().zip(outcomes) {
+            match outcome {
+                Outcome::Filtered(Reason::Drained) => jobs::count_drained(&mut tally, record, &workspace),
+                outcome => jobs::count(&mut tally, record, outcome),
+            }
+        }
         // The one before it has been processed; this one was taken, too.
         known.iter().for_each(|record| jobs::count(&mut tally, record, &Outcome::Filtered(Reason::Duplicate)));
         self.jobs.records(&mut tally)
