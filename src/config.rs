@@ -154,6 +154,7 @@ pub struct Control {
     pub region: String,
     #[serde(deserialize_with = "some_time")]
     pub poll_interval: Duration,
+    pub allow_empty: bool,
     pub suppression: Suppression,
 }
 

@@ -190,46 +190,71 @@ pub async fn run<B: Backend>(
     let Some(placements) = answered(&parts, async || placements(&parts).await).await? else { return Ok(()) };
     let Some(workspace) = workspace(&parts).await? else { return Ok(()) };
     parts.workspace = workspace;
+    if !start_consumers(&parts, stages, &placements, &readiness, &mut supervisor).await? {
+        return Ok(());
+    }
+    // It may wait for hours for the list of suppressed users, while the others are watched.
+    let opening = gateway.map(|listener| {
+        let ready = readiness.part();
+        edge::Opening { parts, placements, readiness: readiness.clone(), waiting }.run(listener, internal, ready)
+    });
+    starting.set(true);
+    let open = async {
+        match opening {
+            Some(opening) => opening.await,
+            None => Ok(()),
+        }
+    };
+    let (ended, opened) = tokio::join!(supervisor.join(), open);
+    admin_down.begin();
+    // It has no requests of its own to lose.
+    let _ = admin_task.await;
+    ended.map_err(|error| anyhow::anyhow!(error)).and(opened)
+}
+
+/// Starts the stages that read a topic. False: the process was told to stop meanwhile.
+async fn start_consumers<B: Backend>(
+    parts: &Parts<B>,
+    stages: &[Stage],
+    placements: &Placements,
+    readiness: &Readiness,
+    supervisor: &mut Supervisor,
+) -> anyhow::Result<bool> {
     let mut commands = None;
     if [Stage::Processor, Stage::Router].iter().any(|stage| stages.contains(stage)) {
         let follow =
             async || commands::follow(parts.log.clone(), parts.clock.clone()).await.context("the topic control");
-        let Some(followed) = answered(&parts, follow).await? else { return Ok(()) };
+        let Some(followed) = answered(parts, follow).await? else { return Ok(false) };
+        let (sweep, stop) =
+            (commands::sweep(parts.log.clone(), followed.clone(), parts.clock.clone()), parts.shutdown.clone());
+        supervisor.start("commands", async move {
+            tokio::select! {
+                () = sweep => {}
+                () = stop.begun() => {}
+            }
+            anyhow::Ok(())
+        });
         commands = Some(followed);
     }
     let mut router = None;
     if stages.contains(&Stage::Router) {
         let check = async || retention::check(&parts.log, &parts.topics, &parts.config.router).await;
-        let Some(retention) = answered(&parts, check).await? else { return Ok(()) };
+        let Some(retention) = answered(parts, check).await? else { return Ok(false) };
         router = commands.clone().map(|commands| Standing { retention, commands });
     }
     if let Some(commands) = commands.filter(|_| stages.contains(&Stage::Processor)) {
-        start_processor(&parts, &placements, commands, &readiness, &mut supervisor);
+        start_processor(parts, placements, commands, readiness, supervisor);
     }
     if let Some(standing) = router {
-        start_router(&parts, &placements, standing, &readiness, &mut supervisor)?;
+        start_router(parts, placements, standing, readiness, supervisor)?;
     }
     if stages.contains(&Stage::Reporter) {
-        start_reporter(&parts, &readiness, &mut supervisor)?;
+        start_reporter(parts, readiness, supervisor)?;
     }
     if stages.contains(&Stage::Live) {
-        start_live(&parts, &mut supervisor)?;
+        start_live(parts, supervisor)?;
     }
-    if let Some(listener) = gateway {
-        // The others do not wait for the list of suppressed users.
-        let suppressed = edge::suppressed(&parts, &mut supervisor).await?;
-        waiting.end().await;
-        if let Some(suppressed) = suppressed {
-            let listeners = (listener, internal);
-            edge::start(&parts, &placements, suppressed, listeners, &readiness, &mut supervisor)?;
-        }
-    }
-    starting.set(true);
-    let ended = supervisor.join().await;
-    admin_down.begin();
-    // It has no requests of its own to lose.
-    let _ = admin_task.await;
-    ended.map_err(|error| anyhow::anyhow!(error))
+    Ok(true)
 }
 
 /// The workspace to go by. None: the process was told to stop meanwhile.

@@ -38,6 +38,7 @@ pub fn control_plane(config: &Config) -> Option<RemoteSettings> {
         namespace: control.namespace.clone(),
         region: control.region.clone(),
         poll_interval: control.poll_interval,
+        allow_empty: control.allow_empty,
     })
 }
 
@@ -48,7 +49,7 @@ pub fn control_plane(config: &Config) -> Option<RemoteSettings> {
 pub async fn workspace(config: &Config) -> anyhow::Result<Arc<Workspace>> {
     match control_plane(config) {
         Some(settings) => Ok(Arc::new(follow::once(&settings).await.map_err(anyhow::Error::msg)?)),
-        None => Ok(FileWatch::open(&config.control.workspace_file).await?.current().get()),
+        None => Ok(FileWatch::open(&config.control.workspace_file, config.control.allow_empty).await?.current().get()),
     }
 }
 

@@ -63,7 +63,7 @@ impl Dev {
         let listeners = Listeners::bind(&config, &Stage::ALL).await?;
         let listening = listeners.addresses()?;
         let watch = match &self.workspace {
-            Some(path) => Some(FileWatch::open(path).await?),
+            Some(path) => Some(FileWatch::open(path, config.control.allow_empty).await?),
             None => None,
         };
         let workspace = match &watch {

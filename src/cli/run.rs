@@ -50,7 +50,7 @@ impl Run {
             // The engine follows it.
             Some(_) => (Current::fixed(Workspace::default()), None),
             None => {
-                let watch = FileWatch::open(&config.control.workspace_file).await?;
+                let watch = FileWatch::open(&config.control.workspace_file, config.control.allow_empty).await?;
                 (watch.current(), Some(watch))
             }
         };

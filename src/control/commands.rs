@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::clock::{Clock, Timestamp};
-use crate::log::{Backend, Limit, LogError, Read, Reader};
+use crate::log::{Backend, Limit, LogError, Publisher, Read, Reader};
 use crate::model::codec;
 use crate::model::command::{Action, Command, Control};
 use crate::model::id::DestinationId;
@@ -21,6 +21,9 @@ const AGAIN: Duration = Duration::from_secs(1);
 const DRAIN_LIFE: Duration = Duration::from_secs(8 * 24 * 3_600);
 /// A wish to retry now is not one to retry later.
 pub const RETRY_LIFE: Duration = Duration::from_secs(60);
+
+/// Commands that hold no more are looked for about this often.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(3_600);
 
 /// What is wanted now: the last word on each thing.
 #[derive(Clone, Debug, Default)]
@@ -55,6 +58,17 @@ impl Commands {
 
     pub fn retries(&self, now: Timestamp) -> impl Iterator<Item = &Command> {
         self.0.values().filter(move |command| command.action == Action::Retry && now.since(command.at) < RETRY_LIFE)
+    }
+
+    /// What ends the commands that hold no more, so that the topic does not grow for ever.
+    pub fn expired(&self, now: Timestamp) -> Vec<Addressed> {
+        let is_over = |command: &Command| match command.action {
+            Action::Drain => now.since(command.at) >= DRAIN_LIFE,
+            Action::Retry => now.since(command.at) >= RETRY_LIFE,
+            Action::Pause | Action::Resume => false,
+        };
+        let over = self.0.values().filter(|command| is_over(command));
+        over.map(|command| Addressed { value: None, ..record(&command.to_control()) }).collect()
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Command> {
@@ -161,6 +175,24 @@ pub async fn follow<B: Backend>(log: B, clock: Clock) -> Result<Current, LogErro
     Ok(current)
 }
 
+/// Ends commands that hold no more, every now and then, for as long as it is polled. Several processes may do so: a tombstone changes nothing
+/// where there is one.
+pub async fn sweep<B: Backend>(log: B, commands: Current, clock: Clock) {
+    loop {
+        clock.sleep(SWEEP_INTERVAL.mul_f64(rand::random_range(0.5..1.5))).await;
+        let expired = commands.borrow().expired(clock.now());
+        if expired.is_empty() {
+            continue;
+        }
+        let count = expired.len();
+        let ended = async { log.publisher()?.publish(expired).await };
+        match ended.await {
+            Ok(()) => tracing::info!(count, "commands that hold no more are deleted from the topic control"),
+            Err(error) => tracing::warn!(%error, "old commands are not deleted yet"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,6 +232,12 @@ mod tests {
         assert_eq!((commands.drains(soon).count(), commands.retries(soon).count()), (2, 1));
         let late = soon.plus(RETRY_LIFE);
         assert_eq!((commands.drains(late).count(), commands.retries(late).count()), (2, 0));
+        let keys = |now: Timestamp| -> Vec<String> {
+            let key = |it: Addressed| String::from_utf8_lossy(&it.key.unwrap_or_default()).into_owned();
+            commands.expired(now).into_iter().inspect(|it| assert!(it.value.is_none())).map(key).collect()
+        };
+        assert_eq!((keys(soon), keys(late)), (vec![], vec!["retry/retry-5".to_owned()]));
+        assert_eq!(keys(soon.plus(DRAIN_LIFE)).len(), 3, "pauses hold until they are ended");
         let mut gone = told(Action::Pause, "destination/b", 9);
         gone.value = None;
         commands.take(&gone);

@@ -26,6 +26,7 @@ pub enum FileError {
 /// Follows a file.
 pub struct FileWatch {
     path: PathBuf,
+    allow_empty: bool,
     text: String,
     sender: watch::Sender<Arc<Workspace>>,
 }
@@ -33,11 +34,11 @@ pub struct FileWatch {
 impl FileWatch {
     /// # Errors
     /// [`FileError`]: a start needs a usable configuration.
-    pub async fn open(path: &Path) -> Result<Self, FileError> {
-        let text = read(path).await?;
-        let workspace = parse(path, &text)?;
+    pub async fn open(path: &Path, allow_empty: bool) -> Result<Self, FileError> {
+        let (text, workspace) = parse(path, read(path).await?).await?;
+        workspace.warn();
         metrics().config_loads.with_label_values(&["applied"]).inc();
-        Ok(Self { path: path.to_owned(), text, sender: watch::Sender::new(Arc::new(workspace)) })
+        Ok(Self { path: path.to_owned(), allow_empty, text, sender: watch::Sender::new(Arc::new(workspace)) })
     }
 
     pub fn current(&self) -> Current {
@@ -54,9 +55,10 @@ impl FileWatch {
                     complained.clear();
                     "unchanged"
                 }
-                Ok(text) => match parse(&self.path, &text) {
-                    Ok(workspace) => {
+                Ok(text) => match self.replacement(text).await {
+                    Ok((text, workspace)) => {
                         tracing::info!(path = %self.path.display(), "workspace configuration changed");
+                        workspace.warn();
                         self.sender.send_replace(Arc::new(workspace));
                         self.text = text;
                         complained.clear();
@@ -68,6 +70,13 @@ impl FileWatch {
             };
             metrics().config_loads.with_label_values(&[result]).inc();
         }
+    }
+
+    async fn replacement(&self, text: String) -> Result<(String, Workspace), FileError> {
+        let (text, workspace) = parse(&self.path, text).await?;
+        let refused = |error| FileError::Refused { path: self.path.clone(), error };
+        workspace.may_replace(&self.sender.borrow(), self.allow_empty).map_err(refused)?;
+        Ok((text, workspace))
     }
 }
 
@@ -85,8 +94,10 @@ async fn read(path: &Path) -> Result<String, FileError> {
     tokio::fs::read_to_string(path).await.map_err(|error| FileError::Unreadable { path: path.to_owned(), error })
 }
 
-fn parse(path: &Path, text: &str) -> Result<Workspace, FileError> {
-    let workspace = Workspace::parse(text).map_err(|error| FileError::Refused { path: path.to_owned(), error })?;
-    workspace.warn();
-    Ok(workspace)
+/// Off the async threads: it may have megabytes.
+async fn parse(path: &Path, text: String) -> Result<(String, Workspace), FileError> {
+    let parsed =
+        tokio::task::spawn_blocking(move || Workspace::parse_any(&text).map(|workspace| (text, workspace))).await;
+    let parsed = parsed.unwrap_or_else(|error| Err(WorkspaceError::Refused(error.to_string())));
+    parsed.map_err(|error| FileError::Refused { path: path.to_owned(), error })
 }

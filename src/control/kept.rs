@@ -168,6 +168,11 @@ impl<B: Backend> Kept<B> {
         Some(text)
     }
 
+    /// Whoever has a newer configuration does not want to be told of the one that is there.
+    pub fn pass_over(&mut self) {
+        self.told = self.shelf.whole().map(|(named, _)| named.clone());
+    }
+
     /// Puts one in force, unless it is. Every process that follows sees it, this one too.
     ///
     /// # Errors
@@ -214,6 +219,10 @@ impl<B: Backend> Kept<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::log::Admin;
+    use crate::log::embedded::Embedded;
+    use crate::log::embedded::memory::Faults;
+    use crate::log::topic::Topics;
     use crate::model::record::Headers;
 
     fn stored(addressed: Addressed) -> Record {
@@ -250,5 +259,22 @@ mod tests {
         parts.into_iter().chain([name.clone(), name]).for_each(|record| shelf.take(&stored(record)));
         assert_eq!(text(&shelf).await.as_deref(), Some("{}"));
         assert_eq!(shelf.replaced, Some(first.named));
+    }
+
+    /// A start with a newer answer of the control plane must not put the configuration in force again that it replaces.
+    #[tokio::test]
+    async fn what_is_passed_over_is_not_told() {
+        let log = Embedded::in_memory(Faults::none(), Clock::system()).await.expect("a log");
+        let topics = Topics::load(None).expect("declared");
+        log.admin().expect("an admin").create(topics.get(&Topic::CONTROL).expect("declared")).await.expect("created");
+        let open = async || Kept::open(&log, Clock::system()).await.expect("opened");
+        open().await.put(&Packed::of("old".to_owned()).await).await.expect("stored");
+        let mut kept = open().await;
+        kept.pass_over();
+        let soon = Duration::from_millis(300);
+        assert!(tokio::time::timeout(soon, kept.changed()).await.is_err(), "the old one is not told");
+        kept.put(&Packed::of("new".to_owned()).await).await.expect("stored");
+        assert_eq!(kept.changed().await, "new");
+        assert_eq!(open().await.changed().await, "new", "who passes nothing over is told");
     }
 }

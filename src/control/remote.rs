@@ -24,6 +24,8 @@ pub struct RemoteSettings {
     /// Empty: none is asked for.
     pub region: String,
     pub poll_interval: Duration,
+    /// Whether a configuration without sources may replace one that has some.
+    pub allow_empty: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +83,8 @@ pub struct Remote {
     token: String,
     /// What makes the next request conditional.
     known: HeaderMap,
+    /// The same, of an answer that nobody has found usable yet.
+    unproven: HeaderMap,
 }
 
 impl Remote {
@@ -101,7 +105,7 @@ impl Remote {
         if !settings.region.is_empty() {
             url.query_pairs_mut().append_pair("region", &settings.region);
         }
-        Ok(Self { client, url, token: settings.token.clone(), known: HeaderMap::new() })
+        Ok(Self { client, url, token: settings.token.clone(), known: HeaderMap::new(), unproven: HeaderMap::new() })
     }
 
     /// The configuration as it is now. None: the same as last time.
@@ -115,8 +119,13 @@ impl Remote {
             return Ok(None);
         }
         let text = String::from_utf8(body).map_err(|_| RemoteError::NotText)?;
-        self.known = conditions(&headers);
+        self.unproven = conditions(&headers);
         Ok(Some(text))
+    }
+
+    /// The last answer is usable: from now on only another one is wanted. An unusable one is asked for, and reported, again.
+    pub fn accept(&mut self) {
+        self.known = std::mem::take(&mut self.unproven);
     }
 }
 
@@ -155,6 +164,7 @@ mod tests {
             namespace: namespace.into(),
             region: region.into(),
             poll_interval: Duration::from_secs(5),
+            allow_empty: false,
         };
         let address = |url: &str, namespace: &str, region: &str| {
             Remote::new(&settings(url, namespace, region)).map(|remote| remote.url.to_string()).ok()

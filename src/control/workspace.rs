@@ -131,11 +131,15 @@ impl Workspace {
     /// As [`Workspace::parse`].
     pub fn parse_any(text: &str) -> Result<Self, WorkspaceError> {
         #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
         struct Probe {
             #[serde(alias = "Sources")]
             sources: Option<serde::de::IgnoredAny>,
+            #[serde(alias = "WorkspaceID", alias = "workspaceID")]
+            workspace_id: Option<String>,
         }
-        if serde_json::from_str::<Probe>(text)?.sources.is_some() {
+        let probe: Probe = serde_json::from_str(text)?;
+        if probe.sources.is_some() || probe.workspace_id.is_some() {
             return Self::parse(text);
         }
         let all: BTreeMap<String, Option<RawWorkspace>> = serde_json::from_str(text)?;
@@ -175,6 +179,24 @@ impl Workspace {
 
     pub fn sources(&self) -> impl Iterator<Item = &Arc<Source>> {
         self.by_source.values()
+    }
+
+    /// Whether this may take the place of the configuration in force. One without sources would refuse every event, so it is taken for a
+    /// mistake.
+    ///
+    /// # Errors
+    /// [`WorkspaceError::Refused`].
+    pub fn may_replace(&self, in_force: &Workspace, allow_empty: bool) -> Result<(), WorkspaceError> {
+        let (now, before) = (self.by_source.len(), in_force.by_source.len());
+        if now == 0 && before > 0 && !allow_empty {
+            return Err(WorkspaceError::Refused(format!(
+                "it has no source, and the one in force has {before}; control.allow_empty = true takes it all the same"
+            )));
+        }
+        if now * 2 < before {
+            tracing::warn!(before, now, "more than half of the sources are gone from the workspace configuration");
+        }
+        Ok(())
     }
 
     /// Sources and destinations that cannot be used, and why. Everything else of the configuration is in force.
@@ -364,6 +386,15 @@ mod tests {
         {
             assert!(Workspace::parse_any(broken).is_err(), "{broken}");
         }
+    }
+
+    #[test]
+    fn no_source_at_all_replaces_none() {
+        let full = Workspace::parse(&text("", "")).expect("valid");
+        let empty = Workspace::parse(r#"{"workspaceId":"w","sources":[]}"#).expect("valid");
+        assert!(empty.may_replace(&full, false).unwrap_err().to_string().contains("the one in force has 1"));
+        assert!(empty.may_replace(&full, true).is_ok() && empty.may_replace(&empty, false).is_ok());
+        assert!(full.may_replace(&empty, false).is_ok());
     }
 
     #[test]

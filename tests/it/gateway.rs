@@ -174,6 +174,12 @@ async fn a_changed_workspace_applies_and_a_broken_one_does_not() {
     })
     .await;
     assert_eq!(post(&flow, "/v1/track", r#"{"userId":"u"}"#, &[KEY]).await.status(), 200);
+    std::fs::write(&path, r#"{"workspaceId":"ws-1","sources":[]}"#).expect("written");
+    eventually("an empty one is taken for a mistake", Duration::from_secs(10), async || {
+        running[0].said().contains("it has no source, and the one in force has")
+    })
+    .await;
+    assert_eq!(post(&flow, "/v1/track", r#"{"userId":"u"}"#, &[KEY]).await.status(), 200);
     std::fs::write(&path, good.replace("wk-1", "wk-2")).expect("written");
     eventually("the new key is known", Duration::from_secs(10), async || {
         let answer = post(&flow, "/v1/track", r#"{"userId":"u"}"#, &[("authorization", "Basic d2stMjo=")]).await;

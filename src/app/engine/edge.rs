@@ -27,10 +27,49 @@ use crate::stages::gateway::{
     self, Admission, Gateway, Intake, JobStatusApi, Limits, Origins, RateLimits, TrustedProxies,
 };
 use crate::store::job_status::JobStatusStore;
-use crate::telemetry::server::Readiness;
+use crate::telemetry::server::{Readiness, Ready};
 use crate::transform::http::Sources;
 
-pub fn start<B: Backend>(
+/// A gateway that is not open yet.
+pub struct Opening<B> {
+    pub parts: Parts<B>,
+    pub placements: Placements,
+    pub readiness: Readiness,
+    pub waiting: TurnedAway,
+}
+
+impl<B: Backend> Opening<B> {
+    /// Waits for the list of suppressed users, then serves until the shutdown. `opened`: ready when the listeners are.
+    ///
+    /// # Errors
+    /// What the first failing part of the gateway said.
+    pub async fn run(
+        self,
+        public: TcpListener,
+        internal: Option<TcpListener>,
+        mut opened: Ready,
+    ) -> anyhow::Result<()> {
+        let Self { parts, placements, readiness, waiting } = self;
+        let mut supervisor = Supervisor::new(parts.shutdown.clone());
+        let started = async {
+            let suppressed = suppressed(&parts, &mut supervisor).await?;
+            waiting.end().await;
+            if let Some(suppressed) = suppressed {
+                start(&parts, &placements, suppressed, (public, internal), &readiness, &mut supervisor)?;
+                opened.set(true);
+            }
+            anyhow::Ok(())
+        };
+        let started = started.await;
+        if started.is_err() {
+            parts.shutdown.begin();
+        }
+        let ended = supervisor.join().await;
+        started.and(ended.map_err(|error| anyhow::anyhow!(error)))
+    }
+}
+
+fn start<B: Backend>(
     parts: &Parts<B>,
     placements: &Placements,
     suppressed: Suppressed,
@@ -155,10 +194,7 @@ fn twice(listener: TcpListener) -> std::io::Result<(TcpListener, TcpListener)> {
 }
 
 /// The users whose events are not taken, once there is a list. None: the process was told to stop meanwhile.
-pub async fn suppressed<B: Backend>(
-    parts: &Parts<B>,
-    supervisor: &mut Supervisor,
-) -> anyhow::Result<Option<Suppressed>> {
+async fn suppressed<B: Backend>(parts: &Parts<B>, supervisor: &mut Supervisor) -> anyhow::Result<Option<Suppressed>> {
     if parts.config.control.suppression.url.is_empty() {
         return Ok(Some(Suppressed::default()));
     }
@@ -171,13 +207,16 @@ pub async fn suppressed<B: Backend>(
         clock: parts.clock.clone(),
         stop: parts.shutdown.token(),
     };
-    let (own, clock) = (list.clone(), parts.clock.clone());
+    let (own, clock, failed) = (list.clone(), parts.clock.clone(), parts.shutdown.clone());
     supervisor.start("suppressed users", async move {
         tokio::select! {
             () = suppression::read_on(reader, own.clone(), clock) => {}
             () = asking.ask_on(own) => {}
         }
-        anyhow::Ok(())
+        // Without it no list would ever come.
+        let is_early = !failed.has_begun();
+        failed.begin();
+        if is_early { Err(anyhow::anyhow!("ended by itself")) } else { Ok(()) }
     });
     let stop = parts.shutdown.clone();
     tokio::select! {
