@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
-use axum::extract::{Path, State};
+use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::HeaderMap;
 use axum::response::IntoResponse;
 use axum::routing::post;
@@ -18,6 +18,10 @@ use crate::telemetry::terminal::plain;
 
 /// Requests kept for each inbox.
 const KEPT: usize = 1_000;
+/// Inboxes that are kept. A request to another one is printed, and not kept.
+const MAX_INBOXES: usize = 100;
+/// As large as a delivery may be.
+const MAX_BODY_BYTES: usize = 5 << 20;
 
 #[derive(Clone)]
 pub struct Inbox {
@@ -42,7 +46,10 @@ impl Inbox {
     }
 
     pub fn routes(self) -> Router {
-        Router::new().route("/inbox/{name}", post(take).get(show)).with_state(self)
+        Router::new()
+            .route("/inbox/{name}", post(take).get(show))
+            .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+            .with_state(self)
     }
 
     fn print(&self, name: &str, body: &str, now: Timestamp) {
@@ -88,6 +95,9 @@ async fn take(State(inbox): State<Inbox>, Path(name): Path<String>, headers: Hea
         body,
     };
     let mut all = inbox.kept.lock().unwrap_or_else(PoisonError::into_inner);
+    if all.len() >= MAX_INBOXES && !all.contains_key(&name) {
+        return "ok";
+    }
     let list = all.entry(name).or_default();
     list.push_back(kept);
     if list.len() > KEPT {

@@ -3,9 +3,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
+use std::sync::LazyLock;
 use std::task::{Context, Poll};
 
 use hyper_util::client::legacy::connect::dns::Name;
+use ipnet::IpNet;
 use tower_service::Service;
 use url::{Host, Url};
 
@@ -48,40 +50,70 @@ impl Guard {
     }
 }
 
-/// The IPv4 address that an IPv6 one stands for: mapped, NAT64 (RFC 6052) or 6to4 (RFC 3056).
+/// The IPv4 address that an IPv6 one stands for: mapped, compatible (RFC 4291), NAT64 (RFC 6052, RFC 8215) or 6to4 (RFC 3056).
 fn embedded(six: Ipv6Addr) -> Option<Ipv4Addr> {
     let octets = six.octets();
     let four = |at: usize| Ipv4Addr::new(octets[at], octets[at + 1], octets[at + 2], octets[at + 3]);
     match six.segments() {
-        [0x64, 0xFF9B, 0, 0, 0, 0, ..] => Some(four(12)),
+        [0x64, 0xFF9B, 0, 0, 0, 0, ..] | [0x64, 0xFF9B, 1, ..] => Some(four(12)),
         [0x2002, ..] => Some(four(2)),
+        // `::` and `::1` are addresses of their own.
+        [0, 0, 0, 0, 0, 0, high, low] if high != 0 || low > 1 => Some(four(12)),
         _ => six.to_ipv4_mapped(),
     }
 }
 
+/// Link-local, multicast, and the metadata services of clouds outside of the link-local ranges.
+const ALWAYS_BLOCKED: [&str; 9] = [
+    "169.254.0.0/16",
+    "224.0.0.0/4",
+    "100.100.100.200/32",
+    "192.0.0.192/32",
+    "168.63.129.16/32",
+    "fe80::/10",
+    "ff00::/8",
+    "fd00:ec2::254/128",
+    "fd00:ec2::23/128",
+];
+
+/// What the IANA registries of special-purpose addresses call not globally reachable, as far as it is not blocked always, and Teredo, which
+/// hides an IPv4 address.
+const PRIVATE: [&str; 21] = [
+    "0.0.0.0/8",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "127.0.0.0/8",
+    "172.16.0.0/12",
+    "192.0.0.0/24",
+    "192.0.2.0/24",
+    "192.168.0.0/16",
+    "198.18.0.0/15",
+    "198.51.100.0/24",
+    "203.0.113.0/24",
+    "240.0.0.0/4",
+    "::/128",
+    "::1/128",
+    "100::/64",
+    "2001::/32",
+    "2001:2::/48",
+    "2001:db8::/32",
+    "3fff::/20",
+    "5f00::/16",
+    "fc00::/7",
+];
+
+fn ranges(texts: &[&str]) -> Vec<IpNet> {
+    texts.iter().map(|text| text.parse().expect("a range in the table")).collect()
+}
+
+static BLOCKED_RANGES: LazyLock<[Vec<IpNet>; 2]> = LazyLock::new(|| [ranges(&ALWAYS_BLOCKED), ranges(&PRIVATE)]);
+
 fn is_always_blocked(address: IpAddr) -> bool {
-    /// The metadata service of some clouds, outside the link-local range.
-    const METADATA: [IpAddr; 4] = [
-        IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
-        IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
-        IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
-        IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
-    ];
-    let link_local = match address {
-        IpAddr::V4(four) => four.is_link_local(),
-        IpAddr::V6(six) => six.is_unicast_link_local(),
-    };
-    link_local || address.is_multicast() || METADATA.contains(&address)
+    BLOCKED_RANGES[0].iter().any(|range| range.contains(&address))
 }
 
 fn is_private(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(four) => {
-            let shared = four.octets()[0] == 100 && (64..128).contains(&four.octets()[1]);
-            four.is_private() || four.is_loopback() || four.is_unspecified() || four.is_broadcast() || shared
-        }
-        IpAddr::V6(six) => six.is_unique_local() || six.is_loopback() || six.is_unspecified(),
-    }
+    BLOCKED_RANGES[1].iter().any(|range| range.contains(&address))
 }
 
 impl Service<Name> for Guard {
@@ -125,6 +157,24 @@ mod tests {
             ("http://[::1]/", true, false),
             ("http://[fd12::1]/", true, false),
             ("http://0x7f000001/", true, false),
+            ("http://[64:ff9b:1::a9fe:a9fe]/", false, false),
+            ("http://[::169.254.169.254]/", false, false),
+            ("http://[fd00:ec2::23]/", false, false),
+            ("http://[fd00:ec2::254]/", false, false),
+            ("http://224.0.0.1/", false, false),
+            ("http://198.18.0.1/", true, false),
+            ("http://192.0.0.1/", true, false),
+            ("http://250.0.0.1/", true, false),
+            ("http://0.0.0.0/", true, false),
+            ("http://172.31.0.1/", true, false),
+            ("http://100.64.0.1/", true, false),
+            ("http://[2001::1]/", true, false),
+            ("http://[::10.0.0.1]/", true, false),
+            ("http://[::ffff:10.0.0.1]/", true, false),
+            ("http://[::]/", true, false),
+            ("http://172.32.0.1/", true, true),
+            ("http://[2606:4700::1]/", true, true),
+            ("http://[64:ff9b::5db8:d822]/", true, true),
             ("http://93.184.216.34/", true, true),
             ("http://example.test/", true, true),
         ];

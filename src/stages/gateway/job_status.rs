@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -26,6 +27,8 @@ use crate::telemetry::seldom;
 use super::reply;
 use super::request::Refusal;
 
+/// A question that has no turn within this time is answered with 503, so that none waits without bound.
+const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Rows that are read at a time, and those in an answer where nobody says how many.
 const PAGE: u32 = 1_000;
 const MOST_ROWS: usize = 100_000;
@@ -104,7 +107,8 @@ impl JobStatusApi {
             return reply::text(StatusCode::BAD_REQUEST, "job_run_id not found");
         }
         let (run, query) = (JobRunId::from(run), Query::of(query));
-        let Ok(_turn) = self.turns.acquire().await else { return reply::refuse(Refusal::Unavailable) };
+        let turn = tokio::time::timeout(TURN_TIMEOUT, self.turns.acquire()).await;
+        let Ok(Ok(_turn)) = turn else { return reply::refuse(Refusal::Unavailable) };
         let told = match (about, is_delete) {
             (About::Status, false) => self.status(&run, &query).await.map(Some),
             (About::Status, true) => self.forget(&run, &query).await.map(|()| None),

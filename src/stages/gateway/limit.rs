@@ -49,6 +49,17 @@ impl RateLimits {
     /// # Errors
     /// [`Refusal::RateLimited`], with how long to wait; nothing is counted then.
     pub fn admit(&self, source: &Source, events: usize) -> Result<(), Refusal> {
+        self.count(source, events, true)
+    }
+
+    /// Counts events that are taken in any case: later ones wait for them.
+    pub fn charge(&self, source: &Source, events: usize) {
+        if events > 0 {
+            let _ = self.count(source, events, false);
+        }
+    }
+
+    fn count(&self, source: &Source, events: usize, may_refuse: bool) -> Result<(), Refusal> {
         let of = |kind, id: &str, default: u32| {
             let per_window = self.limits.own.get(id).copied().unwrap_or(default);
             (per_window > 0).then(|| ((kind, id.to_owned()), per_window))
@@ -68,7 +79,7 @@ impl RateLimits {
                 + self.limits.window.mul_f64(f64::from(cost) / f64::from(per_window));
             let wait = until.saturating_duration_since(now).saturating_sub(self.limits.window);
             // Rounding must not refuse what fits exactly.
-            if wait > Duration::from_micros(1) {
+            if may_refuse && wait > Duration::from_micros(1) {
                 return Err(Refusal::RateLimited { wait: wait.as_secs_f64().ceil().max(1.0) as u32 });
             }
             charges.push((key, until));
@@ -127,6 +138,9 @@ mod tests {
         for _ in 0..10 {
             assert!(small.admit(&source("y"), 20).is_err(), "the workspace refuses");
         }
+        let charged = RateLimits::new(Limits { window: hour, source: 10, ..Limits::default() }, Clock::system());
+        charged.charge(&source("y"), 10);
+        assert!(charged.admit(&source("y"), 1).is_err(), "what is taken in any case counts");
         assert!(small.due.lock().unwrap().keys().all(|(_, id)| id == "x"), "y has lost nothing");
     }
 }

@@ -4,6 +4,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use serde_json::{Value, json};
+use subtle::ConstantTimeEq;
 
 use crate::model::id::MessageId;
 
@@ -92,12 +93,7 @@ fn status(refusal: Refusal) -> StatusCode {
 pub fn knows(headers: &HeaderMap, token: &str) -> bool {
     let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
     let own = headers.get("x-laneway-token").map(HeaderValue::as_bytes);
-    !token.is_empty() && [bearer, own].into_iter().flatten().any(|given| is_same(given, token.as_bytes()))
-}
-
-/// Takes as long wherever they differ.
-fn is_same(given: &[u8], token: &[u8]) -> bool {
-    given.len() == token.len() && given.iter().zip(token).fold(0, |seen, (a, b)| seen | (a ^ b)) == 0
+    !token.is_empty() && [bearer, own].into_iter().flatten().any(|given| given.ct_eq(token.as_bytes()).into())
 }
 
 #[cfg(test)]

@@ -423,9 +423,9 @@ async fn settle_webhook<P: Publisher>(
         }
         Made::Events(events, said) => {
             let events = without_suppressed(&gateway.suppressed, events);
-            // The first was counted before.
-            let charged = events.len().saturating_sub(1);
-            store(gateway, source, events, held, along, charged).await?;
+            // The first was counted before. The others are not refused: the service has worked, and a tool may never come again.
+            gateway.limits.charge(source, events.len().saturating_sub(1));
+            store(gateway, source, events, held, along, 0).await?;
             Ok(said.map_or_else(reply::ok, |said| reply::raw(said.body, &said.content_type)))
         }
     }
