@@ -85,6 +85,11 @@ impl Client {
     /// # Errors
     /// Where the system's certificates cannot be used.
     pub fn new(settings: ClientSettings, clock: Clock) -> std::io::Result<Self> {
+        Self::with(settings, clock, false)
+    }
+
+    /// `http2_only`: HTTP/2 also without TLS, where nothing is negotiated.
+    fn with(settings: ClientSettings, clock: Clock, http2_only: bool) -> std::io::Result<Self> {
         let connector = Connector::new(settings.guard, settings.connect_timeout, settings.http2, clock.clone())?;
         let client = |idle: usize| {
             let mut builder = legacy::Client::builder(TokioExecutor::new());
@@ -99,7 +104,8 @@ impl Client {
                 .http1_ignore_invalid_headers_in_responses(true)
                 .http1_max_headers(MAX_ANSWER_HEADERS)
                 .http2_keep_alive_interval(PING_INTERVAL)
-                .http2_keep_alive_timeout(PING_TIMEOUT);
+                .http2_keep_alive_timeout(PING_TIMEOUT)
+                .http2_only(http2_only);
             builder.build(connector.clone())
         };
         Ok(Self { pooled: client(settings.idle_per_host), unpooled: client(0), settings, clock })
@@ -243,4 +249,55 @@ fn is_unprocessed(error: &h2::Error) -> bool {
     let is_going = error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR);
     let is_refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
     error.is_remote() && (is_going || is_refused)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::model::delivery::BodyFormat;
+
+    /// A server of HTTP/2 that refuses this many streams first.
+    async fn refusing(refusals: usize, reason: h2::Reason) -> (HttpRequest, Arc<AtomicUsize>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+        let url = format!("http://{}/", listener.local_addr().expect("an address"));
+        let asked = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&asked);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let seen = Arc::clone(&seen);
+                tokio::spawn(async move {
+                    let mut connection = h2::server::handshake(stream).await.expect("HTTP/2");
+                    while let Some(Ok((_, mut respond))) = connection.accept().await {
+                        if seen.fetch_add(1, Ordering::Relaxed) < refusals {
+                            respond.send_reset(reason);
+                        } else {
+                            respond.send_response(Response::new(()), true).expect("sent");
+                        }
+                    }
+                });
+            }
+        });
+        let (method, headers, params) = ("POST".to_owned(), Vec::new(), Vec::new());
+        let body = Bytes::from_static(b"{}");
+        (HttpRequest { method, url, headers, params, body_format: BodyFormat::Json, body }, asked)
+    }
+
+    #[tokio::test]
+    async fn a_refused_stream_is_sent_again_once_and_a_failed_one_is_not() {
+        let client = Client::with(ClientSettings::default(), Clock::system(), true).expect("a client");
+        let (request, asked) = refusing(1, h2::Reason::REFUSED_STREAM).await;
+        assert_eq!(client.send(&request, &"d-1".into()).await, Verdict::Delivered { code: 200 });
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
+        let (request, asked) = refusing(9, h2::Reason::REFUSED_STREAM).await;
+        let verdict = client.send(&request, &"d-1".into()).await;
+        assert!(matches!(verdict, Verdict::Retry { code: 0, .. }), "{verdict:?}");
+        assert_eq!(asked.load(Ordering::Relaxed), 2, "a destination that refuses all is not asked for ever");
+        let (request, asked) = refusing(1, h2::Reason::INTERNAL_ERROR).await;
+        let verdict = client.send(&request, &"d-1".into()).await;
+        assert!(matches!(verdict, Verdict::Retry { code: 0, .. }), "{verdict:?}");
+        assert_eq!(asked.load(Ordering::Relaxed), 1, "it may have acted on it");
+    }
 }
