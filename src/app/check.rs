@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::engine::edge;
 use super::engine::rules::request_from_event;
+use super::engine::{TOPICS_APPEAR, edge};
 use super::{drift, open, placement, retention};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config, Router};
@@ -12,7 +12,7 @@ use crate::control::workspace::{Source, Workspace};
 use crate::log::embedded::Access;
 use crate::log::partitioner::IsolateBy;
 use crate::log::topic::{TopicSpec, Topics};
-use crate::log::{Admin, Backend, LogError};
+use crate::log::{Admin, Backend, LogError, TopicInfo};
 use crate::model::codec::KnownSchema;
 use crate::model::record::Topic;
 use crate::transform::builtin::webhook;
@@ -187,7 +187,7 @@ fn of_workspace(workspace: &Workspace, router: &Router) -> Vec<Finding> {
     let count = sources.iter().map(|source| source.destinations.len()).sum::<usize>();
     let mut found = vec![Finding::ok(subject, format!("{} sources, {count} connected destinations", sources.len()))];
     for problem in workspace.left_out() {
-        let remedy = "nothing goes there: mend it in the control plane, or in the file";
+        let remedy = "no event goes there: correct it in the control plane, or in the file";
         found.push(Finding::warning(subject, format!("left out: {problem}"), remedy));
     }
     if sources.iter().all(|source| !source.enabled) {
@@ -285,7 +285,7 @@ async fn log(config: &Config, topics: &Topics, clock: &Clock) -> Vec<Finding> {
         Ok(any) => any,
         Err(error) => return vec![Finding::problem(subject, format!("{error:#}"), remedy)],
     };
-    let looked = async { with_log!(&any, log => look(log, config, topics).await) };
+    let looked = async { with_log!(&any, log => look(log, config, topics, clock).await) };
     let mut found = match tokio::time::timeout(PATIENCE, looked).await {
         Ok(Ok(found)) => found,
         Ok(Err(error)) => vec![Finding::problem(subject, error.to_string(), remedy)],
@@ -316,8 +316,14 @@ async fn schemas(any: &open::AnyLog, topics: &Topics) -> Vec<Finding> {
     found
 }
 
-async fn look<B: Backend>(log: &B, config: &Config, topics: &Topics) -> Result<Vec<Finding>, LogError> {
-    let there = log.admin()?.topics().await?;
+async fn look<B: Backend>(log: &B, config: &Config, topics: &Topics, clock: &Clock) -> Result<Vec<Finding>, LogError> {
+    let is_whole = |there: &[TopicInfo]| topics.iter().all(|spec| there.iter().any(|info| info.topic == spec.topic()));
+    let until = clock.instant() + TOPICS_APPEAR;
+    let mut there = log.admin()?.topics().await?;
+    while config.log.backend.is_cluster() && !is_whole(&there) && clock.instant() < until {
+        clock.sleep(Duration::from_millis(100)).await;
+        there = log.admin()?.topics().await?;
+    }
     let mut found = vec![Finding::ok("log", format!("answers, {} topics", there.len()))];
     let is_own = !config.log.backend.is_cluster();
     for compared in drift::compare(log, topics.iter()).await? {

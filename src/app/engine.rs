@@ -212,7 +212,7 @@ pub async fn run<B: Backend>(
     ended.map_err(|error| anyhow::anyhow!(error)).and(opened)
 }
 
-/// Starts the stages that read a topic. False: the process was told to stop meanwhile.
+/// Starts the stages that read a topic. False: the shutdown has begun meanwhile.
 async fn start_consumers<B: Backend>(
     parts: &Parts<B>,
     stages: &[Stage],
@@ -296,7 +296,7 @@ async fn answered<B, T>(parts: &Parts<B>, ask: impl AsyncFn() -> anyhow::Result<
 }
 
 /// A topic that has just been created is not known to every broker at once.
-const TOPICS_APPEAR: std::time::Duration = std::time::Duration::from_secs(5);
+pub(super) const TOPICS_APPEAR: std::time::Duration = std::time::Duration::from_secs(5);
 
 type Placements = BTreeMap<Topic, Placement>;
 

@@ -27,7 +27,7 @@ pub enum ConfigError {
     #[error("{place}: there is no key {key}; the nearest is {nearest}")]
     Unknown { place: String, key: String, nearest: String },
     #[error(
-        "the environment variable {name} sets no key (two underscores stand between section and key); the nearest is {nearest}"
+        "the environment variable {name} sets no key (two underscores separate section and key); the nearest is {nearest}"
     )]
     Variable { name: String, nearest: String },
     #[error("{key}: {problem}")]

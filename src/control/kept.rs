@@ -168,7 +168,7 @@ impl<B: Backend> Kept<B> {
         Some(text)
     }
 
-    /// Whoever has a newer configuration does not want to be told of the one that is there.
+    /// Marks the configuration in the topic as reported, for a caller that has a newer one: [`Kept::changed`] does not return it.
     pub fn pass_over(&mut self) {
         self.told = self.shelf.whole().map(|(named, _)| named.clone());
     }

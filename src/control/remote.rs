@@ -83,7 +83,7 @@ pub struct Remote {
     token: String,
     /// What makes the next request conditional.
     known: HeaderMap,
-    /// The same, of an answer that nobody has found usable yet.
+    /// The same, of the last answer, until [`Remote::accept`] says that it is usable.
     unproven: HeaderMap,
 }
 
@@ -123,7 +123,7 @@ impl Remote {
         Ok(Some(text))
     }
 
-    /// The last answer is usable: from now on only another one is wanted. An unusable one is asked for, and reported, again.
+    /// Makes the next request conditional on the last answer. The caller calls it when the answer is usable; an unusable one is requested again.
     pub fn accept(&mut self) {
         self.known = std::mem::take(&mut self.unproven);
     }

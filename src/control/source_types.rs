@@ -1,5 +1,4 @@
-//! Which sources have a write key that anybody can read: it is part of a web page or of an app. What a source definition says is the only
-//! fact that decides it.
+//! Which sources have a public write key, because it is part of a web page or of an app. The source definition decides it.
 
 use super::workspace::SourceDefinition;
 
@@ -28,7 +27,7 @@ const CLIENT_SOURCES: [&str; 14] = [
 
 impl SourceDefinition {
     /// Whether the write key stays on servers: of server SDKs, webhooks, cloud sources and reverse ETL. False where the definition does not
-    /// tell, since a wrong true would let everybody change requests that carry the operator's credentials.
+    /// say it: a wrong true would let the holder of a public key change requests that carry the operator's credentials.
     pub fn has_secret_key(&self) -> bool {
         let name: String = self.name.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_lowercase();
         if CLIENT_SOURCES.contains(&name.as_str()) {

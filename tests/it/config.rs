@@ -42,7 +42,8 @@ fn what_is_in_force_is_shown_with_its_place() {
 #[test]
 fn everything_is_found_at_once() {
     let mut flow = Flow::on_kafka();
-    assert!(flow.command(&["check"]).status.success(), "{:?}", flow.command(&["check"]));
+    let first = flow.command(&["check"]);
+    assert!(first.status.success(), "{first:?}");
     assert!(flow.command(&["topics", "diff"]).status.success());
 
     // Other declarations than what is there, a broken workspace, an id that cannot be one.

@@ -1,4 +1,4 @@
-//! The workspace configuration as its JSON has it. Unknown fields are ignored, and null is absent wherever it stands, as for rudder-server.
+//! The workspace configuration as its JSON has it. Unknown fields are ignored, and a null is an absent field everywhere, as for rudder-server.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

@@ -115,7 +115,9 @@ impl Client {
     pub async fn send(&self, request: &HttpRequest, delivery: &DeliveryId) -> Verdict {
         let mut prepared = match Prepared::new(request, delivery) {
             Ok(prepared) => prepared,
-            Err(unbuildable) => return bad_request(unbuildable),
+            Err(Unbuildable(message)) => {
+                return Verdict::Abort { reason: Reason::BadRequest, code: 0, message };
+            }
         };
         // For all hops together.
         let until = self.clock.instant() + self.settings.timeout;
@@ -191,10 +193,6 @@ impl Client {
     }
 }
 
-fn bad_request(Unbuildable(message): Unbuildable) -> Verdict {
-    Verdict::Abort { reason: Reason::BadRequest, code: 0, message }
-}
-
 /// Where a redirect leads. None: nowhere that a request can be sent to.
 fn location(headers: &HeaderMap, from: &Url) -> Option<Url> {
     let place = String::from_utf8_lossy(headers.get(LOCATION)?.as_bytes()).trim().to_owned();
@@ -222,10 +220,6 @@ fn failed(error: &legacy::Error, captured: &CaptureConnection, began: Instant) -
         if cause.is::<Blocked>() {
             let verdict = Verdict::Abort { reason: Reason::BlockedAddress, code: 0, message: cause.to_string() };
             return Failure { is_repeatable: false, verdict };
-        }
-        if cause.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_user) {
-            let message = format!("the request cannot be sent: {cause}");
-            return Failure { is_repeatable: false, verdict: bad_request(Unbuildable(message)) };
         }
         is_refused |= cause.downcast_ref::<h2::Error>().is_some_and(is_unprocessed);
         match cause.source() {

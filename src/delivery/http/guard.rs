@@ -50,7 +50,7 @@ impl Guard {
     }
 }
 
-/// The IPv4 address that an IPv6 one stands for: mapped, compatible (RFC 4291), NAT64 (RFC 6052, RFC 8215) or 6to4 (RFC 3056).
+/// The IPv4 address inside of an IPv6 one: mapped, compatible (RFC 4291), NAT64 (RFC 6052, RFC 8215) or 6to4 (RFC 3056).
 fn embedded(six: Ipv6Addr) -> Option<Ipv4Addr> {
     let octets = six.octets();
     let four = |at: usize| Ipv4Addr::new(octets[at], octets[at + 1], octets[at + 2], octets[at + 3]);

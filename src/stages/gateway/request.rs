@@ -29,7 +29,7 @@ pub(super) const OVERHEAD: usize = 512;
 pub(super) const MAX_RECORD: usize = 5_000_000;
 /// The name of a run. What is longer is none: it would stand in every event of the request.
 pub(super) const MAX_RUN: usize = 512;
-/// W3C trace context; what is longer is none, and would stand in every event of the request.
+/// W3C trace context; a longer one is dropped, because it is copied into every event of the request.
 pub(super) const MAX_TRACE: usize = 128;
 /// What a batch lends to its events that have none.
 const LENT: [&str; 3] = ["sentAt", "context", "integrations"];
@@ -57,7 +57,7 @@ pub struct Facts {
     pub client_ip: String,
     pub channel: Channel,
     /// Whether the request may name a run of reverse ETL. Those of public write keys may not: each name is a row in the store, and a known one
-    /// changes what is told of that run.
+    /// changes the status of that run.
     pub names_runs: bool,
     /// `X-Rudder-Job-Run-Id` and `X-Rudder-Task-Run-Id`.
     pub job_run: Option<JobRunId>,

@@ -353,7 +353,7 @@ async fn take_messages<P: Publisher>(gateway: &Gateway<P>, request: Request) -> 
     held.grow(records.iter().map(Addressed::size).sum())?;
     stored(gateway.admission.publish(records).await)?;
     for (event, _) in &events {
-        // Ids of sources that nobody configured must not become series of metrics.
+        // Ids of unknown sources must not become series of metrics.
         let source = if workspace.source(&event.source).is_some() { event.source.as_str() } else { "unknown" };
         metrics().gateway_events.with_label_values(&[source]).inc();
     }

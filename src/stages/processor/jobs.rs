@@ -14,7 +14,7 @@ use crate::runtime::tally::{counts, key_of_event};
 
 /// What a row is told that the engine itself refused.
 const REFUSED: u16 = 400;
-/// What a row of a drained run is told, as rudder-server does.
+/// The code of a row of a drained run, as in rudder-server.
 const DRAINED: u16 = 410;
 
 /// Counts an event of a run: what became of it at the source, and what each destination gets to do.
