@@ -74,10 +74,11 @@ fn only(flow: &Flow, what: &str) -> (Value, Value) {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_described_route_is_there_and_others_are_not() {
     let (flow, internal, _running) = running(&[]).await;
-    let document: Value = serde_json::from_str(
-        &reqwest::get(format!("{}/openapi.json", flow.url())).await.unwrap().text().await.unwrap(),
-    )
-    .expect("JSON");
+    let public = reqwest::get(format!("{}/openapi.json", flow.url())).await.unwrap().text().await.unwrap();
+    assert!(!public.contains("/internal/"), "inner routes are described to who has the token");
+    let inner = format!("http://127.0.0.1:{internal}/internal/openapi.json");
+    let document = send(Method::GET, inner, &[("x-laneway-token", TOKEN)], "").await.text().await.unwrap();
+    let document: Value = serde_json::from_str(&document).expect("JSON");
     assert_eq!(document["openapi"], "3.1.0");
     let mut seen = 0;
     for (path, methods) in document["paths"].as_object().expect("paths") {

@@ -27,8 +27,27 @@ pub enum Action {
     Health,
     Version,
     Robots,
-    Docs,
-    OpenApi,
+    Docs(Listener),
+    OpenApi(Listener),
+}
+
+/// Whose routes a description lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listener {
+    Public,
+    /// Both: who has the token may know what there is.
+    Internal,
+}
+
+impl Listener {
+    /// Its endpoints by title, the internal ones last.
+    pub fn described(self) -> Vec<(&'static str, &'static [Endpoint], bool)> {
+        let mut all: Vec<(&str, &[Endpoint], bool)> = vec![("Public", &PUBLIC, false)];
+        if self == Listener::Internal {
+            all.push(("Internal (gateway.internal.listen, with a token)", &INTERNAL, true));
+        }
+        all
+    }
 }
 
 /// How events are taken.
@@ -130,15 +149,17 @@ pub const PUBLIC: [Endpoint; 38] = [
     at("get", "/", Action::Health, "Whether events are taken."),
     at("get", "/version", Action::Version, "Which version this is."),
     at("get", "/robots.txt", Action::Robots, "Nothing here is for search engines."),
-    at("get", "/docs", Action::Docs, "This list, to read."),
-    at("get", "/openapi.json", Action::OpenApi, "This list, as OpenAPI 3.1."),
+    at("get", "/docs", Action::Docs(Listener::Public), "This list, to read."),
+    at("get", "/openapi.json", Action::OpenApi(Listener::Public), "This list, as OpenAPI 3.1."),
 ];
 
 const STATUS: &str = "/internal/v2/job-status/{job_run_id}";
 const FAILED: &str = "/internal/v2/job-status/{job_run_id}/failed-records";
 
 /// On the internal listener, for who has its token.
-pub const INTERNAL: [Endpoint; 15] = [
+pub const INTERNAL: [Endpoint; 17] = [
+    at("get", "/internal/docs", Action::Docs(Listener::Internal), "This list, to read."),
+    at("get", "/internal/openapi.json", Action::OpenApi(Listener::Internal), "This list, as OpenAPI 3.1."),
     ingest(
         "/internal/v1/extract",
         Call::Typed("extract"),

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::{Map, Value, json};
 
 use super::auth::Auth;
-use super::endpoints::{Action, Endpoint, INTERNAL, Ingest, PUBLIC};
+use super::endpoints::{Action, Endpoint, Ingest, Listener};
 use super::job_status::About;
 use super::request::{Call, Refusal};
 
@@ -27,11 +27,13 @@ const REFUSALS: [Refusal; 14] = [
     Refusal::Unavailable,
 ];
 
-pub fn document() -> Value {
+pub fn document(listener: Listener) -> Value {
     let mut paths = Map::new();
-    for (endpoint, is_internal) in PUBLIC.iter().map(|it| (it, false)).chain(INTERNAL.iter().map(|it| (it, true))) {
-        let path = paths.entry(endpoint.path).or_insert_with(|| json!({}));
-        path[endpoint.method] = operation(endpoint, is_internal);
+    for (_, endpoints, is_internal) in listener.described() {
+        for endpoint in endpoints {
+            let path = paths.entry(endpoint.path).or_insert_with(|| json!({}));
+            path[endpoint.method] = operation(endpoint, is_internal);
+        }
     }
     json!({
         "openapi": "3.1.0",
@@ -125,14 +127,14 @@ fn operation(endpoint: &Endpoint, is_internal: bool) -> Value {
                 "404": answer(&format!("`{}`", Refusal::SourceDisabled), "text/plain"),
             });
         }
-        Action::Health | Action::Version | Action::OpenApi => {
+        Action::Health | Action::Version | Action::OpenApi(_) => {
             operation["responses"]["200"] = answer("What was asked for.", "application/json");
         }
         Action::Warehouse => {
             operation["responses"] =
                 json!({"default": {"description": "What the warehouse service answers; 503 where it does not."}});
         }
-        Action::Robots | Action::Docs => {}
+        Action::Robots | Action::Docs(_) => {}
     }
     if is_internal {
         needed.insert("token".into(), json!([]));
@@ -196,11 +198,9 @@ fn answer(description: &str, content: &str) -> Value {
 }
 
 /// The table, for people.
-pub fn page() -> String {
+pub fn page(listener: Listener) -> String {
     let mut rows = String::new();
-    for (title, endpoints) in
-        [("Public", &PUBLIC[..]), ("Internal (gateway.internal.listen, with a token)", &INTERNAL[..])]
-    {
+    for (title, endpoints, _) in listener.described() {
         let _ = write!(rows, "<h2>{title}</h2><table>");
         for endpoint in endpoints {
             let method = endpoint.method.to_uppercase();
@@ -215,18 +215,19 @@ pub fn page() -> String {
     format!(
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>Laneway</title><style>body{{font:16px/1.5 sans-serif;\
          max-width:60em;margin:2em auto;padding:0 1em}}td{{padding:.2em 1em .2em 0;vertical-align:top}}</style></head><body>\
-         <h1>Laneway {}</h1><p>The same as <a href=\"/openapi.json\">OpenAPI 3.1</a>.</p>{rows}</body></html>",
+         <h1>Laneway {}</h1><p>The same as <a href=\"openapi.json\">OpenAPI 3.1</a>.</p>{rows}</body></html>",
         env!("CARGO_PKG_VERSION")
     )
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::endpoints::{INTERNAL, PUBLIC};
     use super::*;
 
     #[test]
     fn every_route_is_described_once() {
-        let document = document();
+        let document = document(Listener::Internal);
         let described: usize = document["paths"]
             .as_object()
             .expect("paths")
@@ -237,6 +238,8 @@ mod tests {
         let track = &document["paths"]["/v1/track"]["post"];
         assert!(track["responses"]["400"]["description"].as_str().is_some_and(|text| text.contains("invalid json")));
         assert_eq!(track["responses"]["429"]["description"], "`max requests limit reached`");
-        assert!(page().contains("/internal/v1/retl"));
+        assert!(page(Listener::Internal).contains("/internal/v1/retl"));
+        let public = (page(Listener::Public), super::document(Listener::Public).to_string());
+        assert!(!public.0.contains("/internal/") && !public.1.contains("/internal/"), "not for everybody");
     }
 }

@@ -163,8 +163,10 @@ fn route<P: Publisher>(endpoint: &Endpoint) -> MethodRouter<Arc<Gateway<P>>> {
         Action::Health => get(health::<P>),
         Action::Version => get(|| async { reply::json(StatusCode::OK, &version()) }),
         Action::Robots => get(|| async { "User-agent: * \nDisallow: / \n" }),
-        Action::Docs => get(|| async { reply::html(openapi::page()) }),
-        Action::OpenApi => get(|| async { reply::json(StatusCode::OK, &openapi::document()) }),
+        Action::Docs(listener) => get(move || async move { reply::html(openapi::page(listener)) }),
+        Action::OpenApi(listener) => {
+            get(move || async move { reply::json(StatusCode::OK, &openapi::document(listener)) })
+        }
     }
 }
 
