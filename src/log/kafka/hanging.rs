@@ -60,9 +60,14 @@ pub fn undecided(admin: &KafkaAdmin, topics: &[Topic]) -> Result<Vec<(Topic, Par
         return Ok(Vec::new());
     }
     std::thread::park_timeout(MOMENT);
-    let mut now = look(admin, topics)?;
-    now.retain(|of, _| before.contains_key(of));
-    Ok(now.into_keys().collect())
+    Ok(unmoved(&before, look(admin, topics)?).into_keys().collect())
+}
+
+/// The partitions whose last stable offset has not moved. In a busy partition some transaction is always undecided, another one
+/// each time.
+fn unmoved(before: &Undecided, mut now: Undecided) -> Undecided {
+    now.retain(|of, at| before.get(of) == Some(at));
+    now
 }
 
 /// Looks after these topics beside the session's work.
@@ -74,9 +79,8 @@ pub fn mend(admin: KafkaAdmin, topics: Vec<Topic>, orders: Sender<Order>) -> Abo
             clock.sleep(LOOK).await;
             let (admin, of) = (admin.clone(), topics.clone());
             let Ok(Ok(now)) = tokio::task::spawn_blocking(move || look(&admin, &of)).await else { continue };
-            let stuck: Vec<_> = now.iter().filter(|(of, at)| before.get(*of) == Some(*at)).collect();
             filled.retain(|(of, at)| now.get(of) == Some(at));
-            for (of, at) in stuck {
+            for (of, at) in &unmoved(&before, now.clone()) {
                 if !filled.insert((of.clone(), *at)) {
                     events::undecided(&of.0, of.1, at);
                     continue;
@@ -140,4 +144,17 @@ pub fn is_filler(message: &rdkafka::message::BorrowedMessage<'_>) -> bool {
     message.key() == Some(KEY)
         && message.payload().is_none()
         && message.headers().is_some_and(|headers| headers.iter().any(|found| found.key == header::FILLER))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_busy_partition_is_not_taken_for_one_in_which_a_transaction_hangs() {
+        let at = |number| (Topic::DELIVERIES, Partition(number));
+        let before = Undecided::from([(at(0), 10), (at(1), 20)]);
+        let now = Undecided::from([(at(0), 10), (at(1), 25), (at(2), 30)]);
+        assert_eq!(unmoved(&before, now), Undecided::from([(at(0), 10)]));
+    }
 }

@@ -1,8 +1,9 @@
 //! When a destination counts as down: one breaker per destination and process.
 //!
 //! It opens on the share of failures over enough tries, of enough different users: one poisonous user does not close a
-//! destination for the others. While it is open nothing is started but one probe at a time; a probe that goes through
-//! closes it.
+//! destination for the others. While it is open nothing is started but one probe at a time. After a probe that goes through it is
+//! half-open: the destination may have 1, then 2, 4, … requests in flight, doubling with each success. Where most of these fail it
+//! opens again, and waits for longer than before.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -16,11 +17,25 @@ const TRIES: u32 = 20;
 const USERS: usize = 5;
 const PROBE_FIRST: Duration = Duration::from_secs(1);
 const PROBE_CAP: Duration = Duration::from_secs(60);
+/// Half-open ends when this many requests may be in flight: more than a destination gets at once.
+const MAX_RAMP_REQUESTS: usize = 1_024;
 
 #[derive(Debug, Default)]
 pub struct Breaker {
     buckets: VecDeque<Bucket>,
     open: Option<Open>,
+    half_open: Option<HalfOpen>,
+}
+
+/// The destination answers again after it was down.
+#[derive(Debug)]
+struct HalfOpen {
+    /// Requests that may be in flight.
+    limit: usize,
+    successes: u32,
+    failures: u32,
+    /// Between the last two probes.
+    wait: Duration,
 }
 
 #[derive(Debug)]
@@ -66,6 +81,11 @@ impl Breaker {
         }
     }
 
+    /// Requests that may be in flight: few while the destination has just come back.
+    pub fn limit(&self) -> usize {
+        self.half_open.as_ref().map_or(usize::MAX, |half_open| half_open.limit)
+    }
+
     /// A probe ended without a result.
     pub fn give_up_probe(&mut self) {
         if let Some(open) = &mut self.open {
@@ -73,21 +93,45 @@ impl Breaker {
         }
     }
 
-    /// What came of a try by `user` (a hash). What was started before it opened says nothing while it is open.
-    pub fn report(&mut self, now: Timestamp, user: u64, failed: bool, probe: bool) {
+    /// What came of a try by `user` (a hash). What was started before it opened says nothing while it is open. `not_before`: how
+    /// long the destination wants to be left alone; probes respect it too.
+    pub fn report(&mut self, now: Timestamp, user: u64, failed: bool, probe: bool, not_before: Option<Duration>) {
         match &mut self.open {
             Some(open) if probe && failed => {
                 open.probing = false;
                 open.wait = (open.wait * 2).min(PROBE_CAP);
                 open.next_probe_at = now.plus(open.wait);
             }
-            Some(_) if probe => {
-                self.open = None;
+            Some(open) if probe => {
+                let wait = open.wait;
+                (self.open, self.half_open) = (None, Some(HalfOpen { limit: 1, successes: 1, failures: 0, wait }));
                 self.buckets.clear();
             }
             Some(_) => {}
-            None => self.count(now, user, failed),
+            None => match &mut self.half_open {
+                Some(half_open) => {
+                    half_open.successes += u32::from(!failed);
+                    half_open.failures += u32::from(failed);
+                    // One failure alone may be one user's.
+                    let (is_up, wait) = (half_open.failures * 2 <= half_open.successes + 1, half_open.wait);
+                    half_open.limit *= if failed { 1 } else { 2 };
+                    if !is_up {
+                        self.open(now, (wait * 2).min(PROBE_CAP));
+                    } else if half_open.limit > MAX_RAMP_REQUESTS {
+                        self.half_open = None;
+                    }
+                }
+                None => self.count(now, user, failed),
+            },
         }
+        if let Some(open) = self.open.as_mut().filter(|_| failed) {
+            open.next_probe_at = open.next_probe_at.max(now.plus(not_before.unwrap_or_default()));
+        }
+    }
+
+    fn open(&mut self, now: Timestamp, wait: Duration) {
+        self.half_open = None;
+        self.open = Some(Open { since: now, next_probe_at: now.plus(wait), wait, probing: false });
     }
 
     fn count(&mut self, now: Timestamp, user: u64, failed: bool) {
@@ -106,8 +150,7 @@ impl Breaker {
             }
         }
         if failed && self.is_down() {
-            let wait = PROBE_FIRST;
-            self.open = Some(Open { since: now, next_probe_at: now.plus(wait), wait, probing: false });
+            self.open(now, PROBE_FIRST);
         }
     }
 
@@ -135,7 +178,7 @@ mod tests {
     fn down() -> Breaker {
         let mut breaker = Breaker::default();
         for user in 0..20 {
-            breaker.report(at(0), user, true, false);
+            breaker.report(at(0), user, true, false, None);
         }
         breaker
     }
@@ -144,7 +187,7 @@ mod tests {
     fn it_opens_on_half_of_twenty_tries_of_five_users() {
         let opens = |tries: u64, users: u64, every: u64| {
             let mut breaker = Breaker::default();
-            (0..tries).for_each(|n| breaker.report(at(n as i64), n % users, n % every == 0, false));
+            (0..tries).for_each(|n| breaker.report(at(n as i64), n % users, n % every == 0, false, None));
             breaker.open_since().is_some()
         };
         assert!(opens(20, 20, 1));
@@ -158,7 +201,7 @@ mod tests {
     fn old_tries_do_not_count() {
         let mut breaker = Breaker::default();
         for n in 0..200 {
-            breaker.report(at(n * 2_000), n as u64, true, false);
+            breaker.report(at(n * 2_000), n as u64, true, false, None);
         }
         assert_eq!(breaker.open_since(), None, "never twenty in thirty seconds");
     }
@@ -172,16 +215,52 @@ mod tests {
             assert_eq!(breaker.shut_until(now), None);
             assert!(breaker.start());
             assert!(breaker.shut_until(now).is_some(), "one is under way");
-            breaker.report(now, 1, false, false);
+            breaker.report(now, 1, false, false, None);
             assert!(breaker.open_since().is_some(), "what was started before proves nothing");
-            breaker.report(now, 1, true, true);
+            breaker.report(now, 1, true, true, None);
             let until = breaker.shut_until(now).expect("shut");
             waits.push(until.since(now).as_secs());
             now = until;
         }
         assert_eq!(waits, [2, 4, 8, 16, 32, 60, 60, 60]);
         assert!(breaker.start());
-        breaker.report(now, 1, false, true);
+        breaker.report(now, 1, false, true, None);
         assert_eq!((breaker.open_since(), breaker.shut_until(now)), (None, None));
+    }
+    #[test]
+    fn it_opens_slowly_after_a_probe_and_waits_for_longer_where_most_fail_again() {
+        let mut breaker = down();
+        assert!(breaker.start());
+        breaker.report(at(1_000), 1, true, true, None);
+        assert!(breaker.start());
+        breaker.report(at(3_000), 1, false, true, None);
+        let mut limits = Vec::new();
+        for _ in 0..3 {
+            limits.push(breaker.limit());
+            breaker.report(at(3_100), 1, false, false, None);
+        }
+        assert_eq!(limits, [1, 2, 4]);
+        breaker.report(at(3_200), 2, true, false, None);
+        breaker.report(at(3_200), 3, true, false, None);
+        assert_eq!(breaker.open_since(), None, "a third fails");
+        breaker.report(at(3_300), 4, true, false, None);
+        assert_eq!(breaker.shut_until(at(3_300)), Some(at(7_300)), "4 s after the 2 s of before");
+        for _ in 0..2 {
+            assert!(breaker.start());
+            breaker.report(at(9_000), 1, false, true, None);
+            (0..12).for_each(|_| breaker.report(at(9_000), 1, false, false, None));
+            assert_eq!((breaker.limit(), breaker.open_since()), (usize::MAX, None), "it is closed");
+            (0..20).for_each(|user| breaker.report(at(9_000), user, true, false, None));
+        }
+    }
+
+    #[test]
+    fn a_destination_that_wants_to_be_left_alone_is_not_probed_before() {
+        let mut breaker = down();
+        breaker.report(at(10), 1, true, false, Some(Duration::from_secs(600)));
+        assert_eq!(breaker.shut_until(at(50_000)), Some(at(600_010)), "what was in flight says so too");
+        assert!(breaker.start());
+        breaker.report(at(600_010), 1, true, true, Some(Duration::from_secs(3_600)));
+        assert_eq!(breaker.shut_until(at(700_000)), Some(at(4_200_010)));
     }
 }

@@ -163,7 +163,8 @@ impl Destination {
         }
         let (all, own) = (self.shared.in_flight.load(Ordering::Relaxed), self.in_flight.load(Ordering::Relaxed));
         let fair = (self.shared.total.saturating_sub(all) + own) / 2;
-        if own > 0 && own >= fair.min(self.shared.per_destination).min(self.concurrency()) {
+        let most = fair.min(self.shared.per_destination).min(self.concurrency()).min(circuit.breaker.limit());
+        if own > 0 && own >= most {
             return Err(Refused::Permits);
         }
         if let Some(rate) = self.rules.rate {
@@ -238,12 +239,13 @@ impl Permit {
         lock(&self.destination.circuit).give_back();
     }
 
-    /// What came of the request. True: the destination counts as down, and the try as not made.
-    pub fn report(mut self, now: Timestamp, user: u64, failed: bool) -> bool {
+    /// What came of the request; `not_before`: how long the destination wants to be left alone. True: the destination counts as
+    /// down, and the try as not made.
+    pub fn report(mut self, now: Timestamp, user: u64, failed: bool, not_before: Option<Duration>) -> bool {
         self.reported = true;
         let mut circuit = lock(&self.destination.circuit);
         let before = circuit.breaker.open_since();
-        circuit.breaker.report(now, user, failed, self.probe);
+        circuit.breaker.report(now, user, failed, self.probe, not_before);
         let after = circuit.breaker.open_since();
         drop(circuit);
         if before.is_some() != after.is_some() {
@@ -331,7 +333,7 @@ mod tests {
         all.pause(&HashSet::from(["one".into()]), |_| Rules::default());
         assert!(matches!(one.try_start(NOW), Err(Refused::Until(_))) && !one.can_run());
         all.pause(&HashSet::new(), |_| Rules::default());
-        let report = |permit: Permit, user, failed| permit.report(NOW, user, failed);
+        let report = |permit: Permit, user, failed| permit.report(NOW, user, failed, None);
         let lost: Vec<Permit> = take(&one, NOW);
         let counted: Vec<bool> = lost.into_iter().zip(0..).map(|(permit, user)| report(permit, user, true)).collect();
         assert_eq!(counted.iter().position(|spent_nothing| *spent_nothing), Some(20), "those behind are not spent");
@@ -341,7 +343,7 @@ mod tests {
         assert!(one.try_start(later).is_err(), "one at a time");
         drop(probe);
         let probe = one.try_start(later).expect("the last one ended without a result");
-        assert!(!probe.report(later, 1, false));
+        assert!(!probe.report(later, 1, false, None));
         assert!(one.can_run() && one.try_start(later).is_ok());
     }
 }

@@ -46,9 +46,12 @@ impl PartitionState {
     /// What came of a request with the first records of a key, one verdict for each in order, up to the first that is not
     /// final.
     pub fn settle(&mut self, id: &KeyId, verdicts: Vec<Verdict>, permit: Permit, now: Timestamp) {
-        let is_retry = |verdict: &Verdict| matches!(verdict, Verdict::Retry { .. });
         // A refusal for good is an answer: the destination is up.
-        let unspent = permit.report(now, xxh3_64(id.user.as_bytes()), verdicts.iter().any(is_retry));
+        let failed = verdicts.iter().find_map(|verdict| match verdict {
+            Verdict::Retry { not_before, .. } => Some(*not_before),
+            Verdict::Delivered { .. } | Verdict::Filtered { .. } | Verdict::Abort { .. } => None,
+        });
+        let unspent = permit.report(now, xxh3_64(id.user.as_bytes()), failed.is_some(), failed.flatten());
         self.note_breaker(id.lane);
         let Some(count) = self.change_key(id, Key::settle) else { return };
         self.changed = true;
