@@ -47,7 +47,7 @@ const FOUND: &[(Mistake, u64)] = &[
     (Mistake::FreeKeyTooEarly, 0),
     (Mistake::AttachTooEarly, 0),
     (Mistake::LoseTailAtAttach, 48),
-    (Mistake::ScanPastLive, 45),
+    (Mistake::ScanPastLive, 67),
     (Mistake::ForgetFinishedAtDetach, 2),
     (Mistake::ForgetForgotten, 0),
     (Mistake::ForgetRunsAtRestore, 3),

@@ -22,6 +22,7 @@ use crate::telemetry::metrics::metrics;
 
 use super::connection::{Connector, Wire};
 use super::guard::{Blocked, Guard};
+use super::request::IDEMPOTENCY_KEY;
 use super::request::{Prepared, Unbuildable};
 
 /// Of an answer's body this much is read, so that the connection can be used again; of a longer one the connection is closed.
@@ -156,13 +157,15 @@ impl Client {
     async fn attempt(&self, http: &Http, prepared: &Prepared, until: Instant) -> Result<Response<Incoming>, Failure> {
         let mut request = prepared.request();
         let captured = capture_connection(&mut request);
+        let id = request.headers().get(IDEMPOTENCY_KEY).cloned();
+        let id = id.as_ref().map_or(&b""[..], |id| id.as_bytes());
         let began = self.clock.instant();
         match tokio::time::timeout(until.saturating_duration_since(began), http.request(request)).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(failed(&error, &captured, began)),
+            Ok(Err(error)) => Err(failed(&error, &captured, id, began)),
             Err(_) => {
                 let late = match connection(&captured) {
-                    Some((wire, _)) => wire.status().map(of_unreadable),
+                    Some((wire, _)) => wire.status(id).map(of_unreadable),
                     None => None,
                 };
                 let message = format!("timed out: no answer within {:?}", self.settings.timeout);
@@ -214,7 +217,7 @@ fn of_unreadable(code: u16) -> Verdict {
     Verdict::of_status(code, "the rest of the answer cannot be read".to_owned(), None, Default::default())
 }
 
-fn failed(error: &legacy::Error, captured: &CaptureConnection, began: Instant) -> Failure {
+fn failed(error: &legacy::Error, captured: &CaptureConnection, id: &[u8], began: Instant) -> Failure {
     let (mut cause, mut is_refused): (&dyn std::error::Error, bool) = (error, false);
     loop {
         if cause.is::<Blocked>() {
@@ -230,11 +233,12 @@ fn failed(error: &legacy::Error, captured: &CaptureConnection, began: Instant) -
     let what = if error.is_connect() { "no connection" } else { "no answer" };
     let verdict = Verdict::of_silence(format!("{what}: {cause}"));
     match connection(captured) {
-        Some((wire, is_http2)) => {
-            let is_repeatable = is_refused || wire.was_reused_and_silent(began, is_http2);
-            Failure { is_repeatable, verdict: wire.status().map_or(verdict, of_unreadable) }
+        // A request that found no connection was not sent on the one that it was given before.
+        Some((wire, is_http2)) if !error.is_connect() => {
+            let is_repeatable = is_refused || wire.was_reused_and_silent(id, began, is_http2);
+            Failure { is_repeatable, verdict: wire.status(id).map_or(verdict, of_unreadable) }
         }
-        None => Failure { is_repeatable: is_refused, verdict },
+        Some(_) | None => Failure { is_repeatable: is_refused, verdict },
     }
 }
 

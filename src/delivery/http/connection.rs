@@ -24,6 +24,10 @@ type Plain = TokioIo<TcpStream>;
 
 /// Of an answer, enough for `HTTP/1.1 200`.
 const STATUS_BYTES: usize = 12;
+/// Of a request's head that is kept, to find its id in it. A request with a longer head before its id is judged as any that failed.
+const MAX_HEAD_BYTES: usize = 4 << 10;
+/// How the head of a request begins.
+const METHODS: [&[u8]; 7] = [b"POST ", b"PUT ", b"PATCH ", b"GET ", b"DELETE ", b"HEAD ", b"OPTIONS "];
 
 /// What was read from a connection.
 #[derive(Clone)]
@@ -33,12 +37,15 @@ pub(super) struct Wire {
     heard: Arc<Mutex<Heard>>,
 }
 
-/// Since the last write. A client over HTTP/1 writes nothing while it reads, so this is the answer to the request that was written last.
+/// Of the request whose head was written last. Only HTTP/1 has such heads: over HTTP/2 just `last_read` is used.
 #[derive(Default)]
 struct Heard {
+    /// The head as far as it was written at once.
+    head: Vec<u8>,
+    /// What was read since.
     bytes: u64,
     start: [u8; STATUS_BYTES],
-    last: Option<Instant>,
+    last_read: Option<Instant>,
 }
 
 impl Wire {
@@ -46,20 +53,22 @@ impl Wire {
         Self { opened: clock.instant(), clock, heard: Arc::default() }
     }
 
-    /// Whether a request that began at this time found the connection open, and got no byte of an answer from it.
-    pub(super) fn was_reused_and_silent(&self, began: Instant, is_http2: bool) -> bool {
+    /// Whether the request with this id, which began at this time, was sent on a connection that was open before, and got no byte
+    /// of an answer from it. `id`: the value of a header that no other delivery's request has.
+    pub(super) fn was_reused_and_silent(&self, id: &[u8], began: Instant, is_http2: bool) -> bool {
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         let is_silent = match is_http2 {
-            true => heard.last.is_none_or(|last| last < began),
-            false => heard.bytes == 0,
+            true => heard.last_read.is_none_or(|last| last < began),
+            false => heard.is_of(id) && heard.bytes == 0,
         };
         self.opened < began && is_silent
     }
 
-    /// The final status of an HTTP/1 answer that began, whatever came after it.
-    pub(super) fn status(&self) -> Option<u16> {
+    /// The final status of an HTTP/1 answer that began, whatever came after it. None where the last request on this connection is
+    /// another one: one that was given the connection may not have been sent on it.
+    pub(super) fn status(&self, id: &[u8]) -> Option<u16> {
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        if heard.bytes < STATUS_BYTES as u64 {
+        if heard.bytes < STATUS_BYTES as u64 || !heard.is_of(id) {
             return None;
         }
         let rest = heard.start.strip_prefix(b"HTTP/1.0 ").or_else(|| heard.start.strip_prefix(b"HTTP/1.1 "))?;
@@ -68,16 +77,32 @@ impl Wire {
     }
 
     fn read(&self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         let known = usize::try_from(heard.bytes).unwrap_or(usize::MAX).min(STATUS_BYTES);
         let more = bytes.len().min(STATUS_BYTES - known);
         heard.start[known..known + more].copy_from_slice(&bytes[..more]);
         heard.bytes += bytes.len() as u64;
-        heard.last = Some(self.clock.instant());
+        heard.last_read = Some(self.clock.instant());
     }
 
-    fn written(&self) {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner).bytes = 0;
+    /// The client begins to write these bytes. Those of a body are part of the request before.
+    fn write(&self, bytes: &[u8]) {
+        if !METHODS.iter().any(|method| bytes.starts_with(method)) {
+            return;
+        }
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.bytes = 0;
+        heard.head.clear();
+        heard.head.extend_from_slice(&bytes[..bytes.len().min(MAX_HEAD_BYTES)]);
+    }
+}
+
+impl Heard {
+    fn is_of(&self, id: &[u8]) -> bool {
+        !id.is_empty() && self.head.windows(id.len()).any(|part| part == id)
     }
 }
 
@@ -163,7 +188,7 @@ impl Read for Watched {
 
 impl Write for Watched {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.wire.written();
+        self.wire.write(bytes);
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
@@ -184,7 +209,49 @@ impl Write for Watched {
         context: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.wire.written();
+        if let Some(first) = parts.iter().find(|part| !part.is_empty()) {
+            self.wire.write(first);
+        }
         Pin::new(&mut self.stream).poll_write_vectored(context, parts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn wire() -> (Wire, Instant) {
+        let wire = Wire::new(Clock::system());
+        let began = wire.opened + SECOND;
+        (wire, began)
+    }
+
+    #[test]
+    fn an_answer_belongs_to_the_request_that_was_written() {
+        let (wire, began) = wire();
+        wire.write(b"POST / HTTP/1.1\r\nidempotency-key: one\r\n\r\n{}");
+        wire.read(b"HTTP/1.1 200 OK\r\n");
+        assert_eq!(wire.status(b"one"), Some(200));
+        // The next request was given the connection, and was never written.
+        assert_eq!(wire.status(b"two"), None);
+        assert!(!wire.was_reused_and_silent(b"two", began, false));
+        wire.write(b"POST / HTTP/1.1\r\nidempotency-key: two\r\n\r\n{}");
+        assert_eq!((wire.status(b"one"), wire.status(b"two")), (None, None));
+        wire.read(b"");
+        assert!(wire.was_reused_and_silent(b"two", began, false), "the end of a connection is no answer");
+        assert!(!wire.was_reused_and_silent(b"two", wire.opened, false), "it was opened for this request");
+    }
+
+    #[test]
+    fn an_answer_that_begins_while_the_body_is_written_is_one() {
+        let (wire, began) = wire();
+        wire.write(b"PUT / HTTP/1.1\r\nidempotency-key: one\r\n\r\n{\"a");
+        wire.read(b"HTTP/1.1 2");
+        wire.write(b"\":1}");
+        assert!(!wire.was_reused_and_silent(b"one", began, false));
+        wire.read(b"00 OK\r\n");
+        assert_eq!(wire.status(b"one"), Some(200));
     }
 }

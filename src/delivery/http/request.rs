@@ -9,6 +9,9 @@ use url::Url;
 use crate::model::delivery::HttpRequest;
 use crate::model::id::DeliveryId;
 
+/// Carries the delivery's id: no other delivery's request has the same value.
+pub(super) const IDEMPOTENCY_KEY: &str = "idempotency-key";
+
 /// Headers of one request. Servers refuse more than about a hundred; the type that holds them panics far above.
 const MAX_HEADERS: usize = 512;
 /// Names and values of them together. Most servers refuse a head over 8 to 32 KiB.
@@ -40,7 +43,7 @@ impl Prepared {
         }
         let mut headers = headers(request)?;
         if let Ok(id) = HeaderValue::from_str(delivery.as_str()) {
-            headers.insert("idempotency-key", id);
+            headers.insert(IDEMPOTENCY_KEY, id);
         }
         headers.entry(ACCEPT).or_insert(HeaderValue::from_static("*/*"));
         let agent = HeaderValue::from_static(concat!("Laneway/", env!("CARGO_PKG_VERSION")));
@@ -70,7 +73,7 @@ impl Prepared {
             ));
         }
         if to.origin() != self.url.origin() {
-            let keeps = [CONTENT_TYPE.as_str(), ACCEPT.as_str(), USER_AGENT.as_str(), "idempotency-key"];
+            let keeps = [CONTENT_TYPE.as_str(), ACCEPT.as_str(), USER_AGENT.as_str(), IDEMPOTENCY_KEY];
             let own: Vec<HeaderName> =
                 self.headers.keys().filter(|name| !keeps.contains(&name.as_str())).cloned().collect();
             own.iter().for_each(|name| drop(self.headers.remove(name)));
@@ -107,7 +110,7 @@ fn take_credentials(url: &mut Url, headers: &mut HeaderMap) {
     }
     let decode = |text: &str| {
         // The pair is `=` and the text, so that the text is decoded as a form's value. A plus sign stays one.
-        let pair = format!("={}", text.replace('+', "%2B"));
+        let pair = format!("={}", text.replace('+', "%2B").replace('&', "%26"));
         url::form_urlencoded::parse(pair.as_bytes()).next().map(|(_, value)| value.into_owned()).unwrap_or_default()
     };
     let both = format!("{}:{}", decode(url.username()), decode(url.password().unwrap_or_default()));
@@ -166,8 +169,8 @@ mod tests {
 
     #[test]
     fn credentials_of_a_url_are_sent_as_a_header() {
-        let found = prepared("https://a%40b:c%3Ad+@hook.test/x", vec![], vec![]).expect("built");
-        assert_eq!(found.headers[AUTHORIZATION], "Basic YUBiOmM6ZCs=");
+        let found = prepared("https://a%40b:c%3Ad+&e@hook.test/x", vec![], vec![]).expect("built");
+        assert_eq!(found.headers[AUTHORIZATION], "Basic YUBiOmM6ZCsmZQ==");
         assert_eq!(found.uri, "https://hook.test/x");
         let own = vec![("authorization".to_owned(), "Bearer t".to_owned())];
         assert_eq!(prepared("https://a:b@hook.test/x", vec![], own).expect("built").headers[AUTHORIZATION], "Bearer t");

@@ -7,6 +7,8 @@ use crate::clock::Timestamp;
 use crate::model::record::{Addressed, Headers, Offset, Partition, Record};
 
 const ABSENT: u32 = u32::MAX;
+/// A record that is less than one part of this many of its batch does not share the batch's memory.
+const MAX_SHARED_PARTS: usize = 4;
 
 pub fn encode(records: &[Addressed], at: Timestamp) -> Vec<u8> {
     let mut out = Vec::with_capacity(16 + records.iter().map(Addressed::size).sum::<usize>());
@@ -28,25 +30,52 @@ pub fn encode_sparse(records: &[Record], first: Offset) -> Vec<u8> {
     out
 }
 
-/// Reads a batch; `None` where the bytes are not one.
+/// Reads a batch; `None` where the bytes are not one. A record that is a small part of its batch has memory of its own: it may be
+/// kept for hours, and must not keep the whole batch.
 pub fn decode(body: Vec<u8>, partition: Partition, first: Offset) -> Option<Vec<Record>> {
     let mut body = Bytes::from(body);
+    let all = body.len();
     let count = body.try_get_u32_le().ok()?;
     let mut records = Vec::with_capacity(count.min(100_000) as usize);
     for _ in 0..count {
-        let distance = body.try_get_u32_le().ok()?;
-        let timestamp = Timestamp::from_micros(body.try_get_i64_le().ok()?);
-        let key = take(&mut body)?;
-        let value = take(&mut body)?;
+        let mut own = body.split_to(record_len(&body)?);
+        if own.len() * MAX_SHARED_PARTS < all {
+            own = Bytes::copy_from_slice(&own);
+        }
+        let distance = own.try_get_u32_le().ok()?;
+        let timestamp = Timestamp::from_micros(own.try_get_i64_le().ok()?);
+        let key = take(&mut own)?;
+        let value = take(&mut own)?;
         let mut headers = Headers::new();
-        for _ in 0..body.try_get_u32_le().ok()? {
-            let name = String::from_utf8(take(&mut body)??.to_vec()).ok()?;
-            headers.push(name, take(&mut body)??);
+        for _ in 0..own.try_get_u32_le().ok()? {
+            let name = String::from_utf8(take(&mut own)??.to_vec()).ok()?;
+            headers.push(name, take(&mut own)??);
         }
         let offset = Offset::new(first.raw() + u128::from(distance));
         records.push(Record { partition, offset, timestamp, key, value, headers });
     }
     Some(records)
+}
+
+/// How many bytes the first record has; `None` where they are not all there.
+fn record_len(body: &[u8]) -> Option<usize> {
+    let mut rest = body;
+    rest.try_get_u32_le().ok()?;
+    rest.try_get_i64_le().ok()?;
+    skip(&mut rest)?;
+    skip(&mut rest)?;
+    for _ in 0..rest.try_get_u32_le().ok()? {
+        skip(&mut rest)?;
+        skip(&mut rest)?;
+    }
+    Some(body.len() - rest.len())
+}
+
+fn skip(rest: &mut &[u8]) -> Option<()> {
+    match rest.try_get_u32_le().ok()? {
+        ABSENT => Some(()),
+        length => rest.split_off(..length as usize).map(drop),
+    }
 }
 
 fn put_record(
@@ -116,5 +145,23 @@ mod tests {
         for cut in 0..body.len() {
             assert!(decode(body[..cut].to_vec(), Partition(2), Offset::new(0)).is_none(), "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn a_record_that_is_kept_does_not_keep_its_batch() {
+        let record = |size: usize| Addressed {
+            topic: Topic::EVENTS,
+            partition: Partition(0),
+            key: None,
+            value: Some(vec![7; size].into()),
+            headers: Headers::new(),
+        };
+        let body = encode(&[record(1_000), record(100), record(40_000)], Timestamp::default());
+        let batch = body.as_ptr() as usize..body.as_ptr() as usize + body.len();
+        let read = decode(body, Partition(0), Offset::START).expect("readable");
+        let shares =
+            |record: &Record| record.value.as_ref().is_some_and(|value| batch.contains(&(value.as_ptr() as usize)));
+        assert_eq!(read.iter().map(shares).collect::<Vec<_>>(), [false, false, true]);
+        assert_eq!(read[1].value.as_deref(), Some(&[7; 100][..]));
     }
 }

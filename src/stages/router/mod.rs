@@ -1,8 +1,9 @@
 //! Sends deliveries to HTTP destinations. Order, retries and what happens after are the deliver runtime's; this is one attempt.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::control::Current;
 use crate::delivery::http::Client;
 use crate::delivery::verdict::Verdict;
@@ -13,6 +14,10 @@ use crate::model::outcome::Reason;
 use crate::model::record::Record;
 use crate::runtime::deliver::{Deliver, Rules};
 use crate::telemetry::metrics::metrics;
+
+/// A delivery to a destination that this process does not know is retried for this long after it was written: the processor's
+/// configuration may be newer than the router's.
+const UNKNOWN_DESTINATION_GRACE: Duration = Duration::from_secs(30);
 
 /// Gives the rules for a destination of this id and type.
 pub type Configured = Box<dyn Fn(&DestinationId, Option<&DestinationType>) -> Rules + Send + Sync>;
@@ -50,8 +55,7 @@ impl Router {
             None => return abort(Reason::Unreadable, "the record has no value".into()),
         };
         if self.workspace.get().destination(&delivery.destination).is_none() {
-            let message = format!("destination {} is not configured, or is switched off", delivery.destination);
-            return abort(Reason::DestinationGone, message);
+            return unknown_destination(&delivery.destination, record.timestamp, self.clock.now());
         }
         let Payload::Request(request) = &delivery.payload else {
             return abort(Reason::BadRequest, "the delivery holds no request".into());
@@ -66,5 +70,27 @@ impl Router {
             metrics().router_latency_seconds.with_label_values::<&str>(&[]).observe(latency.as_secs_f64());
         }
         verdict
+    }
+}
+
+/// What comes of a delivery that was written at `written_at` to a destination that is not in the configuration in force.
+fn unknown_destination(destination: &DestinationId, written_at: Timestamp, now: Timestamp) -> Verdict {
+    let message = format!("destination {destination} is not configured, or is switched off");
+    match now.since(written_at) < UNKNOWN_DESTINATION_GRACE {
+        true => Verdict::Retry { code: 0, message, not_before: None },
+        false => Verdict::Abort { reason: Reason::DestinationGone, code: 0, message },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_delivery_to_a_new_destination_waits_for_the_configuration() {
+        let written = Timestamp::from_millis(1_000_000);
+        let after = |time| unknown_destination(&"new".into(), written, written.plus(time));
+        assert!(matches!(after(Duration::from_secs(1)), Verdict::Retry { .. }));
+        assert!(matches!(after(UNKNOWN_DESTINATION_GRACE), Verdict::Abort { reason: Reason::DestinationGone, .. }));
     }
 }
