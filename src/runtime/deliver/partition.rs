@@ -8,7 +8,8 @@
 //! | `restored` | lanes and keys as the last owner left them |
 //! | `settle` | what came of an attempt: finished, held, aborted, drained |
 //! | `detach` | lanes that live reading does not feed: detaching, forgetting, attaching, shedding |
-//! | `scan` | cursors that bring back what is not in memory |
+//! | `cursors` | where each cursor is, and which lanes and keys it serves |
+//! | `scan` | giving cursors to lanes and keys, and what cursors bring |
 //! | `collect` | what a commit writes |
 //! | `lane` | the lanes, and whose turn it is |
 //! | `check` | the invariants of all of these, for tests and the simulation |
@@ -17,6 +18,7 @@
 mod check;
 mod collect;
 mod cover;
+mod cursors;
 mod detach;
 mod lane;
 mod restored;
@@ -50,10 +52,10 @@ use super::window::{Place, Window};
 use super::{Bounds, DeliverSettings, tell_waiting};
 use crate::runtime::planted::{Mistake, is_planted};
 
+use cursors::Cursors;
 use lane::Lanes;
-use scan::Cursors;
 
-pub use scan::CursorId;
+pub use cursors::CursorId;
 
 /// A key in memory without its records and its name: its state, its entry in the lane.
 const KEY_BYTES: usize = 500;

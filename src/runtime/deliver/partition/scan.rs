@@ -7,7 +7,7 @@
 //! The position of a member is the higher one of its own stored position and its cursor's; it is stored when the member leaves
 //! the cursor.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::clock::Timestamp;
@@ -15,10 +15,9 @@ use crate::model::record::{Offset, Record};
 
 use super::super::key::{Key, Rest};
 use super::super::window::Located;
+use super::cursors::{Cursor, CursorId, Seeker, Step};
 use super::{Activity, Alarm, KeyId, PartitionState, Reverse, Start, lane_of};
 use crate::runtime::planted::{Mistake, is_planted};
-
-pub type CursorId = u64;
 
 /// A lane is judged as slow after so long.
 const SLOW: Duration = Duration::from_secs(2);
@@ -30,158 +29,6 @@ const WAIT_EACH: Duration = Duration::from_micros(300);
 const WAIT_MOST: Duration = Duration::from_secs(30);
 /// Cursors that wait, and members without a cursor, are looked at this often.
 const LOOK: Duration = Duration::from_millis(200);
-
-#[derive(Debug, Default)]
-pub struct Cursors {
-    open: BTreeMap<CursorId, Cursor>,
-    last_id: CursorId,
-    /// One is read at a time, so that live reading keeps its half.
-    reading: Option<CursorId>,
-    /// Whose turn it was.
-    turn: CursorId,
-    closed: Vec<CursorId>,
-    /// Who may want a cursor.
-    asking: BTreeSet<Seeker>,
-    /// Who wants one and found none.
-    stuck: BTreeSet<Seeker>,
-    alarm_set: bool,
-}
-
-#[derive(Debug)]
-struct Cursor {
-    position: Offset,
-    lanes: BTreeSet<usize>,
-    keys: BTreeSet<KeyId>,
-    /// Lanes that have to end something before they take more.
-    full: BTreeSet<usize>,
-    /// What has been read and not been handed over: the rest of a stretch in which a lane became full.
-    ahead: Vec<Record>,
-}
-
-/// What a cursor does next.
-enum Step {
-    Read(CursorId, Offset),
-    HandOver(CursorId, Vec<Record>),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Seeker {
-    Lane(usize),
-    Key(KeyId),
-}
-
-impl Cursors {
-    pub fn ask_lane(&mut self, index: usize) {
-        self.asking.insert(Seeker::Lane(index));
-    }
-
-    /// It wants to go on, but not before others have had time to end something.
-    pub fn ask_lane_later(&mut self, index: usize) {
-        self.stuck.insert(Seeker::Lane(index));
-    }
-
-    pub fn ask_key_later(&mut self, id: &KeyId) {
-        self.stuck.insert(Seeker::Key(id.clone()));
-    }
-
-    pub fn ask_key(&mut self, id: &KeyId) {
-        self.asking.insert(Seeker::Key(id.clone()));
-    }
-
-    pub fn leave_key(&mut self, cursor: CursorId, id: &KeyId) {
-        if let Some(open) = self.open.get_mut(&cursor) {
-            open.keys.remove(id);
-        }
-        self.close_if_empty(cursor);
-    }
-
-    fn leave_lane(&mut self, cursor: CursorId, index: usize) {
-        if let Some(open) = self.open.get_mut(&cursor) {
-            open.lanes.remove(&index);
-            open.full.remove(&index);
-        }
-        self.close_if_empty(cursor);
-    }
-
-    fn close_if_empty(&mut self, cursor: CursorId) {
-        let is_empty = |open: &Cursor| open.lanes.is_empty() && open.keys.is_empty();
-        // One that is being read is closed when that has ended.
-        if self.reading != Some(cursor) && self.open.get(&cursor).is_some_and(is_empty) {
-            self.open.remove(&cursor);
-            self.closed.push(cursor);
-        }
-    }
-
-    /// A parked key is served by this cursor, or waits for one.
-    fn has_keys(&self, cursor: CursorId) -> bool {
-        let is_key = |seeker: &Seeker| matches!(seeker, Seeker::Key(_));
-        self.open.get(&cursor).is_some_and(|open| !open.keys.is_empty()) || self.stuck.iter().any(is_key)
-    }
-
-    fn position(&self, cursor: Option<CursorId>) -> Offset {
-        cursor.and_then(|cursor| self.open.get(&cursor)).map_or(Offset::START, |open| open.position)
-    }
-
-    pub fn count(&self) -> usize {
-        self.open.len()
-    }
-
-    /// The lane or key is served by this cursor; or, without one, it has asked for one or waits for one.
-    #[cfg(any(test, debug_assertions))]
-    pub fn knows_lane(&self, index: usize, cursor: Option<CursorId>) -> bool {
-        match cursor.map(|cursor| self.open.get(&cursor)) {
-            Some(open) => open.is_some_and(|open| open.lanes.contains(&index)),
-            None => self.asks(&Seeker::Lane(index)),
-        }
-    }
-
-    #[cfg(any(test, debug_assertions))]
-    pub fn knows_key(&self, id: &KeyId, cursor: Option<CursorId>) -> bool {
-        match cursor.map(|cursor| self.open.get(&cursor)) {
-            Some(open) => open.is_some_and(|open| open.keys.contains(id)),
-            None => self.asks(&Seeker::Key(id.clone())),
-        }
-    }
-
-    /// Where each cursor is, whom it serves, and how much of it waits.
-    #[cfg(test)]
-    pub fn summary(&self) -> String {
-        let open = self.open.iter().map(|(id, open)| {
-            format!("{id} {} {:?} {:?} {:?} {}", open.position, open.lanes, open.keys, open.full, open.ahead.len())
-        });
-        let open: Vec<String> = open.collect();
-        format!("{open:?} {:?} {} {:?} {:?}", self.reading, self.turn, self.asking, self.stuck)
-    }
-
-    #[cfg(any(test, debug_assertions))]
-    fn asks(&self, seeker: &Seeker) -> bool {
-        self.asking.contains(seeker) || self.stuck.contains(seeker)
-    }
-
-    /// Members of all cursors.
-    #[cfg(any(test, debug_assertions))]
-    pub fn members(&self) -> (usize, usize) {
-        let count = |open: &Cursor| (open.lanes.len(), open.keys.len());
-        self.open.values().map(count).fold((0, 0), |sum, count| (sum.0 + count.0, sum.1 + count.1))
-    }
-
-    /// The next one that has something to read before `frontier`, and whose members can all take more.
-    fn next(&mut self, frontier: Offset) -> Option<Step> {
-        if self.reading.is_some() {
-            return None;
-        }
-        let can = |(_, open): &(&CursorId, &Cursor)| open.full.is_empty() && open.position < frontier;
-        let behind = self.open.range(self.turn + 1..).find(can).map(|(id, _)| *id);
-        let id = behind.or_else(|| self.open.range(..=self.turn).find(can).map(|(id, _)| *id))?;
-        let open = self.open.get_mut(&id)?;
-        self.turn = id;
-        if !open.ahead.is_empty() {
-            return Some(Step::HandOver(id, std::mem::take(&mut open.ahead)));
-        }
-        self.reading = Some(id);
-        Some(Step::Read(id, open.position))
-    }
-}
 
 impl PartitionState {
     /// What is to be read, or closed, next.

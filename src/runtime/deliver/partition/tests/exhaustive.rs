@@ -33,8 +33,10 @@ enum Step {
     Crash,
 }
 
+type Is = fn(&Step) -> bool;
+
 /// How often a path may do what would make the search endless.
-const MOST: [(fn(&Step) -> bool, usize); 5] = [
+const MOST: [(Is, usize); 5] = [
     (|step| matches!(step, Step::Settle(_, false)), 2),
     (|step| matches!(step, Step::Squeeze), 1),
     (|step| matches!(step, Step::Wake), 2),
@@ -234,7 +236,7 @@ fn explore(keys: &[(usize, usize)], path: &mut Vec<Step>, depth: usize, seen: &m
     }
     let steps = here.enabled(path);
     if seen.insert(fingerprint, depth).is_none()
-        && fingerprint % REST_EVERY == 0
+        && fingerprint.is_multiple_of(REST_EVERY)
         && let Err(stuck) = here.rest()
     {
         panic!("{keys:?} {path:?}: {stuck}");
