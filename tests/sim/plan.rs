@@ -311,12 +311,12 @@ pub fn traces() -> Vec<(&'static str, Plan)> {
     ]
     .into_iter()
     .chain(more_traces())
+    .chain(traces_of_isolation())
     .chain(traces_of_repeats())
     .collect()
 }
 
 fn more_traces() -> Vec<(&'static str, Plan)> {
-    let isolated = |plan: Plan| Plan { isolation: Some(seconds(15)), ..plan };
     let two_hundred = (0..200).map(|_| Destination::new(Manner::Dead)).collect();
     vec![
         (
@@ -363,6 +363,13 @@ fn more_traces() -> Vec<(&'static str, Plan)> {
                 ..Plan::calm(vec![well(), Destination::new(Manner::Dead)], 500, seconds(150))
             },
         ),
+    ]
+}
+
+/// What one destination does delays no other.
+fn traces_of_isolation() -> Vec<(&'static str, Plan)> {
+    let isolated = |plan: Plan| Plan { isolation: Some(seconds(15)), ..plan };
+    vec![
         (
             "a 29-second destination taking all permits",
             isolated(Plan::calm(vec![well(), Destination::new(Manner::Slow(seconds(29)))], 500, seconds(60))),

@@ -227,19 +227,16 @@ fn small() -> Bounds {
 fn explore(keys: &[(usize, usize)], path: &mut Vec<Step>, depth: usize, seen: &mut HashMap<u128, usize>) {
     let mut here = Small::new(keys);
     path.iter().for_each(|step| here.take(*step));
-    if let Err(broken) = here.verify() {
-        panic!("{keys:?} {path:?}: {broken}\n{}", describe(&here.state));
-    }
+    let verified = here.verify();
+    assert!(verified.is_ok(), "{keys:?} {path:?}: {verified:?}\n{}", describe(&here.state));
     let fingerprint = here.fingerprint();
     if seen.get(&fingerprint).is_some_and(|left| *left >= depth) {
         return;
     }
     let steps = here.enabled(path);
-    if seen.insert(fingerprint, depth).is_none()
-        && fingerprint.is_multiple_of(REST_EVERY)
-        && let Err(stuck) = here.rest()
-    {
-        panic!("{keys:?} {path:?}: {stuck}");
+    if seen.insert(fingerprint, depth).is_none() && fingerprint.is_multiple_of(REST_EVERY) {
+        let rested = here.rest();
+        assert!(rested.is_ok(), "{keys:?} {path:?}: {rested:?}");
     }
     drop(here);
     if depth == 0 {

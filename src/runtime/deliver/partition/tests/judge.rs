@@ -51,9 +51,8 @@ impl World {
 
     /// The state in memory keeps its invariants, and covers each pending record once.
     pub(super) fn verify(&self, state: &PartitionState) {
-        if let Err(broken) = state.check() {
-            panic!("seed {}: {broken}; {}", self.seed, describe(state));
-        }
+        let checked = state.check();
+        assert!(checked.is_ok(), "seed {}: {checked:?}; {}", self.seed, describe(state));
     }
 
     /// What was committed covers each unfinished record once, and nothing else.
