@@ -390,7 +390,7 @@ fn traces_of_isolation() -> Vec<(&'static str, Plan)> {
             Plan {
                 isolation: Some(seconds(2)),
                 in_flight: 400,
-                bounds: Bounds { partition_bytes: 180_000, process_bytes: 200_000, ..near() },
+                bounds: Bounds { partition_bytes: 200_000, process_bytes: 200_000, ..near() },
                 ..Plan::calm(
                     std::iter::once(well())
                         .chain((0..60).map(|_| Destination::new(Manner::Slow(seconds(5)))))

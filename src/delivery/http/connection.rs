@@ -220,11 +220,9 @@ impl Write for Watched {
 mod tests {
     use super::*;
 
-    const SECOND: Duration = Duration::from_secs(1);
-
     fn wire() -> (Wire, Instant) {
         let wire = Wire::new(Clock::system());
-        let began = wire.opened + SECOND;
+        let began = wire.opened + Duration::from_secs(1);
         (wire, began)
     }
 

@@ -420,7 +420,7 @@ impl Key {
     /// The head's next attempt is due now.
     pub fn hurry(&mut self, now: Timestamp) {
         if let Some(failing) = &mut self.failing {
-            failing.next_try_at = now;
+            failing.next_try_at = failing.next_try_at.min(now);
         }
     }
 

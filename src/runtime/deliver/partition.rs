@@ -28,7 +28,7 @@ mod settle;
 mod tests;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -118,6 +118,10 @@ pub struct PartitionState {
     /// So many are being read, and where the last of them lies.
     fetching: usize,
     fetched_at: Offset,
+    /// Permits of requests whose record is read before: as many heads are in memory as requests may start.
+    reading: BTreeMap<Offset, Permit>,
+    /// Requests whose record has been read: they start next.
+    granted: VecDeque<(KeyId, Permit)>,
     drains: Vec<Drain>,
     /// Job runs whose waiting deliveries are to be tried now, until when: heads that are not in memory are read before.
     retried_runs: Vec<(String, Timestamp)>,
@@ -179,6 +183,8 @@ impl PartitionState {
             wanted: BTreeMap::new(),
             fetching: 0,
             fetched_at: Offset::START,
+            reading: BTreeMap::new(),
+            granted: VecDeque::new(),
             drains: restored.drains,
             retried_runs: Vec::new(),
             drain_later: false,
@@ -350,6 +356,13 @@ impl PartitionState {
         if !may_send {
             return None;
         }
+        while let Some((id, permit)) = self.granted.pop_front() {
+            let is_ready = self.lanes.key(&id).is_some_and(|key| key.activity() == Activity::Ready);
+            match if is_ready { self.take_batch(&id, now) } else { None } {
+                Some(records) => return Some(Start::Attempt { key: id, records, permit }),
+                None => permit.give_back(),
+            }
+        }
         loop {
             let (account, alarms) = (&self.account, &mut self.alarms);
             let next = self.lanes.next(now, account, |lane, at| alarms.push(Reverse((at, Alarm::Lane(lane)))));
@@ -359,8 +372,11 @@ impl PartitionState {
             };
             match self.take_batch(&id, now) {
                 Some(records) => return Some(Start::Attempt { key: id, records, permit }),
-                // Its record has to be read before: the permit is for somebody else.
-                None => permit.give_back(),
+                // Its record has to be read before, and the permit is kept for it.
+                None => match self.lanes.key(&id).and_then(Key::front).map(|front| front.offset) {
+                    Some(offset) => drop(self.reading.insert(offset, permit)),
+                    None => permit.give_back(),
+                },
             }
             if let Some(start) = self.next_reading(now) {
                 return Some(start);
@@ -416,6 +432,10 @@ impl PartitionState {
                 metrics().fetched.with_label_values::<&str>(&[]).inc();
                 return Some(Start::Fetch { offset, key: id });
             }
+            // The key does not want it any more.
+            if let Some(permit) = self.reading.remove(&offset) {
+                permit.give_back();
+            }
         }
         self.next_scan(now)
     }
@@ -431,6 +451,19 @@ impl PartitionState {
     /// A record that was to be read at `offset`; none where the log has deleted it.
     pub fn fetched(&mut self, id: &KeyId, offset: Offset, record: Option<Record>, now: Timestamp) {
         self.fetching -= 1;
+        let permit = self.reading.remove(&offset);
+        self.fill(id, offset, record, now);
+        let is_ready = self.lanes.key(id).is_some_and(|key| {
+            key.activity() == Activity::Ready && key.front().is_some_and(|front| front.offset == offset)
+        });
+        match permit {
+            Some(permit) if is_ready => self.granted.push_back((id.clone(), permit)),
+            Some(permit) => permit.give_back(),
+            None => {}
+        }
+    }
+
+    fn fill(&mut self, id: &KeyId, offset: Offset, record: Option<Record>, now: Timestamp) {
         let is_meant = |key: &&Key| {
             key.activity() == Activity::Fetching && key.front().is_some_and(|front| front.offset == offset)
         };
@@ -454,7 +487,7 @@ impl PartitionState {
             self.give_up_front(id, reason, now);
             return self.go_on(id, now);
         }
-        if self.is_retried_now(id, &record) {
+        if self.is_retried_now(id, &record, now) {
             self.change_key(id, |key| key.hurry(now));
         }
         // Before its next attempt it was read for a command that does not mean it.

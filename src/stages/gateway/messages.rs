@@ -10,7 +10,9 @@ use crate::model::json::{Object, check_depth, string_of};
 
 use super::identity;
 use super::publish::Along;
-use super::request::{MAX_BODY, MAX_EVENT, MAX_RECORD, MAX_RUN, MAX_STORED, MAX_TRACE, OVERHEAD, Refusal, weight};
+use super::request::{
+    MAX_BODY, MAX_EVENT, MAX_RECORD, MAX_RUN, MAX_STORED, MAX_TRACE, RECORD_OVERHEAD_BYTES, Refusal, weight,
+};
 
 /// Of an id that another edge names. It is in the record twice, and no control plane gives longer ones.
 const MAX_ID: usize = 512;
@@ -78,7 +80,7 @@ pub fn admit(workspace: &Workspace, body: &[u8]) -> Result<Vec<(Event, Along)>, 
     if messages.is_empty() {
         return Err(Refusal::NotAnEvent);
     }
-    if messages.len() > MAX_STORED / OVERHEAD {
+    if messages.len() > MAX_STORED / RECORD_OVERHEAD_BYTES {
         return Err(Refusal::TooLarge);
     }
     // As for the public routes: a record that the log does not take would come again for ever.

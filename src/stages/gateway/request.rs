@@ -24,7 +24,7 @@ pub const MAX_EVENT: usize = 1 << 20;
 /// any amount of memory.
 pub const MAX_STORED: usize = 16 << 20;
 /// What an event costs beside its payload and its ids.
-pub(super) const OVERHEAD: usize = 512;
+pub(super) const RECORD_OVERHEAD_BYTES: usize = 512;
 /// A record with everything that goes along: below what topics and clients take.
 pub(super) const MAX_RECORD: usize = 5_000_000;
 /// The name of a run. What is longer is none: it would stand in every event of the request.
@@ -187,7 +187,7 @@ fn judged<T>(
         return gather(&mut std::iter::once_with(|| request.take(&object)));
     }
     // A single event in place of the list counts as one.
-    let (object, parts) = Object::parse_list(text, "batch", MAX_STORED / OVERHEAD)?;
+    let (object, parts) = Object::parse_list(text, "batch", MAX_STORED / RECORD_OVERHEAD_BYTES)?;
     if parts.is_empty() {
         return Err(Refusal::EmptyBatch);
     }
@@ -203,7 +203,7 @@ pub fn write_key(call: Call, body: &[u8]) -> Option<String> {
     if let Call::Typed(_) = call {
         return of(&Object::parse(text).ok()?);
     }
-    let (object, events) = Object::parse_list(text, "batch", MAX_STORED / OVERHEAD).ok()?;
+    let (object, events) = Object::parse_list(text, "batch", MAX_STORED / RECORD_OVERHEAD_BYTES).ok()?;
     of(&object).or_else(|| events.first()?.as_ref().and_then(of))
 }
 
@@ -215,7 +215,7 @@ pub(super) fn weight(event: &Event) -> usize {
         + ids.iter().map(|id| id.len() * 2).sum::<usize>()
         + runs.sum::<usize>()
         + event.request_ip.len()
-        + OVERHEAD
+        + RECORD_OVERHEAD_BYTES
 }
 
 struct Request<'r> {

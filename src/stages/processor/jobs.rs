@@ -15,7 +15,7 @@ use crate::runtime::tally::{counts, key_of_event};
 /// What a row is told that the engine itself refused.
 const REFUSED: u16 = 400;
 /// The code of a row of a drained run, as in rudder-server.
-const DRAINED: u16 = 410;
+const DRAINED_STATUS_CODE: u16 = 410;
 
 /// Counts an event of a run: what became of it at the source, and what each destination gets to do.
 pub fn count(tally: &mut Tally, record: &Record, outcome: &Outcome) {
@@ -59,7 +59,7 @@ pub fn count_drained(tally: &mut Tally, record: &Record, workspace: &Workspace) 
             continue;
         }
         let mut counted = Counts::taken(1);
-        counted.add(Counts::failed(event.as_ref().and_then(record_id), DRAINED));
+        counted.add(Counts::failed(event.as_ref().and_then(record_id), DRAINED_STATUS_CODE));
         tally.add(JobKey { destination: Some(destination.id.clone()), ..key.clone() }, counted);
     }
 }

@@ -76,7 +76,7 @@ pub fn request(event: &Object<'_>, config: &Value, fields: EventFields) -> Resul
 pub fn check(config: &Value) -> Result<(), WebhookError> {
     method(config)?;
     let url = parse("webhookUrl", configured(config)?)?;
-    // A URL that `url` reads and the HTTP client does not, such as one with a placeholder for its host.
+    // The HTTP client refuses some URLs that `url` accepts, such as `https://{{host}}/`.
     match hyper::Uri::try_from(url.as_str()) {
         Ok(_) if !matches!(url.scheme(), "http" | "https") => {
             Err(WebhookError::Url { field: "webhookUrl", why: "its scheme is neither http nor https".to_owned() })

@@ -68,6 +68,7 @@ impl PartitionState {
                 .map_err(|error| format!("key {user}: {error}"))?;
         }
         let placed = |key: &Key| key.items().filter(|item| item.place.is_some()).count();
+        same("keys whose head fails", lane.failing, lane.keys.values().filter(|key| key.failing().is_some()).count())?;
         same("records in windows", lane.unfinished, lane.keys.values().map(placed).sum())?;
         let cost = |(user, key): (&std::sync::Arc<str>, &Key)| match key.is_held() {
             true => key.bytes(),

@@ -22,6 +22,8 @@ impl PartitionState {
         let before = std::mem::replace(&mut key.low, low);
         self.parked = self.parked + usize::from(is_parked) - usize::from(was_parked);
         self.failing = self.failing + usize::from(is_failing) - usize::from(was_failing);
+        let lane = self.lanes.at_mut(id.lane);
+        lane.failing = lane.failing + usize::from(is_failing) - usize::from(was_failing);
         self.move_low(before, low);
         if has_changed {
             self.changed = true;
@@ -44,6 +46,7 @@ impl PartitionState {
         self.move_low(None, key.low);
         self.parked += usize::from(key.rest() != Rest::None);
         self.failing += usize::from(key.failing().is_some());
+        self.lanes.at_mut(id.lane).failing += usize::from(key.failing().is_some());
         self.lanes.at_mut(id.lane).keys.insert(Arc::clone(&id.user), key);
     }
 

@@ -89,12 +89,6 @@ impl Cursors {
         }
     }
 
-    /// A parked key is served by this cursor, or waits for one.
-    pub fn has_keys(&self, cursor: CursorId) -> bool {
-        let is_key = |seeker: &Seeker| matches!(seeker, Seeker::Key(_));
-        self.open.get(&cursor).is_some_and(|open| !open.keys.is_empty()) || self.stuck.iter().any(is_key)
-    }
-
     pub fn position(&self, cursor: Option<CursorId>) -> Offset {
         cursor.and_then(|cursor| self.open.get(&cursor)).map_or(Offset::START, |open| open.position)
     }

@@ -49,14 +49,18 @@ impl PartitionState {
     /// A detached lane has to end something before it takes more.
     pub(super) fn is_lane_full(&self, index: usize) -> bool {
         let lane = self.lanes.at(index);
+        // While its destination has used up its memory for held keys, none of its other keys may start.
+        let may_start = !lane.destination.can_run() || lane.may_start(&self.account);
+        lane.detached.is_some() && (!may_start || self.is_full_of_records(index))
+    }
+
+    /// As [`Self::is_lane_full`], for the records of its held keys: these may start.
+    pub(super) fn is_full_of_records(&self, index: usize) -> bool {
+        let lane = self.lanes.at(index);
         let Some(detached) = &lane.detached else { return false };
         let Bounds { holes, window_records, .. } = self.settings.bounds;
         if !lane.destination.can_run() {
             return lane.keys.len() >= self.settings.bounds.probes;
-        }
-        if !self.account.may_hold(&lane.account) {
-            // None of its keys may start: its destination has used up its memory for held keys.
-            return true;
         }
         if self.is_short() && (lane.account.bytes() > 0 || self.in_flight > 0 || self.has_ready()) {
             // What came now would be shed again: other deliveries have to end first.
@@ -216,7 +220,9 @@ impl PartitionState {
             }
         }
         for index in &lanes {
-            if self.is_short() && !self.lanes.at(*index).destination.can_run() {
+            // The few records for probes are not worth reading again.
+            let is_down = !self.lanes.at(*index).destination.can_run();
+            if self.is_short() && is_down && self.lane_bytes(*index) > self.account.lane_floor() {
                 self.detach(*index, "down", now);
                 self.forget(*index);
             }
@@ -261,7 +267,7 @@ impl PartitionState {
     /// After something of a lane has ended, or its destination came back: it may take more, or be attached.
     pub(super) fn reconsider(&mut self, index: usize, now: Timestamp) {
         let mut is_full = self.is_lane_full(index);
-        if is_full && self.lanes.at(index).unfinished == 0 {
+        if self.is_full_of_records(index) && self.lanes.at(index).unfinished == 0 {
             // Users who fail must not keep the others out.
             self.shed_followers(index);
             is_full = self.is_lane_full(index);

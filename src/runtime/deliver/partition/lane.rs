@@ -48,6 +48,8 @@ pub struct LaneState {
     pub ledger: Ledger,
     /// Of its records and keys in memory.
     pub account: LaneAccount,
+    /// Keys whose head has failed.
+    pub failing: usize,
     /// Records in queues of keys that are not held: in the window, and in memory.
     pub unfinished: usize,
     pub detached: Option<Detached>,
@@ -105,6 +107,7 @@ impl Lanes {
             deficit: 0,
             ledger: Ledger::default(),
             account,
+            failing: 0,
             unfinished: 0,
             detached: None,
             recorded: false,
@@ -190,7 +193,7 @@ impl Lanes {
         while refused < self.turns.len() {
             let index = *self.turns.front()?;
             let lane = &mut self.all[index];
-            let Some((queue, cost)) = lane.next_ready(!memory.may_hold(&lane.account)) else {
+            let Some((queue, cost)) = lane.next_ready(!lane.may_start(memory)) else {
                 let waits = lane.ready.iter().any(|ready| !ready.is_empty());
                 self.leave_turn(index);
                 if waits {
@@ -240,6 +243,17 @@ impl Lanes {
 }
 
 impl LaneState {
+    /// Keys that are not held may start. Where none of its keys fails, the held ones may wait for the lane to come by: they must
+    /// not keep it from that.
+    pub fn may_start(&self, memory: &Account) -> bool {
+        self.failing == 0 || memory.may_hold(&self.account)
+    }
+
+    /// As [`Self::may_start`], and for many: it is worth reading for.
+    pub fn may_start_many(&self, memory: &Account) -> bool {
+        self.failing == 0 || memory.may_hold_many(&self.account)
+    }
+
     /// Which ready queue is next, and the weight of the record in front of it. Keys that were forgotten since are dropped.
     fn next_ready(&mut self, only_held: bool) -> Option<(usize, usize)> {
         for queue in [self.next_ready, 1 - self.next_ready] {

@@ -117,7 +117,7 @@ impl PartitionState {
             return false;
         }
         let draining = self.may_pass_full(index, self.lane_scan(index));
-        let may_start = !lane.destination.is_paused() && self.account.may_hold_many(&lane.account);
+        let may_start = !lane.destination.is_paused() && lane.may_start_many(&self.account);
         draining || (may_start && !self.is_lane_full(index))
     }
 
@@ -157,7 +157,7 @@ impl PartitionState {
                         detached.asked_at = None;
                     }
                     let lane = self.lanes.at(*index);
-                    let may_start = lane.destination.can_run() && self.account.may_hold_many(&lane.account);
+                    let may_start = lane.destination.can_run() && lane.may_start_many(&self.account);
                     if !is_seated && (self.is_short() || !may_start) {
                         // Nothing in this partition tells when that changes.
                         self.cursors.stuck.insert(seeker);
@@ -337,7 +337,9 @@ impl PartitionState {
             }
             if let Some(lane) = taker {
                 touched.insert(lane);
-                if self.is_lane_full(lane) && !self.may_pass_full(lane, behind) {
+                let is_member = self.lanes.at(lane).detached.as_ref().is_some_and(|it| it.cursor == Some(cursor));
+                let is_full = if is_member { self.is_lane_full(lane) } else { self.is_full_of_records(lane) };
+                if is_full && !self.may_pass_full(lane, behind) {
                     // What is left of the stretch would only have to be let go of again: it waits until there is room.
                     if let Some(open) = self.cursors.open.get_mut(&cursor) {
                         open.ahead = records.collect();
@@ -464,8 +466,7 @@ impl PartitionState {
         let is_full = is_full && !self.may_pass_full(index, self.lane_scan(index));
         let lane = self.lanes.at(index);
         // One whose destination has used up its memory for held keys waits for these, and they may need the cursor.
-        let waits_for_keys = || !self.account.may_hold(&lane.account) && self.cursors.has_keys(cursor);
-        if is_full && (!lane.destination.can_run() || waits_for_keys()) {
+        if is_full && (!lane.destination.can_run() || !lane.may_start(&self.account)) {
             self.leave_lane(index);
             return self.cursors.ask_lane_later(index);
         }

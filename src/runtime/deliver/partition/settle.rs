@@ -363,17 +363,18 @@ impl PartitionState {
             }
             for id in due {
                 self.change_key(&id, |key| key.hurry(now));
-                self.alarms.push(Reverse((now, Alarm::Key(id))));
+                let due = self.lanes.key(&id).and_then(Key::failing).map(|failing| failing.next_try_at);
+                self.alarms.push(Reverse((due.unwrap_or(now), Alarm::Key(id))));
             }
             unread.iter().for_each(|id| self.fetch_front(id));
         }
     }
 
     /// A command wants the job run of this record, whose head waits, to be tried now.
-    pub(super) fn is_retried_now(&self, id: &KeyId, record: &Record) -> bool {
+    pub(super) fn is_retried_now(&self, id: &KeyId, record: &Record, now: Timestamp) -> bool {
         let is_waiting = self.lanes.key(id).is_some_and(|key| key.failing().is_some());
         let run = record.headers.text(header::JOB_RUN);
-        is_waiting && self.retried_runs.iter().any(|(retried, _)| run == Some(retried.as_str()))
+        is_waiting && self.retried_runs.iter().any(|(retried, until)| *until > now && run == Some(retried.as_str()))
     }
 
     /// Ends the refused records at the front of a key that has nothing in flight; true where there was one.

@@ -19,7 +19,7 @@ use crate::delivery::verdict::Verdict;
 use crate::log::partitioner::{IsolateBy, Placement};
 use crate::log::{Assignment, Committed};
 use crate::model::codec;
-use crate::model::progress::{Head, Ledger, Progress, Target};
+use crate::model::progress::{Head, KeyProgress, Ledger, Progress, Target};
 use crate::model::record::Topic;
 use crate::runtime::deliver::backoff::RetryPolicy;
 use crate::runtime::deliver::restore::{Found, judge};
@@ -537,4 +537,52 @@ fn progress_that_does_not_fit_the_committed_offset_is_not_believed() {
         assert_eq!(state.live(), kept.offset, "{metadata:?}: reading goes on at the committed offset");
         assert_eq!(state.pending, 0, "{metadata:?}");
     }
+}
+
+/// A state of one destination with this many held users, none of whose records is in memory.
+fn unread(users: u128, requests: usize) -> PartitionState {
+    let lane = Lane { destination: "d0".into(), replay: None };
+    let held = |n: u128| KeyProgress {
+        lane: lane.clone(),
+        user: format!("u{n}").as_str().into(),
+        head: None,
+        followers: vec![Offset::new(n)],
+        parked: None,
+    };
+    let (base, settings) = (Offset::new(1_000), settings(Bounds::default()));
+    let restored = Restored { base, live: base, keys: (0..users).map(held).collect(), ..Restored::default() };
+    let placement = Placement { isolate_by: IsolateBy::None, spread: None, partitions: 1 };
+    let given = Given {
+        partition: Partition(0),
+        epoch: Epoch(1),
+        memory: Memory::new(&settings.bounds),
+        settings,
+        destinations: Destinations::new(requests, requests, placement),
+        rules: Arc::new(rules),
+        seed: 1,
+    };
+    PartitionState::new(given, restored, Timestamp::default())
+}
+
+#[test]
+fn heads_are_read_only_as_far_as_requests_may_start() {
+    let (now, mut state) = (Timestamp::default(), unread(100, 8));
+    let mut fetches = Vec::new();
+    while let Some(start) = state.next_start(now, true) {
+        match start {
+            Start::Fetch { key, offset } => fetches.push((key, offset)),
+            Start::Starved => break,
+            Start::Attempt { .. } | Start::Scan { .. } | Start::Close { .. } => {}
+        }
+    }
+    assert_eq!(fetches.len(), 4, "half of the requests that are free");
+    let mut records = World::new(0, Bounds::default()).log;
+    let mut started = 0;
+    for (key, offset) in fetches {
+        let record = Record { offset, ..records.pop().expect("a record") };
+        state.fetched(&key, offset, Some(record), now);
+        assert_eq!(state.check(), Ok(()));
+        started += usize::from(matches!(state.next_start(now, true), Some(Start::Attempt { .. })));
+    }
+    assert_eq!(started, 4, "each starts with the permit that it was read for");
 }

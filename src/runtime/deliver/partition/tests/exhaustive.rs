@@ -13,7 +13,7 @@ use super::*;
 use crate::runtime::deliver::memory::{Charge, LaneAccount};
 
 /// In CI: some seconds in a debug build.
-const DEPTH: usize = 5;
+const MAX_DEPTH: usize = 5;
 /// From one state in this many it is tried whether everything ends.
 const REST_EVERY: u128 = 64;
 
@@ -251,7 +251,7 @@ fn explore(keys: &[(usize, usize)], path: &mut Vec<Step>, depth: usize, seen: &m
 
 #[test]
 fn every_interleaving_of_a_few_inputs_keeps_the_invariants() {
-    let depth = std::env::var("EXHAUSTIVE_DEPTH").ok().and_then(|depth| depth.parse().ok()).unwrap_or(DEPTH);
+    let depth = std::env::var("EXHAUSTIVE_DEPTH").ok().and_then(|depth| depth.parse().ok()).unwrap_or(MAX_DEPTH);
     let layouts: [(&[(usize, usize)], usize); 3] = [
         // One user's hot queue has few interleavings, and its states lie deep.
         (&[(0, 0), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0)], depth + 3),
