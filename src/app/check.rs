@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::engine::edge;
 use super::engine::rules::request_from_event;
-use super::engine::{TOPICS_APPEAR, edge};
 use super::{drift, open, placement, retention};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config, Router};
@@ -12,7 +12,7 @@ use crate::control::workspace::{Source, Workspace};
 use crate::log::embedded::Access;
 use crate::log::partitioner::IsolateBy;
 use crate::log::topic::{TopicSpec, Topics};
-use crate::log::{Admin, Backend, LogError, TopicInfo};
+use crate::log::{Admin, Backend, LogError};
 use crate::model::codec::KnownSchema;
 use crate::model::record::Topic;
 use crate::transform::builtin::webhook;
@@ -317,13 +317,11 @@ async fn schemas(any: &open::AnyLog, topics: &Topics) -> Vec<Finding> {
 }
 
 async fn look<B: Backend>(log: &B, config: &Config, topics: &Topics, clock: &Clock) -> Result<Vec<Finding>, LogError> {
-    let is_whole = |there: &[TopicInfo]| topics.iter().all(|spec| there.iter().any(|info| info.topic == spec.topic()));
-    let until = clock.instant() + TOPICS_APPEAR;
-    let mut there = log.admin()?.topics().await?;
-    while config.log.backend.is_cluster() && !is_whole(&there) && clock.instant() < until {
-        clock.sleep(Duration::from_millis(100)).await;
-        there = log.admin()?.topics().await?;
-    }
+    let admin = log.admin()?;
+    let there = match config.log.backend.is_cluster() {
+        true => drift::wait_for_topics(&admin, topics, clock).await?,
+        false => admin.topics().await?,
+    };
     let mut found = vec![Finding::ok("log", format!("answers, {} topics", there.len()))];
     let is_own = !config.log.backend.is_cluster();
     for compared in drift::compare(log, topics.iter()).await? {

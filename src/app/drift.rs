@@ -1,6 +1,9 @@
 //! Where a topic in the log is not as it is declared.
 
-use crate::log::topic::TopicSpec;
+use std::time::Duration;
+
+use crate::clock::Clock;
+use crate::log::topic::{TopicSpec, Topics};
 use crate::log::{Admin, Backend, LogError, TopicConfig, TopicInfo};
 
 /// A topic as declared, and as the log has it.
@@ -17,6 +20,26 @@ pub struct Difference {
     pub declared: String,
     /// What holds in the log; none where it says nothing.
     pub found: Option<String>,
+}
+
+/// A topic that was just created is not known to every broker at once.
+const TOPICS_TIMEOUT: Duration = Duration::from_secs(10);
+const TOPICS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The topics that the log has: as soon as all declared ones are among them, and after 10 seconds without those that are missing.
+///
+/// # Errors
+/// Where the log cannot be asked.
+pub async fn wait_for_topics(admin: &impl Admin, declared: &Topics, clock: &Clock) -> Result<Vec<TopicInfo>, LogError> {
+    let until = clock.instant() + TOPICS_TIMEOUT;
+    loop {
+        let found = admin.topics().await?;
+        let is_complete = declared.iter().all(|spec| found.iter().any(|info| info.topic == spec.topic()));
+        if is_complete || clock.instant() > until {
+            return Ok(found);
+        }
+        clock.sleep(TOPICS_INTERVAL).await;
+    }
 }
 
 /// Compares every declared topic with the log.

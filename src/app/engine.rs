@@ -12,7 +12,7 @@ use axum::Router as HttpRouter;
 use tokio::net::TcpListener;
 
 use super::serve::{Admittance, serve};
-use super::{job_status, open, placement, retention};
+use super::{drift, job_status, open, placement, retention};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::control::follow::{self, FollowError};
@@ -22,7 +22,7 @@ use crate::control::{Current, commands};
 use crate::delivery::http::{Client, ClientSettings, Guard};
 use crate::log::partitioner::Placement;
 use crate::log::topic::Topics;
-use crate::log::{Admin, Backend, Guarantee, LogError, Member, Session};
+use crate::log::{Backend, Guarantee, LogError, Member, Session};
 use crate::model::id::InstanceId;
 use crate::model::record::Topic;
 use crate::runtime::deliver::{Bounds, Deliver, DeliverSettings, DeliverWork, Destinations};
@@ -295,23 +295,13 @@ async fn answered<B, T>(parts: &Parts<B>, ask: impl AsyncFn() -> anyhow::Result<
     }
 }
 
-/// A topic that has just been created is not known to every broker at once.
-pub(super) const TOPICS_APPEAR: std::time::Duration = std::time::Duration::from_secs(5);
-
 type Placements = BTreeMap<Topic, Placement>;
 
 /// How each topic is placed, after a check that the log has the topics as declared.
 async fn placements<B: Backend>(parts: &Parts<B>) -> anyhow::Result<Placements> {
     let admin = parts.log.admin()?;
-    let until = parts.clock.instant() + TOPICS_APPEAR;
-    let found = loop {
-        let found = admin.topics().await.context("the log cannot be asked for its topics")?;
-        let is_complete = parts.topics.iter().all(|spec| found.iter().any(|info| info.topic == spec.topic()));
-        if is_complete || parts.clock.instant() > until {
-            break found;
-        }
-        parts.clock.sleep(std::time::Duration::from_millis(100)).await;
-    };
+    let found = drift::wait_for_topics(&admin, &parts.topics, &parts.clock).await;
+    let found = found.context("the log cannot be asked for its topics")?;
     let mut placements = Placements::new();
     for spec in parts.topics.iter() {
         let topic = spec.topic();

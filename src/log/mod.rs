@@ -247,7 +247,7 @@ pub trait Admin: Send + Sync + 'static {
 
     fn topic_config(&self, topic: &Topic) -> impl Future<Output = Result<TopicConfig, LogError>> + Send;
 
-    /// Creates a topic; one that exists is left as it is.
+    /// Creates a topic; one that exists is left as it is. Returns when each of its partitions can be written and read.
     fn create(&self, topic: &TopicSpec) -> impl Future<Output = Result<(), LogError>> + Send;
 
     /// Sets configuration entries of a topic that exists.

@@ -24,6 +24,8 @@ use super::membership::Described;
 use super::{convert, leaders};
 
 const CALL: Duration = Duration::from_secs(10);
+/// How long a new topic's partitions may be without a leader.
+const LEADERS_TIMEOUT: Duration = Duration::from_secs(60);
 /// A client has so much to tell between two calls, at most: two lines for each try to connect.
 const TOLD: usize = 100;
 
@@ -198,7 +200,9 @@ impl Admin for KafkaAdmin {
                 Err((topic, code)) => return Err(refused(&topic, code)),
             }
         }
-        Ok(())
+        self.ask(&self.0.committed, move |client| leaders::wait_for_all(client, &name, LEADERS_TIMEOUT))
+            .await?
+            .map_err(LogError::transient)
     }
 
     async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), LogError> {

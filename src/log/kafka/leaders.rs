@@ -3,11 +3,14 @@
 //! librdkafka finds the leader in what it knows of the topic. A partition that had none when it last looked, since its
 //! node had just died, is an unknown partition to it until it looks again by itself: five minutes later.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::topic_partition_list::TopicPartitionList;
+
+/// How often a topic that was just created is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Where a partition begins and ends.
 pub fn watermarks<C: ConsumerContext>(
@@ -27,6 +30,33 @@ pub fn offsets_for_times<C: ConsumerContext>(
     patience: Duration,
 ) -> Result<TopicPartitionList, KafkaError> {
     looking_again(client, topic, patience, || client.offsets_for_times(times.clone(), patience))
+}
+
+/// Waits until each partition of a topic has a leader. The broker that creates a topic answers before the brokers that
+/// will lead its partitions, or even its own listener, know of it.
+///
+/// The inner error says what still has none after `timeout`.
+pub fn wait_for_all<C: ConsumerContext>(
+    client: &BaseConsumer<C>,
+    topic: &str,
+    timeout: Duration,
+) -> Result<Result<(), String>, KafkaError> {
+    let until = Instant::now() + timeout;
+    loop {
+        let metadata = client.fetch_metadata(Some(topic), timeout)?;
+        let partitions = metadata.topics().iter().filter(|it| it.error().is_none()).flat_map(|it| it.partitions());
+        let (led, without): (Vec<_>, Vec<_>) = partitions.partition(|it| it.leader() >= 0);
+        if !led.is_empty() && without.is_empty() {
+            return Ok(Ok(()));
+        }
+        if Instant::now() > until {
+            let numbers: Vec<String> = without.iter().map(|it| it.id().to_string()).collect();
+            let which =
+                if numbers.is_empty() { "any partition".into() } else { format!("partition {}", numbers.join(", ")) };
+            return Ok(Err(format!("topic {topic} was created, but after {timeout:?} there is no leader of {which}")));
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
 }
 
 fn looking_again<T, C: ConsumerContext>(
@@ -53,6 +83,20 @@ mod tests {
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn a_topic_is_ready_when_each_partition_has_a_leader() {
+        let cluster = MockCluster::new(2).unwrap();
+        cluster.create_topic("t", 2, 1).unwrap();
+        cluster.partition_leader("t", 1, None).unwrap();
+        let client: BaseConsumer =
+            ClientConfig::new().set("bootstrap.servers", cluster.bootstrap_servers()).create().unwrap();
+        let refused = wait_for_all(&client, "t", Duration::from_millis(200)).unwrap().unwrap_err();
+        assert!(refused.ends_with("there is no leader of partition 1"), "{refused}");
+        let waits = std::thread::spawn(move || wait_for_all(&client, "t", PATIENCE).unwrap());
+        cluster.partition_leader("t", 1, Some(2)).unwrap();
+        assert_eq!(waits.join().unwrap(), Ok(()));
+    }
 
     #[test]
     fn a_partition_without_a_leader_is_known_again_as_soon_as_it_has_one() {
