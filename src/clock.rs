@@ -1,8 +1,13 @@
 //! Time, and the only door to it: every other module asks a [`Clock`], so that a test can stop or move it.
 //!
+//! The wall clock may be set, back or forward, at any moment. [`Clock::now`] is for what is stored, shown or compared with other
+//! machines' times; what waits or measures inside the process takes [`Clock::steady`], which never jumps.
+//!
 //! A [`Timestamp`] is a point on the wall in microseconds since 1970 UTC, as Avro's `timestamp-micros`.
 
 use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
@@ -40,6 +45,11 @@ impl Timestamp {
 
     pub fn minus(self, by: Duration) -> Timestamp {
         Timestamp(self.0.saturating_sub(i64::try_from(by.as_micros()).unwrap_or(i64::MAX)))
+    }
+
+    /// Moved by so many microseconds.
+    pub fn moved(self, micros: i64) -> Timestamp {
+        Timestamp(self.0.saturating_add(micros))
     }
 
     /// RFC 3339 in UTC with exactly three decimals (`2026-01-01T00:00:02.000Z`), as the SDKs' users expect.
@@ -93,8 +103,13 @@ enum Kind {
     Derived {
         wall: Timestamp,
         at: Instant,
+        /// By how many microseconds the wall clock has been set.
+        set: Arc<AtomicI64>,
     },
 }
+
+/// When the system's clock was first asked: the wall's time and [`Clock::uptime`] then.
+static BEGAN: OnceLock<(Timestamp, Duration)> = OnceLock::new();
 
 impl Clock {
     pub fn system() -> Self {
@@ -104,7 +119,27 @@ impl Clock {
     /// A clock that reads `wall` now and moves with tokio's time.
     #[allow(clippy::disallowed_methods, reason = "see now")]
     pub fn derived(wall: Timestamp) -> Self {
-        Self(Kind::Derived { wall, at: Instant::now() })
+        Self(Kind::Derived { wall, at: Instant::now(), set: Arc::default() })
+    }
+
+    /// Sets the wall clock of this derived clock and its clones by so many microseconds; the system's stays as it is.
+    pub fn set_wall(&self, by: i64) {
+        if let Kind::Derived { set, .. } = &self.0 {
+            set.fetch_add(by, Ordering::Relaxed);
+        }
+    }
+
+    /// What the wall clock would read if nobody had set it since the process began. It never goes back, never jumps, and goes
+    /// on while the machine is suspended.
+    pub fn steady(&self) -> Timestamp {
+        match &self.0 {
+            Kind::System => {
+                let uptime = self.uptime();
+                let (wall, began) = BEGAN.get_or_init(|| (self.now(), uptime));
+                wall.plus(uptime.saturating_sub(*began))
+            }
+            Kind::Derived { wall, at, .. } => wall.plus(at.elapsed()),
+        }
     }
 
     #[allow(clippy::disallowed_methods, reason = "this is the one place that reads the system's clock")]
@@ -114,7 +149,7 @@ impl Clock {
                 let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                 Timestamp(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
             }
-            Kind::Derived { wall, at } => wall.plus(at.elapsed()),
+            Kind::Derived { set, .. } => self.steady().moved(set.load(Ordering::Relaxed)),
         }
     }
 

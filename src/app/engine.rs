@@ -307,13 +307,24 @@ async fn placements<B: Backend>(parts: &Parts<B>) -> anyhow::Result<Placements> 
         let topic = spec.topic();
         match found.iter().find(|info| info.topic == topic) {
             None => bail!("there is no topic {topic}; create the topics with `laneway topics apply`"),
-            Some(info) if info.partitions != spec.partitions => bail!(
+            Some(info) if info.partitions < spec.partitions => bail!(
                 "topic {topic} has {} partitions and is declared with {}: users would move while their deliveries wait; \
                  declare what is there (topics.dir)",
                 info.partitions,
                 spec.partitions
             ),
-            Some(_) => drop(placements.insert(topic, spec.placement())),
+            Some(info) => {
+                if info.partitions > spec.partitions {
+                    tracing::error!(
+                        %topic,
+                        partitions = info.partitions,
+                        declared = spec.partitions,
+                        "the topic has more partitions than are declared; only those are written and read: whoever else writes \
+                         to it must keep to them"
+                    );
+                }
+                placements.insert(topic, spec.placement());
+            }
         }
     }
     placement::settle(&parts.log, &parts.topics, parts.break_order, parts.clock.now()).await?;
@@ -322,7 +333,9 @@ async fn placements<B: Backend>(parts: &Parts<B>) -> anyhow::Result<Placements> 
 
 fn settings<B>(parts: &Parts<B>, stage: Stage, topic: Topic) -> driver::Settings {
     let runtime = &parts.config.runtime;
+    let partitions = parts.topics.iter().find(|spec| spec.topic() == topic).map_or(0, |spec| spec.partitions);
     driver::Settings {
+        partitions,
         member: Member {
             group: stage.group(),
             instance: InstanceId::from(parts.instance.as_str()),

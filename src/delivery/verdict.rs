@@ -6,7 +6,7 @@ use crate::clock::Timestamp;
 use crate::model::outcome::Reason;
 
 /// `Retry-After` is believed up to here.
-const RETRY_AFTER_CAP: Duration = Duration::from_secs(3_600);
+pub const RETRY_AFTER_CAP: Duration = Duration::from_secs(3_600);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {

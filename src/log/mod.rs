@@ -106,6 +106,13 @@ pub struct Member {
     pub revoke_drain: Duration,
 }
 
+impl Member {
+    /// So long a revoked partition stays with its owner at most: the drain, and the commit that follows it.
+    pub fn release_timeout(&self) -> Duration {
+        self.revoke_drain + Duration::from_secs(5)
+    }
+}
+
 /// How much one `poll` may bring.
 #[derive(Clone, Copy, Debug)]
 pub struct Limit {
@@ -180,8 +187,14 @@ pub trait Session: Send + 'static {
 
 /// The half of a session that commits, so that it may be polled meanwhile.
 pub trait Committer: Send + 'static {
-    /// Makes outputs and positions visible as one. After [`LogError::Transient`] nothing of it is visible and it may be called
-    /// again, with other content too; a doubt about its fate is settled inside, or ends as [`LogError::Broken`].
+    /// Makes outputs and positions visible as one, where the log is [`Guarantee::ExactlyOnce`]: after [`LogError::Transient`]
+    /// nothing of it is visible, and a doubt about its fate is settled inside or ends as [`LogError::Broken`].
+    ///
+    /// Where it is not, outputs are visible before positions: after [`LogError::Transient`] any of the outputs may be, and the
+    /// next call writes them again. What reads such a topic knows them again by their ids (deliveries, events that were seen),
+    /// or is a state of which the last record counts (progress); dead letters and counts of job runs may lie there twice.
+    ///
+    /// In both cases it may be called again after that, with other content too.
     fn commit(&mut self, commit: Arc<Commit>) -> impl Future<Output = Result<(), LogError>> + Send;
 }
 

@@ -8,6 +8,8 @@
 mod lease;
 mod own;
 mod pending;
+#[cfg(test)]
+mod tests;
 mod watchdog;
 
 use std::future::Future;
@@ -65,12 +67,20 @@ pub struct Inbox {
 
 /// How a worker gets the driver's attention.
 #[derive(Default)]
-pub struct Bell(Notify);
+pub struct Bell {
+    wake: Notify,
+    full: Notify,
+}
 
 impl Bell {
     /// There is room again, or there are changes.
     pub fn ring(&self) {
-        self.0.notify_one();
+        self.wake.notify_one();
+    }
+
+    /// There is so much to commit that nothing more can be done before: the next commit is due at once.
+    pub fn ring_full(&self) {
+        self.full.notify_one();
     }
 }
 
@@ -83,6 +93,9 @@ pub trait Work: Send + Sync + 'static {
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub member: Member,
+    /// How many partitions of the input topic are declared. Others, which somebody has added by hand, are not served: nothing
+    /// that belongs to them (progress, placement) is there.
+    pub partitions: u32,
     /// Commits are at least so far apart.
     pub commit_interval: Duration,
     /// The stage's name in metrics and log lines.

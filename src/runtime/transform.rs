@@ -174,6 +174,9 @@ impl<B: Backend, T: Transform> Work for TransformWork<B, T> {
                 Some(chunk) = lane.chunks.next() => {
                     lane.add(chunk)?;
                     inbox.bell.ring();
+                    if lane.finished.bytes >= FINISHED_BYTES {
+                        inbox.bell.ring_full();
+                    }
                 }
                 // Kept while it waits: who asks anew goes to the end of the queue.
                 given = &mut turn, if wants_turn => {
@@ -529,6 +532,7 @@ mod tests {
             let is_over = Arc::new(std::sync::atomic::AtomicBool::new(false));
             let stage = Deadly { failures: failure_topic(), died: died.clone(), is_over: Arc::clone(&is_over) };
             let settings = driver::Settings {
+                partitions: 1,
                 member: Member {
                     group: "g".into(),
                     instance: "one".into(),

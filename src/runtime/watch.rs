@@ -197,6 +197,7 @@ mod tests {
         let seen = Arc::new(Seen::default());
         let shutdown = Shutdown::new(Duration::from_secs(5));
         let settings = Settings {
+            partitions: u32::MAX,
             member: Member {
                 group: "g".into(),
                 instance: "one".into(),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tracing::{debug, error, info, warn};
 
+use crate::model::outcome::Reason;
 use crate::model::record::{Offset, Partition, Topic};
 use crate::telemetry::metrics::metrics;
 
@@ -48,6 +49,15 @@ pub fn restored(stage: &str, partition: Partition, bytes: usize, held: usize, to
     metrics().restore_seconds.with_label_values(&[stage]).observe(took.as_secs_f64());
 }
 
+/// A partition that is not declared was assigned to this process: somebody has added it by hand.
+pub fn undeclared_partition(stage: &str, partition: Partition) {
+    error!(
+        stage,
+        partition = partition.0,
+        "the input topic has more partitions than are declared: this one is not read, and what is written there waits"
+    );
+}
+
 /// Progress does not fit the committed offset, so it is not used: somebody reset the offset or lost the topic.
 pub fn progress_missing(stage: &str, partition: Partition) {
     error!(
@@ -55,6 +65,16 @@ pub fn progress_missing(stage: &str, partition: Partition) {
         partition = partition.0,
         "progress does not belong to the committed offset; reading on from there, repeats are possible"
     );
+}
+
+/// The log has deleted deliveries before they were read: they end as aborted, without a dead letter.
+pub fn deliveries_deleted(partition: Partition, destination: &str, count: u64) {
+    error!(
+        partition = partition.0,
+        destination, count, "the log deleted deliveries before they were delivered; they count as aborted (retention)"
+    );
+    metrics().router_outcomes.with_label_values(&[destination, "aborted"]).inc_by(count);
+    metrics().router_aborted.with_label_values(&[destination, Reason::Retention.as_str()]).inc_by(count);
 }
 
 /// Behind the progress that the committed offset names lies some of a commit that does not count.

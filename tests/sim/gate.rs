@@ -27,12 +27,12 @@ impl Gate {
     }
 
     pub fn shut(&self, during: Duration) {
-        self.until.store(self.clock.now().plus(during).micros(), Ordering::Relaxed);
+        self.until.store(self.clock.steady().plus(during).micros(), Ordering::Relaxed);
     }
 
     async fn pass(&self) {
         let until = Timestamp::from_micros(self.until.load(Ordering::Relaxed));
-        let wait = until.since(self.clock.now());
+        let wait = until.since(self.clock.steady());
         if !wait.is_zero() {
             self.clock.sleep(wait).await;
         }

@@ -47,6 +47,8 @@ pub enum Fault {
     Drain { destination: usize },
     /// An admin pauses a destination for a while.
     Pause { destination: usize, during: Duration },
+    /// The wall clock of all processes is set by so many seconds.
+    SetClock { by: i64 },
 }
 
 #[derive(Clone, Debug)]
@@ -68,6 +70,8 @@ pub struct Plan {
     pub retry_window: Duration,
     /// For how long the log keeps a delivery; none: for longer than the run.
     pub retention: Option<Duration>,
+    /// The engine is away for longer than that: some deliveries are deleted before they are read.
+    pub deletes: bool,
     pub in_flight: usize,
     pub log: Faults,
     pub faults: Vec<(Duration, Fault)>,
@@ -149,13 +153,9 @@ impl Plan {
             gap: if random.random_bool(0.5) { 0.2 } else { 0.0 },
             late: chance(&mut random, 0.3),
         };
-        let count = if calm { 0 } else { random.random_range(0..9) };
-        let mut faults: Vec<(Duration, Fault)> = (0..count)
-            .map(|_| {
-                let at = trouble.mul_f64(random.random_range(0.02..0.95));
-                (at, fault(&mut random, processes, destinations.len()))
-            })
-            .collect();
+        let mut faults =
+            if calm { Vec::new() } else { random_faults(&mut random, trouble, processes, destinations.len()) };
+        faults.extend(clock_faults(seed, trouble));
         faults.sort_by_key(|(at, _)| *at);
         let (mut users, mut retry_window) = (random.random_range(3..30), Duration::from_secs(3_600));
         let mut deliveries = random.random_range(100..500);
@@ -179,6 +179,7 @@ impl Plan {
             users,
             retry_window,
             retention: None,
+            deletes: false,
             deliveries,
             repeats: repeats(seed),
             is_flowing: false,
@@ -205,6 +206,7 @@ impl Plan {
             users: 40,
             retry_window: Duration::from_secs(3_600),
             retention: None,
+            deletes: false,
             deliveries,
             repeats: 0.0,
             is_flowing: false,
@@ -226,6 +228,17 @@ fn repeats(seed: u64) -> f64 {
     if StdRng::seed_from_u64(seed ^ 0xD0B1E).random_bool(0.4) { 0.2 } else { 0.0 }
 }
 
+/// By chances of its own, as [`repeats`].
+fn clock_faults(seed: u64, trouble: Duration) -> Vec<(Duration, Fault)> {
+    let mut random = StdRng::seed_from_u64(seed ^ 0xC10C);
+    let count = if random.random_bool(0.3) { random.random_range(1..4) } else { 0 };
+    let mut one = || {
+        let at = trouble.mul_f64(random.random_range(0.02..0.95));
+        (at, Fault::SetClock { by: random.random_range(-7_200..10_800) })
+    };
+    (0..count).map(|_| one()).collect()
+}
+
 fn manner(random: &mut StdRng) -> Manner {
     match random.random_range(0..9) {
         0 | 1 => Manner::Well,
@@ -237,6 +250,17 @@ fn manner(random: &mut StdRng) -> Manner {
         7 => Manner::Refusing(random.random_range(5..50)),
         _ => Manner::Hanging,
     }
+}
+
+fn random_faults(
+    random: &mut StdRng,
+    trouble: Duration,
+    processes: usize,
+    destinations: usize,
+) -> Vec<(Duration, Fault)> {
+    let count = random.random_range(0..9);
+    let mut one = || (trouble.mul_f64(random.random_range(0.02..0.95)), fault(random, processes, destinations));
+    (0..count).map(|_| one()).collect()
 }
 
 fn fault(random: &mut StdRng, processes: usize, destinations: usize) -> Fault {
@@ -313,6 +337,7 @@ pub fn traces() -> Vec<(&'static str, Plan)> {
     .chain(more_traces())
     .chain(traces_of_isolation())
     .chain(traces_of_repeats())
+    .chain(traces_of_time())
     .collect()
 }
 
@@ -361,6 +386,15 @@ fn more_traces() -> Vec<(&'static str, Plan)> {
                 retention: Some(seconds(120)),
                 faults: vec![crash(140, 0, 1), crash(170, 0, 1)],
                 ..Plan::calm(vec![well(), Destination::new(Manner::Dead)], 500, seconds(150))
+            },
+        ),
+        (
+            "what the log deleted while no owner was there",
+            Plan {
+                retention: Some(seconds(60)),
+                deletes: true,
+                faults: vec![crash(50, 0, 200)],
+                ..Plan::calm(vec![well(), Destination::new(Manner::Dead)], 500, seconds(40))
             },
         ),
     ]
@@ -445,6 +479,38 @@ fn traces_of_repeats() -> Vec<(&'static str, Plan)> {
                     )
                     .collect(),
                 ..Plan::calm(vec![well(), well()], 400, seconds(30))
+            },
+        ),
+    ]
+}
+
+/// The wall clock is set while the engine runs.
+fn traces_of_time() -> Vec<(&'static str, Plan)> {
+    let limited = || Destination { rate: Some(20.0), ..well() };
+    vec![
+        (
+            "the wall clock set back by an hour, with rate limits, retries and an open breaker",
+            Plan {
+                isolation: Some(seconds(15)),
+                faults: (1..6).map(|n| (seconds(n * 9), Fault::SetClock { by: -3_600 })).collect(),
+                ..Plan::calm(
+                    vec![limited(), Destination::new(Manner::FailingUsers(30)), Destination::new(Manner::Dead)],
+                    500,
+                    seconds(60),
+                )
+            },
+        ),
+        (
+            "the wall clock set forward by three hours while requests are under way",
+            Plan {
+                isolation: Some(seconds(15)),
+                retry_window: seconds(3_600),
+                faults: (1..6).map(|n| (seconds(n * 9), Fault::SetClock { by: 10_800 })).collect(),
+                ..Plan::calm(
+                    vec![limited(), Destination::new(Manner::Flaky(40)), Destination::new(Manner::Hanging)],
+                    500,
+                    seconds(60),
+                )
             },
         ),
     ]

@@ -62,7 +62,7 @@ pub struct World {
 
 impl World {
     pub fn new(plan: Plan, clock: Clock) -> Arc<Self> {
-        let (start, random) = (clock.now(), Mutex::new(StdRng::seed_from_u64(plan.seed ^ 0x5EED)));
+        let (start, random) = (clock.steady(), Mutex::new(StdRng::seed_from_u64(plan.seed ^ 0x5EED)));
         Arc::new(Self { plan, clock, start, read: Arc::default(), seen: Mutex::default(), random })
     }
 
@@ -71,7 +71,7 @@ impl World {
     }
 
     fn elapsed(&self) -> Duration {
-        self.clock.now().since(self.start)
+        self.clock.steady().since(self.start)
     }
 
     fn chance(&self, of_hundred: u32) -> bool {
@@ -94,7 +94,7 @@ impl World {
 
     /// A request begins: whoever is sent has every predecessor of its key behind it, or before it in the same request.
     fn note_sent(&self, records: &[Arc<Record>]) {
-        let now = self.clock.now();
+        let now = self.clock.steady();
         let mut seen = self.seen();
         let together: BTreeSet<At> = records.iter().map(|record| (record.partition, record.offset)).collect();
         for record in records {
@@ -181,7 +181,7 @@ impl Deliver for Stage {
                 break;
             }
             let at = (record.partition, record.offset);
-            world.seen().finals.entry(at).or_default().push(world.clock.now());
+            world.seen().finals.entry(at).or_default().push(world.clock.steady());
         }
         verdicts
     }

@@ -379,8 +379,10 @@ impl Reading {
         }
     }
 
-    /// A position outside the log: what lay there was deleted before it was read. An alarm; reading goes on at the earliest
-    /// record, never silently at the end. The client has stopped fetching the partition, so it is assigned anew.
+    /// A position outside the log. Below its start: what lay there was deleted before it was read. Above its end: the log has lost
+    /// what was read, or the topic was created anew. An alarm; reading goes on at the earliest record, never silently at the
+    /// end, since records that nobody has read may lie before it. The client has stopped fetching the partition, so it is
+    /// assigned anew.
     fn resume_at_earliest(&mut self, consumer: &BaseConsumer<Rebalances>, context: &Rebalances) {
         if !self.outside {
             return;
@@ -403,7 +405,20 @@ impl Reading {
             if at >= low && at <= high {
                 continue;
             }
-            tracing::error!(topic, partition = number, at, low, "records were deleted before they were read");
+            match at < low {
+                true => {
+                    tracing::error!(topic, partition = number, at, low, "records were deleted before they were read")
+                }
+                false => tracing::error!(
+                    topic,
+                    partition = number,
+                    at,
+                    high,
+                    low,
+                    "the log ends before the position: it has lost records, or the topic was created anew; what is there is \
+                     read from its start, and may be done again"
+                ),
+            }
             let partition = Partition(number.max(0) as u32);
             unclear |= self.reassign(consumer, context, partition, RawOffset::Offset(low)).is_err();
         }

@@ -1,5 +1,8 @@
 //! Between librdkafka's types and ours, and what its errors mean for the caller.
 
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
 use bytes::Bytes;
 use rdkafka::Message;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
@@ -7,8 +10,9 @@ use rdkafka::message::{BorrowedMessage, Header, Headers as _, OwnedHeaders};
 use rdkafka::producer::BaseRecord;
 use rdkafka::topic_partition_list::Offset as RawOffset;
 use rdkafka::util::IntoOpaque;
+use tokio::time::Instant;
 
-use crate::clock::Timestamp;
+use crate::clock::{Clock, Timestamp};
 use crate::log::{LogError, Misconfigured};
 use crate::model::record::{Addressed, Headers, Offset, Partition, Record, Topic, header};
 use crate::telemetry::seldom;
@@ -105,6 +109,7 @@ pub fn error(error: KafkaError) -> LogError {
         return LogError::fatal(Misconfigured(format!("log.kafka.properties: {description}")));
     }
     match code {
+        Some(Code::Authentication) if has_handshake_broken() => LogError::transient(error),
         Some(code) if is_refusal(code) => LogError::fatal(format!("the broker refuses us: {error}")),
         Some(Code::FencedInstanceId | Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch) => {
             LogError::fenced(error)
@@ -132,8 +137,27 @@ fn is_refusal(code: Code) -> bool {
     )
 }
 
+/// A client says that a handshake broke before it says what came of that, which is an authentication failure as well.
+static HANDSHAKE_BROKE_AT: Mutex<Option<Instant>> = Mutex::new(None);
+const HANDSHAKE_TOLD: Duration = Duration::from_secs(10);
+
+fn has_handshake_broken() -> bool {
+    let broke_at = *HANDSHAKE_BROKE_AT.lock().unwrap_or_else(PoisonError::into_inner);
+    broke_at.is_some_and(|at| at.elapsed() < HANDSHAKE_TOLD)
+}
+
+/// librdkafka calls it an authentication failure too where the connection broke, or no answer came, during the handshake: nobody has
+/// refused anything.
+fn is_broken_handshake(error: &KafkaError, reason: &str) -> bool {
+    error.rdkafka_error_code() == Some(Code::Authentication)
+        && ["Local: Broker transport failure", "Local: Timed out"].iter().any(|cause| reason.contains(cause))
+}
+
 /// What a client says of itself beside its answers.
 pub fn told(client: &'static str, error: &KafkaError, reason: &str) {
+    if is_broken_handshake(error, reason) {
+        *HANDSHAKE_BROKE_AT.lock().unwrap_or_else(PoisonError::into_inner) = Some(Clock::system().instant());
+    }
     if let Some(left_out) = seldom::due(client, &error.to_string()) {
         tracing::warn!(%error, reason, left_out, "{client}");
     }
@@ -152,5 +176,24 @@ pub fn log(level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &st
         Some(left_out) if is_error => tracing::error!(facility, left_out, "{message}"),
         Some(left_out) => tracing::warn!(facility, left_out, "{message}"),
         None => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_that_breaks_during_the_handshake_is_no_refusal() {
+        let failed = || KafkaError::Global(Code::Authentication);
+        let consumed = || KafkaError::MessageConsumption(Code::Authentication);
+        let refused = "SASL authentication error: Authentication failed due to invalid credentials";
+        told("test", &failed(), refused);
+        assert!(matches!(error(consumed()), LogError::Fatal(_)));
+        let broken =
+            "mechanism handshake failed: Local: Broker transport failure: broker's supported mechanisms: (n/a)";
+        told("test", &failed(), broken);
+        assert!(matches!(error(consumed()), LogError::Transient(_)));
+        assert!(!is_broken_handshake(&KafkaError::Global(Code::BrokerTransportFailure), broken));
     }
 }

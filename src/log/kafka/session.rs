@@ -62,8 +62,7 @@ impl KafkaSession {
         let (orders, orders_in) = channel();
         let owned = Owned::default();
         let topic = config.topic(&member.topic);
-        // Beyond the drain there must be time for the commit that follows it.
-        let wait = member.revoke_drain + Duration::from_secs(5);
+        let wait = member.release_timeout();
         let decided = config.observer(&member.group, "read_uncommitted");
         let tell = polled_in.downgrade();
         let context = Rebalances::new(topic.clone(), polled_in, Arc::clone(&owned), released_in, wait, decided);

@@ -241,6 +241,11 @@ impl Account {
         self.partition.is_short() || self.partition.process.is_short()
     }
 
+    /// The process's memory is short, though this partition's own is not.
+    pub fn has_others_short(&self) -> bool {
+        self.partition.process.is_short() && !self.partition.is_short()
+    }
+
     /// Live reading may take a batch. A partition that uses less than its share of half of the process's memory may always:
     /// the memory of another one must not shut it out.
     pub fn has_room(&self) -> bool {

@@ -45,7 +45,7 @@
 //! | 3 settlement | `partition/settle`, `backoff` |
 //! | 4 breaker | `breaker`, `destination` |
 //! | 5 shedding | `partition/detach` `shed` |
-//! | 6 heads that are not in memory | `partition` `fetched`, `reading` |
+//! | 6 heads that are not in memory | `partition/fetch`, `reading` |
 //! | 7 cursors, attaching | `partition/scan`, `partition/detach` |
 //! | 8 restore | `restore`, `partition` `new` |
 //! | 9 retention | `retention`, `partition/settle` `drain`; `app/retention` refuses topics |
@@ -174,9 +174,11 @@ impl<B: Backend, D: Deliver> Work for DeliverWork<B, D> {
             destinations: self.destinations.clone(),
             rules: Arc::new(move |id| stage.rules(id)),
             seed: self.settings.seed ^ (assignment.epoch.0 << 16) ^ u64::from(partition.0),
+            wall_offset: runner::wall_offset(&self.clock),
         };
-        let state = PartitionState::new(given, restored, self.clock.now());
-        let retention = Retention::new(partition, self.settings.retention, state.ended(), self.clock.now());
+        let now = self.clock.steady();
+        let state = PartitionState::new(given, restored, now);
+        let retention = Retention::new(partition, self.settings.retention, state.ended(), now);
         let (wanted, wishes) = mpsc::unbounded_channel();
         let (found_in, found) = mpsc::unbounded_channel();
         let (backend, topic, clock) = (self.backend.clone(), self.settings.input.clone(), self.clock.clone());
@@ -198,6 +200,8 @@ impl<B: Backend, D: Deliver> Work for DeliverWork<B, D> {
             lease,
             since,
             renew: false,
+            owed: false,
+            shed_at: now,
             known: std::collections::HashSet::new(),
             retention,
             #[cfg(debug_assertions)]

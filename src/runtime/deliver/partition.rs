@@ -6,6 +6,7 @@
 //! | `partition` | taking records in, starting deliveries |
 //! | `cover` | changes of keys: what covers their records, holding, parking |
 //! | `restored` | lanes and keys as the last owner left them |
+//! | `fetch` | heads that are not in memory are read before they are sent |
 //! | `settle` | what came of an attempt: finished, held, aborted, drained |
 //! | `detach` | lanes that live reading does not feed: detaching, forgetting, attaching, shedding |
 //! | `cursors` | where each cursor is, and which lanes and keys it serves |
@@ -20,6 +21,7 @@ mod collect;
 mod cover;
 mod cursors;
 mod detach;
+mod fetch;
 mod lane;
 mod restored;
 mod scan;
@@ -38,7 +40,6 @@ use rand::rngs::SmallRng;
 use crate::clock::Timestamp;
 use crate::model::id::DestinationId;
 use crate::model::job_status::Tally;
-use crate::model::outcome::Reason;
 use crate::model::progress::{Drain, Lane};
 use crate::model::record::{Addressed, Epoch, Headers, Offset, Partition, Record, header};
 use crate::telemetry::metrics::metrics;
@@ -56,6 +57,8 @@ use cursors::Cursors;
 use lane::Lanes;
 
 pub use cursors::CursorId;
+#[cfg(test)]
+pub(super) use tests::test_settings;
 
 /// A key in memory without its records and its name: its state, its entry in the lane.
 const KEY_BYTES: usize = 500;
@@ -145,6 +148,9 @@ pub struct PartitionState {
     collected_bytes: usize,
     waiting: Option<&'static str>,
     random: SmallRng,
+    /// The wall clock reads so many microseconds more than the steady one, on which everything here runs. What is stored or shown
+    /// has the wall clock's times.
+    wall_offset: i64,
     /// For the metrics.
     pending: u64,
     failing: usize,
@@ -161,11 +167,13 @@ pub struct Given {
     pub rules: Arc<dyn Fn(&DestinationId) -> Rules + Send + Sync>,
     /// Decides the jitter of retries.
     pub seed: u64,
+    /// By how many microseconds the wall clock is ahead of the steady one.
+    pub wall_offset: i64,
 }
 
 impl PartitionState {
     pub fn new(given: Given, restored: Restored, now: Timestamp) -> Self {
-        let Given { partition, epoch, settings, memory, destinations, rules, seed } = given;
+        let Given { partition, epoch, settings, memory, destinations, rules, seed, wall_offset } = given;
         destinations.own(partition, true);
         let runs = if is_planted(Mistake::ForgetRunsAtRestore) { Vec::new() } else { restored.runs };
         let mut state = Self {
@@ -202,6 +210,7 @@ impl PartitionState {
             collected_bytes: 0,
             waiting: None,
             random: SmallRng::seed_from_u64(seed),
+            wall_offset,
             pending: 0,
             failing: 0,
             parked: 0,
@@ -226,7 +235,23 @@ impl PartitionState {
         for key in restored.keys {
             state.restore_key(key, now);
         }
+        (0..state.lanes.len()).for_each(|index| state.count_deleted(index));
         state
+    }
+
+    /// The wall clock reads so many microseconds more than the steady one now.
+    pub fn set_wall_offset(&mut self, micros: i64) {
+        self.wall_offset = micros;
+    }
+
+    /// A steady time as the wall clock has it.
+    fn wall(&self, steady: Timestamp) -> Timestamp {
+        steady.moved(self.wall_offset)
+    }
+
+    /// A time of the wall clock as the steady one has it.
+    fn steady(&self, wall: Timestamp) -> Timestamp {
+        wall.moved(-self.wall_offset)
     }
 
     /// Where live reading goes on.
@@ -256,7 +281,10 @@ impl PartitionState {
         }
         if was_behind && self.window.live() >= self.taken_until {
             // Lanes and keys that waited for this may go on.
-            (0..self.lanes.len()).for_each(|index| self.ask_all(index));
+            (0..self.lanes.len()).for_each(|index| {
+                self.ask_all(index);
+                self.count_deleted(index);
+            });
         }
         self.shed(now);
     }
@@ -416,87 +444,6 @@ impl PartitionState {
         Some(records)
     }
 
-    /// The record of the front is to be read.
-    pub(super) fn fetch_front(&mut self, id: &KeyId) {
-        let Some(front) = self.lanes.key(id).and_then(|key| key.front()).map(|front| front.offset) else { return };
-        self.change_key(id, Key::fetch);
-        self.wanted.insert(front, id.clone());
-    }
-
-    fn next_reading(&mut self, now: Timestamp) -> Option<Start> {
-        let may_fetch = self.fetching < self.settings.bounds.fetches && (self.fetching == 0 || !self.is_short());
-        while may_fetch && let Some((offset, id)) = self.next_wanted() {
-            let front = self.lanes.key(&id).filter(|key| key.activity() == Activity::Fetching);
-            if front.and_then(Key::front).is_some_and(|front| front.offset == offset) {
-                self.fetching += 1;
-                metrics().fetched.with_label_values::<&str>(&[]).inc();
-                return Some(Start::Fetch { offset, key: id });
-            }
-            // The key does not want it any more.
-            if let Some(permit) = self.reading.remove(&offset) {
-                permit.give_back();
-            }
-        }
-        self.next_scan(now)
-    }
-
-    /// Single records are read in the order of the log, again and again from its beginning: neighbours with one look.
-    fn next_wanted(&mut self) -> Option<(Offset, KeyId)> {
-        let ahead = self.wanted.range(self.fetched_at..).next();
-        let offset = *ahead.or_else(|| self.wanted.first_key_value())?.0;
-        self.fetched_at = offset;
-        self.wanted.remove_entry(&offset)
-    }
-
-    /// A record that was to be read at `offset`; none where the log has deleted it.
-    pub fn fetched(&mut self, id: &KeyId, offset: Offset, record: Option<Record>, now: Timestamp) {
-        self.fetching -= 1;
-        let permit = self.reading.remove(&offset);
-        self.fill(id, offset, record, now);
-        let is_ready = self.lanes.key(id).is_some_and(|key| {
-            key.activity() == Activity::Ready && key.front().is_some_and(|front| front.offset == offset)
-        });
-        match permit {
-            Some(permit) if is_ready => self.granted.push_back((id.clone(), permit)),
-            Some(permit) => permit.give_back(),
-            None => {}
-        }
-    }
-
-    fn fill(&mut self, id: &KeyId, offset: Offset, record: Option<Record>, now: Timestamp) {
-        let is_meant = |key: &&Key| {
-            key.activity() == Activity::Fetching && key.front().is_some_and(|front| front.offset == offset)
-        };
-        if self.lanes.key(id).filter(is_meant).is_none() {
-            return;
-        }
-        let Some(record) = record else {
-            self.change_key(id, Key::rest_idle);
-            let message = "the log had deleted it before it could be delivered".to_owned();
-            self.abort(id, Reason::Retention, 0, message, now);
-            return self.go_on(id, now);
-        };
-        let charge = self.lanes.at(id.lane).account.charge(record.weight());
-        let record = Arc::new(record);
-        let front = Arc::clone(&record);
-        self.change_key(id, |key| {
-            key.rest_idle();
-            key.fill_front(front, charge);
-        });
-        if let Some(reason) = self.refusal(id, &record) {
-            self.give_up_front(id, reason, now);
-            return self.go_on(id, now);
-        }
-        if self.is_retried_now(id, &record, now) {
-            self.change_key(id, |key| key.hurry(now));
-        }
-        // Before its next attempt it was read for a command that does not mean it.
-        match self.change_key(id, |key| key.wait_on(now)).flatten() {
-            Some(at) => self.alarms.push(Reverse((at, Alarm::Key(id.clone())))),
-            None => self.lanes.push(id, true),
-        }
-    }
-
     /// The lowest unfinished record that has been taken, with how many are pending.
     pub fn oldest(&self) -> Option<(Offset, u64)> {
         let lowest = self.lowest_unfinished();
@@ -537,6 +484,11 @@ impl PartitionState {
                 Alarm::Seats => self.look_again(now),
             }
         }
+    }
+
+    /// Other partitions of the process need memory.
+    pub fn has_others_short(&self) -> bool {
+        self.account.has_others_short()
     }
 
     /// Whether more may be taken from live reading; tells when that changes.

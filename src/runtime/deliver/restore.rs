@@ -229,8 +229,21 @@ pub(super) fn judge(found: Found, assignment: &Assignment, settings: &DeliverSet
     if committed.is_some() || stored.is_some() {
         events::progress_missing(settings.stage, partition);
     }
-    let corrections = records.into_keys().map(|key| (key, None)).collect();
-    Ok(Restored { base: from, live: from, seq: highest, corrections, ..Restored::default() })
+    let (mut corrections, mut ledgers) = (Vec::new(), Vec::new());
+    for (key, value) in records {
+        // What has ended stays counted. What was pending is read, and counted as taken, anew.
+        let kept = match codec::decode::<Progress>(&value) {
+            // Without a committed offset it is of a commit that does not count.
+            Ok(Progress::Ledger(lane, ledger)) if committed.is_some() => {
+                Some((lane, Ledger { taken: ledger.ended(), open_since: None, ..ledger }))
+            }
+            Ok(_) | Err(_) => None,
+        };
+        let value = kept.as_ref().map(|(lane, ledger)| codec::encode(&Progress::Ledger(lane.clone(), *ledger)).into());
+        corrections.push((key, value));
+        ledgers.extend(kept);
+    }
+    Ok(Restored { base: from, live: from, seq: highest, corrections, ledgers, ..Restored::default() })
 }
 
 fn believe(
@@ -280,5 +293,25 @@ mod tests {
         let place = Some(Offset::of_entry(1, 2, 3));
         assert_eq!(note(9, &Note::text(4, place)).floor, place);
         assert_eq!(note(9, "x"), Note::default());
+    }
+
+    #[test]
+    fn ledgers_outlive_progress_that_is_missing() {
+        let lane = Lane { destination: "d".into(), replay: None };
+        let ledger = Ledger { taken: 9, delivered: 5, aborted: 1, ..Ledger::default() };
+        let key = Bytes::from(ProgressKey::Ledger(&lane).encode(Partition(0)));
+        let restored = |committed: Option<Committed>| {
+            let assignment = Assignment { partition: Partition(0), epoch: crate::model::record::Epoch(1), committed };
+            let mut found = Found::new(&assignment);
+            found.take(key.clone(), Some(codec::encode(&Progress::Ledger(lane.clone(), ledger)).into()));
+            judge(found, &assignment, &super::super::partition::test_settings()).expect("readable")
+        };
+        let reset = restored(Some(Committed { offset: Offset::new(40), metadata: String::new() }));
+        let kept = Ledger { taken: 6, ..ledger };
+        assert_eq!((reset.live, reset.ledgers), (Offset::new(40), vec![(lane.clone(), kept)]));
+        let written = codec::encode(&Progress::Ledger(lane.clone(), kept)).into();
+        assert_eq!(reset.corrections, [(key.clone(), Some(written))]);
+        let never = restored(None);
+        assert_eq!((never.ledgers, never.corrections), (Vec::new(), vec![(key.clone(), None)]));
     }
 }

@@ -9,6 +9,7 @@ use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
+use crate::clock::{Clock, Timestamp};
 use crate::control::commands::{Current, RETRY_LIFE};
 use crate::delivery::verdict::Verdict;
 use crate::log::{Backend, LogError};
@@ -23,6 +24,13 @@ use super::partition::{KeyId, PartitionState, Start};
 use super::reading::{Found, Wanted};
 use super::retention::Retention;
 use super::{Deliver, DeliverWork, retention};
+
+/// A partition sheds so often while the process's memory is short, however busy it is: others need that memory. It does not for
+/// its own shortness, or it would forget what it has just read and is about to send.
+const SHED_INTERVAL: Duration = Duration::from_secs(1);
+/// A partition without room, in which nothing happens for so long, looks whether there is some: room that another partition makes
+/// rings nobody here.
+const ROOM_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What a request came to.
 pub type Attempt = (KeyId, Vec<Verdict>, Permit);
@@ -43,6 +51,10 @@ pub struct Runner<B: Backend, D> {
     pub since: Duration,
     /// Something could start, but the lease has to be renewed before.
     pub renew: bool,
+    /// So much waits for a commit that nothing goes on before.
+    pub owed: bool,
+    /// When it looks whether it has to shed for other partitions.
+    pub shed_at: Timestamp,
     /// Commands that have been taken up.
     pub known: HashSet<String>,
     pub retention: Retention,
@@ -60,18 +72,24 @@ pub struct Sources {
     pub commands: Current,
 }
 
+/// By how many microseconds the wall clock is ahead of the steady one.
+pub fn wall_offset(clock: &Clock) -> i64 {
+    clock.now().micros() - clock.steady().micros()
+}
+
 impl<B: Backend, D: Deliver> Runner<B, D> {
     pub async fn run(mut self, mut from: Sources) -> Result<(), LogError> {
         let clock = self.work.clock.clone();
         self.take_commands(&mut from.commands);
         loop {
+            self.do_what_is_due();
             self.start_what_may();
             #[cfg(debug_assertions)]
             self.check();
-            let room = !self.stopped && self.state.has_room() && !self.state.owes_much();
-            let wake = self.state.next_timer().map(|at| clock.instant() + at.since(clock.now()));
-            let wake = wake.unwrap_or_else(|| clock.instant() + Duration::from_secs(3_600));
-            let look = self.retention.next_look().map(|at| clock.instant() + at.since(clock.now()));
+            let room = self.has_room();
+            let until = |at: Timestamp| clock.instant() + at.since(clock.steady());
+            let wake = self.state.next_timer().map_or_else(|| clock.instant() + Duration::from_secs(3_600), until);
+            let look = self.retention.next_look().map(until);
             tokio::select! {
                 biased;
                 ask = from.asks.recv() => match ask {
@@ -79,23 +97,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
                     None => return Ok(()),
                 },
                 Some(attempt) = self.attempts.join_next(), if !self.attempts.is_empty() => self.settle(attempt)?,
-                Some(found) = from.found.recv() => {
-                    let now = clock.now();
-                    match found {
-                        Found::Single { key, offset, record } => self.state.fetched(&key, offset, record, now),
-                        Found::Stretch { cursor, records, passed } => {
-                            self.state.scanned(cursor, records, passed, now);
-                        }
-                        Found::Bound { drain } => self.state.drain(vec![drain], now),
-                        Found::Age { at, pending, rate } => {
-                            if let Some(before) = self.retention.judge(at, pending, rate, now) {
-                                drop(self.wanted.send(Wanted::Expired { before }));
-                            }
-                        }
-                        Found::Expired { bound } => self.state.drain(vec![retention::drain(bound)], now),
-                    }
-                    self.bell.ring();
-                }
+                Some(found) = from.found.recv() => self.take_found(found),
                 Some(ended) = from.reading.join_next() => {
                     ended.map_err(|error| LogError::transient(format!("reading crashed: {error}")))??;
                 }
@@ -103,25 +105,68 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
                 _ = from.freed.changed(), if self.starved => {}
                 batch = from.records.recv(), if room => match batch {
                     Some(batch) => {
-                        self.state.admit_all(batch, clock.now());
+                        self.state.admit_all(batch, clock.steady());
                         self.bell.ring();
                     }
                     None => return Ok(()),
                 },
-                () = clock.sleep_until(wake), if !self.stopped => self.state.wake(clock.now()),
-                () = clock.sleep_until(look.unwrap_or(wake)), if look.is_some() && !self.stopped => {
-                    let (now, oldest) = (clock.now(), self.state.oldest());
-                    let rate = self.retention.look(self.state.ended(), now);
-                    match oldest {
-                        Some((from, pending)) => drop(self.wanted.send(Wanted::Age { from, pending, rate })),
-                        None => self.retention.rest(),
-                    }
-                }
-                // Room may come from another partition's memory, which rings nobody here.
-                () = clock.sleep(Duration::from_millis(100)), if !room && !self.stopped => {
-                    self.state.shed(clock.now());
+                () = clock.sleep_until(wake), if !self.stopped => {}
+                () = clock.sleep_until(look.unwrap_or(wake)), if look.is_some() && !self.stopped => self.look(),
+                () = clock.sleep(ROOM_INTERVAL), if !room && !self.stopped => self.state.shed(clock.steady()),
+            }
+        }
+    }
+
+    /// Timers come before everything else: what comes in without a pause must not keep them waiting.
+    fn do_what_is_due(&mut self) {
+        let now = self.work.clock.steady();
+        self.state.set_wall_offset(wall_offset(&self.work.clock));
+        if self.stopped {
+            return;
+        }
+        if self.state.next_timer().is_some_and(|at| at <= now) {
+            self.state.wake(now);
+        }
+        if self.shed_at <= now {
+            self.shed_at = now.plus(SHED_INTERVAL);
+            if self.state.has_others_short() {
+                self.state.shed(now);
+            }
+        }
+    }
+
+    /// Whether live reading may go on.
+    fn has_room(&mut self) -> bool {
+        let owes = self.state.owes_much();
+        if owes && !self.owed {
+            self.bell.ring_full();
+        }
+        self.owed = owes;
+        !self.stopped && self.state.has_room() && !owes
+    }
+
+    fn take_found(&mut self, found: Found) {
+        let now = self.work.clock.steady();
+        match found {
+            Found::Single { key, offset, record } => self.state.fetched(&key, offset, record, now),
+            Found::Stretch { cursor, records, passed } => self.state.scanned(cursor, records, passed, now),
+            Found::Bound { drain } => self.state.drain(vec![drain], now),
+            Found::Age { at, pending, rate } => {
+                if let Some(before) = self.retention.judge(at, pending, rate, self.work.clock.now()) {
+                    drop(self.wanted.send(Wanted::Expired { before }));
                 }
             }
+            Found::Expired { bound } => self.state.drain(vec![retention::drain(bound)], now),
+        }
+        self.bell.ring();
+    }
+
+    /// Asks how old the oldest unfinished record is.
+    fn look(&mut self) {
+        let rate = self.retention.look(self.state.ended(), self.work.clock.steady());
+        match self.state.oldest() {
+            Some((from, pending)) => drop(self.wanted.send(Wanted::Age { from, pending, rate })),
+            None => self.retention.rest(),
         }
     }
 
@@ -138,7 +183,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
     /// Takes up what the operator wants of this partition. Pauses are the whole process's.
     fn take_commands(&mut self, commands: &mut Current) {
         let commands = Arc::clone(&commands.borrow_and_update());
-        let now = self.work.clock.now();
+        let (now, steady) = (self.work.clock.now(), self.work.clock.steady());
         for command in commands.drains(now) {
             if self.known.insert(command.id.clone()) {
                 drop(self.wanted.send(Wanted::Bound { command: command.clone() }));
@@ -146,7 +191,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
         }
         for command in commands.retries(now) {
             if self.known.insert(command.id.clone()) {
-                self.state.retry_now(&command.target, now, command.at.plus(RETRY_LIFE));
+                self.state.retry_now(&command.target, steady, command.at.plus(RETRY_LIFE));
             }
         }
     }
@@ -162,7 +207,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
             }
             return;
         }
-        let now = self.work.clock.now();
+        let now = self.work.clock.steady();
         let may_send = self.lease.holds(self.since);
         while let Some(start) = self.state.next_start(now, may_send) {
             match start {
@@ -200,7 +245,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
     fn settle(&mut self, attempt: Result<Attempt, tokio::task::JoinError>) -> Result<(), LogError> {
         let (key, verdicts, permit) =
             attempt.map_err(|error| LogError::transient(format!("an attempt crashed: {error}")))?;
-        self.state.settle(&key, verdicts, permit, self.work.clock.now());
+        self.state.settle(&key, verdicts, permit, self.work.clock.steady());
         self.bell.ring();
         Ok(())
     }
@@ -213,7 +258,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
                 // A driver that does not wait any more has lost the partition, and drops this worker.
                 let _ = answer.send(changes);
             }
-            Ask::Committed => self.state.committed(self.work.clock.now()),
+            Ask::Committed => self.state.committed(self.work.clock.steady()),
             Ask::Drain(done) => {
                 self.stopped = true;
                 self.draining = Some(done);

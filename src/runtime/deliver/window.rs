@@ -174,6 +174,14 @@ impl Window {
         places.filter(|(_, place)| !self.is_finished(*place)).map(|((offset, lane), _)| (*offset, *lane as usize))
     }
 
+    /// The pending records from `from` up to `to`, without it.
+    pub fn open_between(&self, from: Offset, to: Offset) -> Vec<(Offset, Place)> {
+        let first = self.offsets.partition_point(|offset| *offset < from);
+        let places = (self.front + first as u64..).zip(self.offsets.range(first..));
+        let within = places.take_while(|(_, offset)| **offset < to);
+        within.filter(|(place, _)| !self.is_finished(*place)).map(|(place, offset)| (*offset, Place(place))).collect()
+    }
+
     /// How many stretches the progress record has to name.
     pub fn holes(&self) -> usize {
         self.runs.len()

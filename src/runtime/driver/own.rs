@@ -44,6 +44,8 @@ struct Slot {
     /// Its worker has been asked and has not answered yet.
     asked: bool,
     restored: bool,
+    /// The worker has been told to start nothing new; tells when nothing is under way any more.
+    drained: Option<oneshot::Receiver<()>>,
     watch: Watch,
     worker: AbortHandle,
 }
@@ -177,8 +179,10 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
                 }
                 Some(ended) = self.workers.join_next() => self.worker_ended(ended)?,
                 // While a commit is due anyway a ring says nothing new, and would only interrupt the poll.
-                () = bell.0.notified(), if self.due.is_none() || self.is_stashing() => self.answer_bell()?,
+                () = bell.wake.notified(), if self.due.is_none() || self.is_stashing() => self.answer_bell()?,
                 () = self.clock.sleep_until(due) => self.collect_or_commit().await?,
+                // What has not been committed yet has to wait for its time to be tried again.
+                () = bell.full.notified(), if self.pending.is_empty() => self.due = Some(self.clock.instant()),
                 Some(found) = self.looks.next() => self.judge(found)?,
                 () = self.clock.sleep_until(self.look_at) => self.look(),
                 polled = self.session.poll(POLL) => self.react(polled?).await?,
@@ -238,7 +242,11 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
                 let numbers: Vec<Partition> = given.iter().map(|assignment| assignment.partition).collect();
                 events::rebalanced(self.settings.stage, "assigned", &numbers);
                 for assignment in given {
-                    self.begin(assignment);
+                    if assignment.partition.0 < self.settings.partitions {
+                        self.begin(assignment);
+                    } else {
+                        events::undeclared_partition(self.settings.stage, assignment.partition);
+                    }
                 }
                 events::owned(self.settings.stage, self.slots.len());
                 Ok(())
@@ -274,7 +282,8 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
         let worker = self.workers.spawn(async move { (partition, epoch, work.run(assignment, inbox).await) });
         self.restoring.push(Box::pin(async move { (partition, epoch, restored.await.ok()) }));
         let watch = Watch::new(Offset::START, self.clock.instant());
-        let slot = Slot { epoch, records, asks, stash: Vec::new(), asked: false, restored: false, watch, worker };
+        let stash = Vec::new();
+        let slot = Slot { epoch, records, asks, stash, asked: false, restored: false, drained: None, watch, worker };
         if let Some(old) = self.slots.insert(partition, slot) {
             old.worker.abort();
         }
@@ -417,25 +426,51 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
         }
     }
 
-    /// How a commit ends. Reading and working go on meanwhile; a rebalance, or the end of the session, waits until then.
+    /// How a commit ends. Reading and working go on meanwhile; a rebalance, or the end of the session, waits until then. But
+    /// partitions that are revoked meanwhile start nothing new from that moment on, and end when the log gives them away.
     async fn committed(&mut self, commit: Arc<Commit>, meanwhile: Meanwhile) -> Result<Result<(), LogError>, LogError> {
         let mut committer = self.session.committer();
         let committing = committer.commit(commit);
         tokio::pin!(committing);
         let bell = Arc::clone(&self.bell);
+        let mut given_away_at: Option<Instant> = None;
         loop {
             let reads = meanwhile == Meanwhile::Read && self.held.is_none() && !self.shutdown.has_begun();
             tokio::select! {
                 biased;
                 ended = &mut committing => return Ok(ended),
-                () = bell.0.notified(), if reads && self.is_stashing() => self.answer_bell()?,
+                () = bell.wake.notified(), if reads && self.is_stashing() => self.answer_bell()?,
+                () = self.clock.sleep_until(given_away_at.unwrap_or(self.last_commit)), if given_away_at.is_some() => {
+                    given_away_at = None;
+                    if let Some(Ok(Polled::Revoked(gone))) = &self.held {
+                        self.lose(&gone.clone());
+                    }
+                }
                 polled = self.session.poll(POLL), if reads => match polled {
                     Ok(Polled::Records(records)) => self.feed(records)?,
                     Ok(Polled::Idle) => {}
                     // Others have them by now: nothing of theirs is to go on.
                     Ok(Polled::Lost(gone)) => self.lose(&gone),
+                    Ok(Polled::Revoked(leaving)) => {
+                        self.stop(&leaving);
+                        given_away_at = Some(self.clock.instant() + self.settings.member.release_timeout());
+                        self.held = Some(Ok(Polled::Revoked(leaving)));
+                    }
                     other => self.held = Some(other),
                 },
+            }
+        }
+    }
+
+    /// Tells the workers of partitions that are leaving to start nothing new. What is under way goes on, and commits too.
+    fn stop(&mut self, partitions: &[Partition]) {
+        for partition in partitions {
+            let slot = self.slots.get_mut(partition).filter(|slot| slot.restored && slot.drained.is_none());
+            let Some(slot) = slot else { continue };
+            slot.stash.clear();
+            let (done, drained) = oneshot::channel();
+            if slot.asks.send(Ask::Drain(done)).is_ok() {
+                slot.drained = Some(drained);
             }
         }
     }
@@ -443,16 +478,9 @@ impl<'a, B: Backend, W: Work> Driver<'a, B, W> {
     /// Lets partitions finish and commits them, within `budget`. They are still ours.
     async fn release(&mut self, partitions: &[Partition], budget: Duration) -> Result<(), LogError> {
         let until = self.clock.instant() + budget;
-        let mut drained = FuturesUnordered::new();
-        for partition in partitions {
-            if let Some(slot) = self.slots.get_mut(partition).filter(|slot| slot.restored) {
-                slot.stash.clear();
-                let (done, is_done) = oneshot::channel();
-                if slot.asks.send(Ask::Drain(done)).is_ok() {
-                    drained.push(is_done);
-                }
-            }
-        }
+        self.stop(partitions);
+        let leaving = partitions.iter().filter_map(|partition| self.slots.get_mut(partition)?.drained.take());
+        let mut drained: FuturesUnordered<_> = leaving.collect();
         loop {
             // Commits go on while the drain lasts: who is killed in it repeats no more than usual.
             let next = self.clock.instant() + self.settings.commit_interval;

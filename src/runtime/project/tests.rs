@@ -87,6 +87,7 @@ async fn publish(log: &Embedded, numbers: std::ops::Range<u32>) {
 fn start(log: &Embedded, numbers: &Arc<Numbers>) -> (Shutdown, tokio::task::JoinHandle<Result<(), LogError>>) {
     let shutdown = Shutdown::new(Duration::from_secs(5));
     let settings = Settings {
+        partitions: u32::MAX,
         member: Member {
             group: "g".into(),
             instance: "one".into(),

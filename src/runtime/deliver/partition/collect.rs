@@ -34,7 +34,8 @@ impl PartitionState {
         }
         for index in self.lanes.take_counted() {
             let lane = self.lanes.at(index).lane.clone();
-            let ledger = self.lanes.at(index).ledger;
+            let mut ledger = self.lanes.at(index).ledger;
+            ledger.open_since = ledger.open_since.map(|at| self.wall(at));
             let key = ProgressKey::Ledger(&lane).encode(self.partition);
             outputs.push(self.progress(key, &Progress::Ledger(lane, ledger)));
         }
@@ -99,7 +100,11 @@ impl PartitionState {
         let bounds = self.settings.bounds;
         let key = self.lanes.key_mut(id).filter(|key| key.is_held())?;
         key.recorded = true;
-        let (head, followers, mut parked) = key.mark(&bounds);
+        let (mut head, followers, mut parked) = key.mark(&bounds);
+        if let Some(head) = &mut head {
+            head.first_failed_at = self.wall(head.first_failed_at);
+            head.next_try_at = self.wall(head.next_try_at);
+        }
         if is_planted(Mistake::ForgetParkedInMark) {
             parked = None;
         }

@@ -56,6 +56,7 @@ impl PartitionState {
         debug_assert!(key.is_empty() && key.rest() == Rest::None && key.failing().is_none());
         self.move_low(key.low, None);
         self.dirty.remove(id);
+        self.count_deleted(id.lane);
         Some(key)
     }
 

@@ -203,6 +203,7 @@ impl PartitionState {
             self.outputs.push(self.tombstone(name.into()));
         }
         events::lane_attached(self.partition, lane.destination.as_str());
+        self.count_deleted(index);
         true
     }
 

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 
 use crate::clock::Timestamp;
+use crate::delivery::verdict::RETRY_AFTER_CAP;
 use crate::model::failure::Try;
 use crate::model::progress::{Head, KeyProgress, LaneProgress};
 
@@ -35,9 +36,13 @@ impl PartitionState {
         offsets.extend(stored.followers);
         let has_items = !offsets.is_empty();
         let failing = stored.head.map(|head| {
-            let first = Try { at: head.first_failed_at, code: head.first_code, message: head.first_message };
+            // The last owner's clock may have been ahead: no wait is longer than the longest one that is ever begun.
+            let longest = self.lanes.at(lane).destination.rules.retry.cap.max(RETRY_AFTER_CAP);
+            let next_try_at = self.steady(head.next_try_at).min(now.plus(longest));
+            let first_at = self.steady(head.first_failed_at);
+            let first = Try { at: first_at, code: head.first_code, message: head.first_message };
             let last = Try { at: now, code: head.last_code, message: head.last_message };
-            let Head { attempts, spent, next_try_at, .. } = head;
+            let Head { attempts, spent, .. } = head;
             Failing { attempts, first, last, next_try_at, spent }
         });
         let due = failing.as_ref().map(|failing| failing.next_try_at);

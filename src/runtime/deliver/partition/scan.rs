@@ -330,6 +330,7 @@ impl PartitionState {
             if record.offset >= frontier {
                 break;
             }
+            self.skip_deleted(cursor, record.offset);
             let behind = record.offset.just_after();
             let taker = self.pass(cursor, record, now);
             if let Some(open) = self.cursors.open.get_mut(&cursor) {
@@ -348,8 +349,11 @@ impl PartitionState {
                 }
             }
         }
-        if let (Some(passed), Some(open)) = (passed, self.cursors.open.get_mut(&cursor)) {
-            open.position = open.position.max(passed);
+        if let Some(passed) = passed {
+            self.skip_deleted(cursor, passed);
+            if let Some(open) = self.cursors.open.get_mut(&cursor) {
+                open.position = open.position.max(passed);
+            }
         }
         for lane in touched {
             self.reconsider(lane, now);
@@ -358,6 +362,27 @@ impl PartitionState {
         self.cursors.close_if_empty(cursor);
         self.account.close_cursors(self.cursors.count());
         self.shed(now);
+    }
+
+    /// The log has nothing from the cursor's position up to `to`: what its lanes have pending there, and not in memory, has been
+    /// deleted. The window lets go of it; [`PartitionState::count_deleted`] counts it.
+    fn skip_deleted(&mut self, cursor: CursorId, to: Offset) {
+        let Some(open) = self.cursors.open.get(&cursor).filter(|open| open.position < to) else { return };
+        let position = open.position;
+        let forgotten = |index: &&usize| {
+            self.lanes.at(**index).detached.as_ref().is_some_and(|detached| detached.window.live() > position)
+        };
+        for index in open.lanes.iter().filter(forgotten).copied().collect::<Vec<_>>() {
+            let lane = self.lanes.at_mut(index);
+            let Some(detached) = &mut lane.detached else { continue };
+            for (offset, place) in detached.window.open_between(position.max(detached.scan), to) {
+                if !lane.keys.values().any(|key| key.holds(offset)) {
+                    detached.window.finish(place);
+                    self.dirty_lanes.insert(index);
+                    self.changed = true;
+                }
+            }
+        }
     }
 
     /// Members of a cursor that have arrived leave it.

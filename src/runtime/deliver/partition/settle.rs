@@ -14,6 +14,7 @@ use crate::model::progress::{Drain, ProgressKey, Target};
 use crate::model::record::{Headers, Offset, Record, header};
 use crate::runtime::failure::Cause;
 use crate::runtime::tally::count_delivery;
+use crate::telemetry::events;
 use crate::telemetry::metrics::metrics;
 
 use super::super::destination::Permit;
@@ -170,12 +171,13 @@ impl PartitionState {
         last: Try,
     ) {
         let destination = self.lanes.at(lane).lane.destination.clone();
+        let shown = |tried: Try| Try { at: self.wall(tried.at), ..tried };
         let cause = Cause {
             reason,
             message: last.message.clone(),
             attempts,
-            first,
-            last: Some(last),
+            first: first.map(shown),
+            last: Some(shown(last)),
             key: destination.to_string(),
             source: original.headers.text(header::SOURCE).map(Into::into),
             destination: Some(destination.clone()),
@@ -291,6 +293,22 @@ impl PartitionState {
         metrics().router_outcomes.with_label_values(&[destination, outcome]).inc();
     }
 
+    /// A lane of which nothing is unfinished, while its ledger has deliveries pending: the log deleted them before they were read.
+    /// Nothing is left of them that could be sent or become a dead letter; they are counted as aborted, and told.
+    pub(super) fn count_deleted(&mut self, index: usize) {
+        let lane = self.lanes.at(index);
+        // Until live reading is where the last owner's was, there may be more of it.
+        let is_whole = self.window.live() >= self.taken_until;
+        let count = lane.ledger.pending();
+        if !is_whole || lane.detached.is_some() || !lane.keys.is_empty() || count == 0 {
+            return;
+        }
+        self.lanes.ledger(index).aborted += count;
+        self.pending = self.pending.saturating_sub(count);
+        self.changed = true;
+        events::deliveries_deleted(self.partition, self.lanes.at(index).lane.destination.as_str(), count);
+    }
+
     /// Nothing of the key is unfinished any more.
     pub(super) fn forget_key(&mut self, id: &KeyId) {
         let Some(key) = self.remove_key(id) else { return };
@@ -341,8 +359,9 @@ impl PartitionState {
     }
 
     /// Deliveries of the target that wait for their next attempt are tried now. Those of a job run whose records are not in
-    /// memory are read before, until `until`.
+    /// memory are read before, until `until` by the wall clock.
     pub fn retry_now(&mut self, target: &Target, now: Timestamp, until: Timestamp) {
+        let until = self.steady(until);
         self.retried_runs.retain(|(_, until)| *until > now);
         if let Target::JobRun(run) = target {
             self.retried_runs.push((run.clone(), until));

@@ -3,6 +3,7 @@
 //! offset never passes one, the ledger closes.
 
 mod cover;
+mod deleted;
 mod exhaustive;
 mod judge;
 mod repeats;
@@ -19,6 +20,7 @@ use crate::delivery::verdict::Verdict;
 use crate::log::partitioner::{IsolateBy, Placement};
 use crate::log::{Assignment, Committed};
 use crate::model::codec;
+use crate::model::outcome::Reason;
 use crate::model::progress::{Head, KeyProgress, Ledger, Progress, Target};
 use crate::model::record::Topic;
 use crate::runtime::deliver::backoff::RetryPolicy;
@@ -51,6 +53,10 @@ fn settings(bounds: Bounds) -> DeliverSettings {
         retention: None,
         seed: 0,
     }
+}
+
+pub fn test_settings() -> DeliverSettings {
+    settings(Bounds::default())
 }
 
 fn rules(id: &DestinationId) -> Rules {
@@ -218,6 +224,7 @@ impl World {
             destinations: self.destinations.clone(),
             rules: Arc::new(rules),
             seed: self.seed,
+            wall_offset: 0,
         };
         PartitionState::new(given, restored, self.now)
     }
@@ -265,7 +272,8 @@ impl World {
         let brought = self.random.random_range(0..=self.fetch.len());
         for (key, offset) in self.fetch.drain(..brought).collect::<Vec<_>>() {
             let record = self.log.iter().find(|record| record.offset == offset).cloned();
-            assert!(record.is_some(), "seed {}: there is no record at {offset}", self.seed);
+            let is_deleted = self.log.first().is_some_and(|first| offset < first.offset);
+            assert!(record.is_some() || is_deleted, "seed {}: there is no record at {offset}", self.seed);
             state.fetched(&key, offset, record, self.now);
         }
         let count = self.random.random_range(1..20);
@@ -439,7 +447,7 @@ impl World {
                 self.commit(state, true);
             }
             state.wake(self.now);
-            if state.pending == 0 && state.live() > self.log[RECORDS - 1].offset {
+            if state.pending == 0 && self.log.last().is_some_and(|last| state.live() > last.offset) {
                 break;
             }
         }
@@ -560,6 +568,7 @@ fn unread(users: u128, requests: usize) -> PartitionState {
         destinations: Destinations::new(requests, requests, placement),
         rules: Arc::new(rules),
         seed: 1,
+        wall_offset: 0,
     };
     PartitionState::new(given, restored, Timestamp::default())
 }

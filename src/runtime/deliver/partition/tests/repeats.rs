@@ -43,6 +43,7 @@ impl Twice {
             destinations: World::destinations(),
             rules: Arc::new(rules),
             seed: 1,
+            wall_offset: 0,
         };
         let now = Timestamp::from_millis(1_000);
         Self { state: PartitionState::new(given, restored, now), now }
