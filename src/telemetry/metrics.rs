@@ -86,6 +86,7 @@ catalogue! {
     hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Transactions found that the broker left undecided and that no instance here can end: offsets that were passed over, records that readers stand before.";
     unclean_stops: IntCounterVec "laneway_runtime_unclean_stops_total" ["stage"] "Partitions whose last owner ended while records were under way.";
     schema_lookups: IntCounterVec "laneway_schema_registry_lookups_total" ["what", "outcome"] "Questions to the schema registry: of an id or a subject; ok, refused or failed.";
+    projected_held: IntGaugeVec "laneway_runtime_held_partitions" ["stage"] "Partitions of which nothing is written into the store: their stored position belongs to another log, or lies beyond the log's end.";
     projected: IntCounterVec "laneway_runtime_projected_records_total" ["stage"] "Records written into the store: of job status, by the reporter.";
     store_failures: IntCounterVec "laneway_store_failures_total" ["stage"] "Tries to write job status into the store that failed, and are made again.";
     publishers: IntCounterVec "laneway_runtime_publishers_replaced_total" [] "Kafka producers replaced because their records timed out and nothing was acknowledged meanwhile.";

@@ -25,7 +25,7 @@ const BATCH_BYTES: usize = 256 * 1024;
 /// A compacted partition is rewritten when it has gained so many rows.
 const COMPACT_ROWS: i64 = 200;
 
-const SCHEMA: [&str; 5] = [
+const SCHEMA: [&str; 7] = [
     "create table if not exists topics (
         name text primary key, partitions integer not null, config text not null) without rowid",
     "create table if not exists partitions (
@@ -37,6 +37,8 @@ const SCHEMA: [&str; 5] = [
         group_id text not null, topic text not null, number integer not null, next_offset integer not null,
         metadata text not null, primary key (group_id, topic, number)) without rowid",
     "create table if not exists commits (session text primary key, number integer not null) without rowid",
+    "create table if not exists log (id text primary key) without rowid",
+    "insert into log select lower(hex(randomblob(16))) where not exists (select 1 from log)",
 ];
 
 #[derive(Clone)]
@@ -234,6 +236,10 @@ impl SqliteStore {
         }
         transaction.commit().await?;
         Ok(())
+    }
+
+    pub async fn id(&self) -> Result<String, BoxError> {
+        Ok(sqlx::query("select id from log").fetch_one(&self.readers).await?.get(0))
     }
 
     pub async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), BoxError> {

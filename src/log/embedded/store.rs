@@ -112,6 +112,11 @@ impl Store {
         either!(self, store => store.create(topic))
     }
 
+    /// What tells this log from every other one.
+    pub async fn id(&self) -> Result<String, BoxError> {
+        either!(self, store => store.id())
+    }
+
     pub async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), BoxError> {
         either!(self, store => store.configure(topic, config))
     }

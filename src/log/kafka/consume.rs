@@ -403,7 +403,19 @@ impl Reading {
             if at >= low && at <= high {
                 continue;
             }
-            tracing::error!(topic, partition = number, at, low, "records were deleted before they were read");
+            match at > high {
+                true => tracing::error!(
+                    topic,
+                    partition = number,
+                    at,
+                    low,
+                    high,
+                    "the position lies beyond the end of the log: the topic was created again, or has lost records"
+                ),
+                false => {
+                    tracing::error!(topic, partition = number, at, low, "records were deleted before they were read")
+                }
+            }
             let partition = Partition(number.max(0) as u32);
             unclear |= self.reassign(consumer, context, partition, RawOffset::Offset(low)).is_err();
         }
