@@ -158,6 +158,14 @@ async fn rules_of_a_type_hold_for_a_destination_that_was_met_before_it() {
     eventually("the workspace is in force", SOON, is_in_force).await;
     crate::support::sink::publish(&flow, 1);
     eventually("it is given up within its window", SOON, async || lane(&flow, "late")["ledger"]["aborted"] == 1).await;
+
+    // What the router knows needs no workspace; of others nothing can be told without one.
+    std::fs::write(flow.folder.path().join("workspace.json"), "{").expect("written");
+    steer(&flow, &["pause", "late"]);
+    let unknown = flow.command(&["lanes", "pause", "other"]);
+    let said = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    assert!(!unknown.status.success() && said.contains("the workspace cannot be read"), "{said}");
+    assert!(!said.contains("there is no destination"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
