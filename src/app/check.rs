@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::engine::edge;
 use super::engine::rules::request_from_event;
+use super::job_status::{self, StoredError};
 use super::{drift, open, placement, retention};
 use crate::clock::Clock;
 use crate::config::{BackendKind, Config, Router};
@@ -14,7 +15,8 @@ use crate::log::partitioner::IsolateBy;
 use crate::log::topic::{TopicSpec, Topics};
 use crate::log::{Admin, Backend, LogError};
 use crate::model::codec::KnownSchema;
-use crate::model::record::Topic;
+use crate::model::record::{Partition, Topic};
+use crate::store::Mismatch;
 use crate::transform::builtin::webhook;
 use crate::with_log;
 
@@ -354,10 +356,29 @@ async fn look<B: Backend>(log: &B, config: &Config, topics: &Topics, clock: &Clo
             found.push(Finding::warning("placement", moved.to_string(), remedy));
         }
     }
+    if there.iter().any(|info| info.topic == Topic::JOB_STATUS) {
+        found.extend(reporter(log, config).await?);
+    }
     if let Err(error) = retention::check(log, topics, &config.router).await {
         found.push(Finding::problem("retention", format!("{error:#}"), "the router refuses to start until then"));
     }
     Ok(found)
+}
+
+/// Whether the reporter's positions are ones of this log. A store that does not answer is a finding of its own.
+async fn reporter<B: Backend>(log: &B, config: &Config) -> Result<Vec<Finding>, LogError> {
+    let is_missing = open::store_file(&open::store_url(config)).is_some_and(|file| !file.exists());
+    let Some(store) = open::job_status(config).ok().filter(|_| !is_missing) else { return Ok(Vec::new()) };
+    let stored = match job_status::stored(log, &store).await {
+        Ok(stored) => stored,
+        Err(StoredError::Store(_)) => return Ok(Vec::new()),
+        Err(StoredError::Log(error)) => return Err(error),
+    };
+    let remedy = "nothing of the partition is counted: `laneway offsets reset reporter` with --to-earliest counts what is in this log";
+    let problem = |(partition, (_, mismatch)): (Partition, (_, Option<Mismatch>))| {
+        Some(Finding::problem("reporter", format!("job-status partition {partition}: {}", mismatch?), remedy))
+    };
+    Ok(stored.into_iter().filter_map(problem).collect())
 }
 
 #[cfg(test)]

@@ -528,6 +528,15 @@ fn start_router<B: Backend>(
     let destinations = Destinations::new(router.in_flight, router.in_flight_per_destination, placement);
     let (stage, clock) = (Arc::new(stage), parts.clock.clone());
     pause(destinations.clone(), Arc::clone(&stage), commands.clone());
+    let refreshing = refresh(destinations.clone(), Arc::clone(&stage), parts.workspace.clone());
+    let stop = parts.shutdown.clone();
+    supervisor.start("rules", async move {
+        tokio::select! {
+            () = refreshing => {}
+            () = stop.begun() => {}
+        }
+        anyhow::Ok(())
+    });
     let running = driver::run(
         parts.log.clone(),
         Arc::new(DeliverWork::new(parts.log.clone(), stage, deliver, destinations, commands, clock)?),
@@ -538,6 +547,15 @@ fn start_router<B: Backend>(
     );
     supervisor.start("router", running);
     Ok(())
+}
+
+/// Keeps the rules of destinations those of the workspace in force.
+async fn refresh(destinations: Destinations, stage: Arc<Router>, mut workspace: Current) {
+    loop {
+        // First for a workspace that came since the destinations of a pause were met.
+        destinations.refresh(|id| stage.rules(id));
+        workspace.changed().await;
+    }
 }
 
 /// Keeps the destinations paused that are to be, as long as there is somebody to command it.

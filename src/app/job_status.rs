@@ -1,5 +1,6 @@
-//! Whether everything that was counted of a run is in the store.
+//! The reporter's positions: whether everything that was counted of a run is in the store, and whether they are of this log.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use crate::log::partitioner::Placement;
 use crate::log::{Admin, Backend, Limit, LogError, Read, Reader};
 use crate::model::record::{Offset, Partition, Topic};
 use crate::stages::gateway::CaughtUp;
-use crate::store::Group;
 use crate::store::job_status::JobStatusStore;
+use crate::store::{Group, Mismatch, Position, StoreError};
 
 /// Who asks for a status waits so long for it.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -22,6 +23,36 @@ const ONE: Limit = Limit { records: 1, bytes: 1 };
 /// Whose positions are those of the reporter.
 pub fn group() -> Group {
     Group { name: Stage::Reporter.group(), topic: Topic::JOB_STATUS }
+}
+
+/// The reporter's stored positions, each with the reason why it is none of this log. A position without a topic counts as one of
+/// this log.
+pub type Stored = BTreeMap<Partition, (Position, Option<Mismatch>)>;
+
+/// Why the stored positions are not known.
+#[derive(Debug, thiserror::Error)]
+pub enum StoredError {
+    #[error("the store (store.url): {0}")]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+}
+
+/// Reads the reporter's positions, and compares them with the log.
+///
+/// # Errors
+/// [`StoredError`].
+pub async fn stored<B: Backend>(log: &B, store: &JobStatusStore) -> Result<Stored, StoredError> {
+    let (admin, topic) = (log.admin()?, Topic::JOB_STATUS);
+    let topic_id = admin.topic_id(&topic).await?;
+    let mut found = Stored::new();
+    for (partition, position) in store.store().positions(&group()).await? {
+        // Asked for after the position, which the reporter moves on as the log grows.
+        let end = admin.watermarks(&topic, partition).await?.end;
+        let mismatch = position.mismatch(&topic_id, end);
+        found.insert(partition, (position, mismatch));
+    }
+    Ok(found)
 }
 
 /// Asks the log and the store. `placement`: of `job-status`.
@@ -45,12 +76,18 @@ async fn waited<B: Backend>(
 ) -> Result<bool, LogError> {
     let (admin, until) = (log.admin()?, clock.instant() + PATIENCE);
     let end = admin.watermarks(&Topic::JOB_STATUS, partition).await?.end;
+    let topic_id = admin.topic_id(&Topic::JOB_STATUS).await?;
     // A reader costs a connection: it is opened where something has moved.
     let mut looked_at = None;
     loop {
-        let marks = admin.watermarks(&Topic::JOB_STATUS, partition).await?;
         // A store that does not answer says so when it is asked for the counts.
-        let at = store.store().position(&group(), partition).await.ok().flatten().unwrap_or(marks.start);
+        let position = store.store().position(&group(), partition).await.ok().flatten();
+        let marks = admin.watermarks(&Topic::JOB_STATUS, partition).await?;
+        if position.as_ref().is_some_and(|position| position.mismatch(&topic_id, marks.end).is_some()) {
+            // Nothing of this log is counted until an operator sets the position.
+            return Ok(false);
+        }
+        let at = position.map_or(marks.start, |position| position.offset);
         let is_decided = marks.stable >= end;
         if is_decided && at >= end {
             return Ok(true);

@@ -9,8 +9,10 @@ use futures_util::stream;
 use crate::clock::Timestamp;
 use crate::log::{Admin, Backend, Limit, LogError, Read, Reader};
 use crate::model::record::{Offset, Partition, Topic};
+use crate::store::Mismatch;
 
 use super::engine::Stage;
+use super::job_status::Stored;
 use super::standing::{Standing, Taken};
 
 /// Partitions that are looked into at a time: each takes a reader.
@@ -37,6 +39,8 @@ pub struct PartitionLag {
     pub oldest: Option<Timestamp>,
     /// Of a router: deliveries that it has not ended, taken or not.
     pub pending: Option<u64>,
+    /// Why the position says nothing about this log: `behind` counts from the log's beginning then.
+    pub problem: Option<String>,
 }
 
 impl PartitionLag {
@@ -46,11 +50,17 @@ impl PartitionLag {
     }
 }
 
-/// Asks the log how far behind these stages are. `standing`: what the routers have committed.
+/// Asks the log how far behind these stages are. `standing`: what the routers have committed. `stored`: the reporter's positions;
+/// none where the store does not tell them, and what the reporter has committed to the log counts.
 ///
 /// # Errors
 /// Where the log cannot be read, or a stage's topic is not there.
-pub async fn read<B: Backend>(log: &B, stages: &[Stage], standing: &Standing) -> Result<Vec<StageLag>, LogError> {
+pub async fn read<B: Backend>(
+    log: &B,
+    stages: &[Stage],
+    standing: &Standing,
+    stored: Option<&Stored>,
+) -> Result<Vec<StageLag>, LogError> {
     let admin = log.admin()?;
     let topics = admin.topics().await?;
     let mut lags = Vec::new();
@@ -60,8 +70,12 @@ pub async fn read<B: Backend>(log: &B, stages: &[Stage], standing: &Standing) ->
             return Err(LogError::fatal(format!("there is no topic {topic}; `laneway topics apply` creates it")));
         };
         let committed = admin.committed(&stage.group(), &topic).await?;
+        let stored = stored.filter(|_| *stage == Stage::Reporter);
         let looks = (0..info.partitions).map(Partition).map(|partition| {
-            let committed = committed.get(&partition).map(|committed| committed.offset);
+            let committed = match stored {
+                Some(stored) => stored.get(&partition).map(|(position, mismatch)| (position.offset, mismatch.clone())),
+                None => committed.get(&partition).map(|committed| (committed.offset, None)),
+            };
             let taken = standing.partitions.get(&partition).filter(|_| *stage == Stage::Router);
             look(log, &admin, &topic, partition, committed, taken)
         });
@@ -82,12 +96,17 @@ async fn look<B: Backend>(
     admin: &B::Admin,
     topic: &Topic,
     partition: Partition,
-    committed: Option<Offset>,
+    position: Option<(Offset, Option<Mismatch>)>,
     taken: Option<&Taken>,
 ) -> Result<(Partition, PartitionLag), LogError> {
     let marks = admin.watermarks(topic, partition).await?;
+    let committed = position.as_ref().map(|(offset, _)| *offset);
+    let mismatch = position.and_then(|(at, mismatch)| {
+        mismatch.or_else(|| (at > marks.end).then_some(Mismatch::BeyondEnd { at, end: marks.end }))
+    });
+    let problem = mismatch.map(|mismatch| mismatch.to_string());
     // What was deleted is not behind any more.
-    let from = committed.unwrap_or(marks.start).max(marks.start);
+    let from = committed.filter(|_| problem.is_none()).unwrap_or(marks.start).max(marks.start);
     let (behind, oldest) = between(log, topic, partition, from, marks.stable).await?;
     let pending = match taken {
         Some(taken) if behind > 0 => {
@@ -97,7 +116,7 @@ async fn look<B: Backend>(
         Some(taken) => Some(taken.pending),
         None => None,
     };
-    Ok((partition, PartitionLag { committed, end: marks.stable, behind, oldest, pending }))
+    Ok((partition, PartitionLag { committed, end: marks.stable, behind, oldest, pending, problem }))
 }
 
 /// How many offsets lie there, and when the first record was written; 0 where there is none.

@@ -2,15 +2,18 @@
 //!
 //! For the processor a position says what is read next. For a router it also names the progress that counts: a position that
 //! is set here names none, so a router that starts from it forgets what was pending below it, and delivers again what lies above
-//! it, done or not.
+//! it, done or not. The reporter's positions are in the store, with the topic that they belong to.
 
 use std::collections::BTreeMap;
 
 use super::engine::Stage;
+use super::job_status::{self, Stored, StoredError};
 use super::standing::Standing;
 use crate::clock::Timestamp;
 use crate::log::{Admin, Backend, Committed, LogError, Watermarks};
 use crate::model::record::{Offset, Partition, Topic};
+use crate::store::Mismatch;
+use crate::store::job_status::JobStatusStore;
 
 /// One partition of a stage's topic.
 #[derive(Clone, Debug)]
@@ -19,6 +22,8 @@ pub struct Place {
     pub marks: Watermarks,
     /// Of a router: what it has taken and not ended.
     pub pending: Option<u64>,
+    /// Why the stored position is none of this log.
+    pub problem: Option<Mismatch>,
 }
 
 /// Where to.
@@ -47,7 +52,8 @@ pub struct Step {
     pub is_clamped: bool,
 }
 
-/// Looks where a stage stands. `standing`: what the routers have committed.
+/// Looks where a stage stands. `standing`: what the routers have committed. `stored`: the reporter's positions; none where the store
+/// does not tell them.
 ///
 /// # Errors
 /// Where the log cannot be asked, or the stage's topic is not there.
@@ -56,6 +62,7 @@ pub async fn look<B: Backend>(
     stage: Stage,
     topic: &Topic,
     standing: &Standing,
+    stored: Option<&Stored>,
 ) -> Result<BTreeMap<Partition, Place>, LogError> {
     let admin = log.admin()?;
     let infos = admin.topics().await?;
@@ -63,12 +70,21 @@ pub async fn look<B: Backend>(
         return Err(LogError::fatal(format!("there is no topic {topic}; `laneway topics apply` creates it")));
     };
     let mut committed = admin.committed(&stage.group(), topic).await?;
+    let mut problems = BTreeMap::new();
+    if let Some(stored) = stored {
+        committed.clear();
+        for (partition, (position, mismatch)) in stored {
+            committed.insert(*partition, Committed { offset: position.offset, metadata: String::new() });
+            mismatch.clone().into_iter().for_each(|mismatch| drop(problems.insert(*partition, mismatch)));
+        }
+    }
     let mut places = BTreeMap::new();
     for partition in (0..info.partitions).map(Partition) {
         let marks = admin.watermarks(topic, partition).await?;
         let taken = standing.partitions.get(&partition).filter(|_| stage == Stage::Router);
         let pending = taken.map(|taken| taken.pending);
-        places.insert(partition, Place { committed: committed.remove(&partition), marks, pending });
+        let problem = problems.remove(&partition);
+        places.insert(partition, Place { committed: committed.remove(&partition), marks, pending, problem });
     }
     Ok(places)
 }
@@ -87,7 +103,10 @@ pub async fn plan<B: Backend>(
     let mut steps = BTreeMap::new();
     for (partition, place) in places {
         let marks = place.marks;
-        let at = place.committed.as_ref().map_or(marks.start, |committed| committed.offset);
+        // An offset of another log is no place in this one.
+        let is_foreign = matches!(place.problem, Some(Mismatch::AnotherTopic { .. }));
+        let committed = place.committed.as_ref().filter(|_| !is_foreign);
+        let at = committed.map_or(marks.start, |committed| committed.offset);
         let wanted = match target {
             Target::Earliest => marks.start,
             Target::Latest => marks.stable,
@@ -137,6 +156,22 @@ pub async fn execute<B: Backend>(
     Ok(())
 }
 
+/// Sets the reporter's positions in the store, as ones of this log. A reporter that runs goes on from them within seconds: what it
+/// had under way is refused by the store.
+///
+/// # Errors
+/// Where store or log cannot be asked.
+pub async fn execute_stored<B: Backend>(
+    log: &B,
+    store: &JobStatusStore,
+    topic: &Topic,
+    steps: &BTreeMap<Partition, Step>,
+) -> Result<(), StoredError> {
+    let topic_id = log.admin()?.topic_id(topic).await?;
+    let to: BTreeMap<Partition, Offset> = steps.iter().map(|(partition, step)| (*partition, step.to)).collect();
+    Ok(store.store().reset(&job_status::group(), &topic_id, &to).await?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,6 +186,7 @@ mod tests {
             committed: committed.map(|offset| Committed { offset: Offset::new(offset), metadata: "m".into() }),
             marks: Watermarks { start: Offset::new(start), stable: Offset::new(stable), end: Offset::new(stable + 5) },
             pending: None,
+            problem: None,
         };
         let places = BTreeMap::from([(Partition(0), at(10, 50, Some(30))), (Partition(1), at(0, 20, None))]);
         let each = BTreeMap::from([(Partition(1), Offset::new(7))]);

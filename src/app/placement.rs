@@ -114,7 +114,7 @@ pub async fn settle<B: Backend>(log: &B, topics: &Topics, break_order: bool, now
 /// What is not done, of every stage.
 async fn waiting<B: Backend>(log: &B) -> Result<u64, LogError> {
     let standing = standing::read(log).await?;
-    let lags = lag::read(log, &[Stage::Processor, Stage::Router], &standing).await?;
+    let lags = lag::read(log, &[Stage::Processor, Stage::Router], &standing, None).await?;
     Ok(lags.iter().flat_map(|lag| lag.partitions.values()).map(lag::PartitionLag::work).sum())
 }
 

@@ -1,5 +1,7 @@
 //! Whether a destination exists: a command for an id with a typing error would be accepted, and never do anything.
 
+use anyhow::Context;
+
 use super::Usage;
 use crate::app::open;
 use crate::app::standing::{self, Standing};
@@ -14,10 +16,11 @@ pub async fn destination<B: Backend>(log: &B, config: &Config, id: &str) -> anyh
         return Ok(());
     }
     let mut known: Vec<String> = standing.destinations.into_keys().collect();
-    // A control plane that does not answer is no reason to refuse what the router knows.
-    if let Ok(workspace) = open::workspace(config).await {
-        known.extend(workspace.destination_ids().map(ToString::to_string));
-    }
+    // Asked only for what the router does not know: a control plane that does not answer is no reason to refuse that.
+    let workspace = open::workspace(config).await.with_context(|| {
+        format!("destination {id} is not in the router's progress, and the workspace cannot be read (--unknown does it all the same)")
+    })?;
+    known.extend(workspace.destination_ids().map(ToString::to_string));
     if known.iter().any(|other| other == id) {
         return Ok(());
     }

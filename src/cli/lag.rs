@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 
 use super::ConfigArgs;
 use super::output::{Output, drains_in, line, short, table};
-use super::stage::Consumer;
+use super::stage::{Consumer, stored_positions};
 use crate::app::engine::Stage;
 use crate::app::lag::{self, PartitionLag, StageLag};
 use crate::app::open::AnyLog;
 use crate::app::standing::{self, Standing};
 use crate::clock::{Clock, Timestamp};
+use crate::config::Config;
 use crate::log::Backend;
 use crate::log::embedded::Access;
 use crate::with_log;
@@ -43,19 +44,19 @@ impl Lag {
         let config = self.config.load(&[], &[])?;
         let clock = Clock::system();
         let any = AnyLog::open(&config, Access::Command, &clock).await?;
-        let ended = with_log!(&any, log => self.show(log, &clock).await);
+        let ended = with_log!(&any, log => self.show(log, &config, &clock).await);
         any.close().await;
         ended
     }
 
-    async fn show<B: Backend>(&self, log: &B, clock: &Clock) -> anyhow::Result<()> {
+    async fn show<B: Backend>(&self, log: &B, config: &Config, clock: &Clock) -> anyhow::Result<()> {
         let stages = Consumer::meant(&self.stages);
         let mut before = None;
         if self.over > 0 {
-            before = Some((read(log, &stages).await?, clock.instant()));
+            before = Some((read(log, &stages, config).await?, clock.instant()));
             clock.sleep(Duration::from_secs(self.over)).await;
         }
-        let lags = read(log, &stages).await?;
+        let lags = read(log, &stages, config).await?;
         // Reading it takes a while too.
         let seconds = before.as_ref().map(|(_, at)| at.elapsed().as_secs_f64());
         let earlier = before.map(|(earlier, _)| earlier);
@@ -77,18 +78,29 @@ impl Lag {
             Output::Table => {
                 let head = ["STAGE", "TOPIC", "PARTITION", "BEHIND", "OLDEST", "PENDING", "TREND", "DRAINS IN"];
                 table(&head, &rows.into_iter().map(|row| row.cells).collect::<Vec<_>>());
+                for lag in &lags {
+                    for (partition, found) in &lag.partitions {
+                        if let Some(problem) = &found.problem {
+                            line(&format!("{} partition {partition}: {problem}", lag.stage.as_str()));
+                        }
+                    }
+                }
             }
         }
         Ok(())
     }
 }
 
-async fn read<B: Backend>(log: &B, stages: &[Stage]) -> anyhow::Result<Vec<StageLag>> {
+async fn read<B: Backend>(log: &B, stages: &[Stage], config: &Config) -> anyhow::Result<Vec<StageLag>> {
     let standing = match stages.contains(&Stage::Router) {
         true => standing::read(log).await?,
         false => Standing::default(),
     };
-    Ok(lag::read(log, stages, &standing).await?)
+    let stored = match stages.contains(&Stage::Reporter) {
+        true => stored_positions(log, config).await?,
+        false => None,
+    };
+    Ok(lag::read(log, stages, &standing, stored.as_ref()).await?)
 }
 
 /// By how much the work becomes more in a second; less where negative.
@@ -105,6 +117,10 @@ fn sum_of(lag: &StageLag) -> PartitionLag {
         behind: all().map(|it| it.behind).sum(),
         oldest: all().filter_map(|it| it.oldest).min(),
         pending: all().any(|it| it.pending.is_some()).then(|| all().map(PartitionLag::work).sum()),
+        problem: lag
+            .partitions
+            .iter()
+            .find_map(|(partition, it)| Some(format!("partition {partition}: {}", it.problem.as_ref()?))),
     }
 }
 
@@ -134,7 +150,7 @@ impl Row {
             "committed": partition.and(it.committed).map(|at| at.to_string()),
             "end": partition.map(|_| it.end.to_string()), "behind": it.behind,
             "oldest_seconds": oldest.map(|age| age.as_secs_f64()), "pending": it.pending, "trend_per_second": trend,
-            "drains_in_seconds": drains_in,
+            "drains_in_seconds": drains_in, "problem": it.problem,
         });
         Self { cells, json }
     }

@@ -253,7 +253,11 @@ fn original(whole: &mut Value, shelf: Shelf, letter: &Letter, with_secrets: bool
     let value = letter.failure.value.clone().unwrap_or_default();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let event_of = |bytes: &[u8]| if with_secrets { text(bytes) } else { secrets::event(&text(bytes)) };
-    let unreadable = |error: String| json!({"error": error, "value": text(&value)});
+    // What cannot be read may hold anything.
+    let unreadable = |error: String| match with_secrets {
+        true => json!({"error": error, "value": text(&value)}),
+        false => json!({"error": error, "bytes": value.len(), "value": "shown with --secrets"}),
+    };
     if shelf == Shelf::ProcErrors && letter.failure.stage == Stage::Gateway.as_str() {
         match serde_json::from_slice::<Value>(&value) {
             Ok(mut request) => {

@@ -8,17 +8,20 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::output::{Output, line, table};
-use super::stage::{Consumer, when};
+use super::stage::{Consumer, stored_positions, when};
 use super::{Common, Usage};
 use crate::app::engine::Stage;
+use crate::app::job_status::{self, Stored};
 use crate::app::offsets::{self, Place, Step, Target};
-use crate::app::open::AnyLog;
+use crate::app::open::{self, AnyLog};
 use crate::app::standing::{self, Standing};
 use crate::clock::{Clock, Timestamp};
-use crate::config::{BackendKind, Log};
+use crate::config::{BackendKind, Config};
 use crate::log::Backend;
 use crate::log::embedded::Access;
 use crate::model::record::{Offset, Partition, Topic};
+use crate::store::Mismatch;
+use crate::store::job_status::JobStatusStore;
 use crate::with_log;
 
 #[derive(Args)]
@@ -40,7 +43,8 @@ enum Action {
     /// Put a stage's positions elsewhere, while it does not run. Shows what that would be, and acts only with --execute.
     ///
     /// Processor: what lies above a position is processed, again where it was. Router: what lies above is delivered, again
-    /// where it was, and what is pending below is forgotten.
+    /// where it was, and what is pending below is forgotten. Reporter: what lies above is counted, again where it was; its positions
+    /// are in the store, and it may run.
     Reset(Reset),
 }
 
@@ -152,8 +156,8 @@ impl Offsets {
         let (config, clock, output) = (common.config.load(&[], &[])?, Clock::system(), common.output);
         let any = AnyLog::open(&config, Access::Command, &clock).await?;
         let ended = with_log!(&any, log => match &self.action {
-            Action::List { stages, .. } => list(log, stages, output).await,
-            Action::Reset(reset) => reset.run(log, &config.log, output, &clock).await,
+            Action::List { stages, .. } => list(log, stages, &config, output).await,
+            Action::Reset(reset) => reset.run(log, &config, output, &clock).await,
         });
         any.close().await;
         ended
@@ -161,26 +165,38 @@ impl Offsets {
 }
 
 /// A stage's topic, and where it stands in it.
-async fn look<B: Backend>(log: &B, stage: Stage) -> anyhow::Result<(Topic, BTreeMap<Partition, Place>)> {
+async fn look<B: Backend>(
+    log: &B,
+    stage: Stage,
+    stored: Option<&Stored>,
+) -> anyhow::Result<(Topic, BTreeMap<Partition, Place>)> {
     let topic = stage.input().context("this stage reads no topic")?;
     let standing = match stage {
         Stage::Router => standing::read(log).await?,
         _ => Standing::default(),
     };
-    let places = offsets::look(log, stage, &topic, &standing).await?;
+    let places = offsets::look(log, stage, &topic, &standing, stored).await?;
     Ok((topic, places))
 }
 
-async fn list<B: Backend>(log: &B, stages: &[Consumer], output: Output) -> anyhow::Result<()> {
-    let (mut rows, mut shown) = (Vec::new(), Vec::new());
+async fn list<B: Backend>(log: &B, stages: &[Consumer], config: &Config, output: Output) -> anyhow::Result<()> {
+    let (mut rows, mut shown, mut problems) = (Vec::new(), Vec::new(), Vec::new());
     for stage in Consumer::meant(stages) {
-        let (topic, places) = look(log, stage).await?;
-        for (partition, Place { committed, marks, pending }) in places {
+        let stored = match stage {
+            Stage::Reporter => stored_positions(log, config).await?,
+            _ => None,
+        };
+        let (topic, places) = look(log, stage, stored.as_ref()).await?;
+        for (partition, Place { committed, marks, pending, problem }) in places {
+            let problem = problem.map(|problem| problem.to_string());
+            problems
+                .extend(problem.iter().map(|problem| format!("{} partition {partition}: {problem}", stage.as_str())));
             let at = committed.as_ref().map(|committed| committed.offset.to_string());
             shown.push(json!({
                 "stage": stage.as_str(), "group": stage.group(), "topic": topic.as_str(), "partition": partition.0,
                 "committed": at, "metadata": committed.map(|committed| committed.metadata), "start": marks.start.to_string(),
                 "stable": marks.stable.to_string(), "end": marks.end.to_string(), "pending": pending,
+                "problem": problem,
             }));
             let dash = || "-".to_owned();
             let cells = [at.unwrap_or_else(dash), marks.start.to_string(), marks.end.to_string()];
@@ -190,18 +206,36 @@ async fn list<B: Backend>(log: &B, stages: &[Consumer], output: Output) -> anyho
     }
     match output {
         Output::Json => drop(line(&Value::from(shown).to_string())),
-        Output::Table => table(&["GROUP", "TOPIC", "PARTITION", "COMMITTED", "START", "END", "PENDING"], &rows),
+        Output::Table => {
+            table(&["GROUP", "TOPIC", "PARTITION", "COMMITTED", "START", "END", "PENDING"], &rows);
+            for problem in &problems {
+                line(problem);
+            }
+        }
     }
     Ok(())
 }
 
+/// The store of the reporter's positions.
+fn store_of(config: &Config) -> anyhow::Result<JobStatusStore> {
+    if let Some(file) = open::store_file(&open::store_url(config)).filter(|file| !file.exists()) {
+        anyhow::bail!("there is no store in {}: the reporter has no positions yet (store.url)", file.display());
+    }
+    open::job_status(config)
+}
+
 impl Reset {
-    async fn run<B: Backend>(&self, log: &B, own: &Log, output: Output, clock: &Clock) -> anyhow::Result<()> {
-        let stage = Stage::from(self.stage);
+    async fn run<B: Backend>(&self, log: &B, config: &Config, output: Output, clock: &Clock) -> anyhow::Result<()> {
+        let (stage, own) = (Stage::from(self.stage), &config.log);
+        let mut store = None;
         if stage == Stage::Reporter {
-            anyhow::bail!(Usage("the reporter's positions lie in the store, with what it has counted".into()));
+            store = Some(store_of(config)?);
         }
-        let (topic, mut places) = look(log, stage).await?;
+        let stored = match &store {
+            Some(store) => Some(job_status::stored(log, store).await?),
+            None => None,
+        };
+        let (topic, mut places) = look(log, stage, stored.as_ref()).await?;
         let names = [topic.as_str(), &format!("{}{topic}", own.topic_prefix)];
         let target = self.target.read(&names, own.backend, clock.now())?;
         let named = match &target {
@@ -213,15 +247,19 @@ impl Reset {
         }
         places.retain(|partition, _| self.partitions.is_empty() || self.partitions.contains(&partition.0));
         let steps = offsets::plan(log, &topic, places, &target).await?;
-        if self.execute {
-            offsets::execute(log, stage, &topic, &steps).await?;
+        match &store {
+            Some(store) if self.execute => offsets::execute_stored(log, store, &topic, &steps).await?,
+            None if self.execute => offsets::execute(log, stage, &topic, &steps).await?,
+            _ => {}
         }
         self.tell(&steps, output);
         Ok(())
     }
 
     fn tell(&self, steps: &BTreeMap<Partition, Step>, output: Output) {
-        let at = |step: &Step| step.place.committed.as_ref().map(|committed| committed.offset);
+        let is_foreign = |step: &Step| matches!(step.place.problem, Some(Mismatch::AnotherTopic { .. }));
+        let at =
+            |step: &Step| step.place.committed.as_ref().filter(|_| !is_foreign(step)).map(|committed| committed.offset);
         if output == Output::Json {
             let row = |(partition, step): (&Partition, &Step)| {
                 json!({
@@ -253,7 +291,18 @@ impl Reset {
             let tense = if self.execute { "are" } else { "would be" };
             line(&format!("of {pending} pending deliveries those below the new positions {tense} forgotten"));
         }
-        line(if self.execute { "set, and read back" } else { "nothing was changed; --execute does it" });
+        for (partition, step) in steps {
+            if let Some(problem) = &step.place.problem {
+                line(&format!("partition {partition}: {problem}"));
+            }
+        }
+        line(if self.execute && self.stage == Consumer::Reporter {
+            "set in the store"
+        } else if self.execute {
+            "set, and read back"
+        } else {
+            "nothing was changed; --execute does it"
+        });
     }
 }
 

@@ -6,7 +6,11 @@ use clap::ValueEnum;
 
 use super::Usage;
 use crate::app::engine::Stage;
+use crate::app::job_status::{self, Stored, StoredError};
+use crate::app::open;
 use crate::clock::Timestamp;
+use crate::config::Config;
+use crate::log::Backend;
 
 /// The stages that read a topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -31,6 +35,24 @@ impl From<Consumer> for Stage {
             Consumer::Router => Stage::Router,
             Consumer::Reporter => Stage::Reporter,
         }
+    }
+}
+
+/// The reporter's positions in the store. None where the store is a file that is not on this machine, or does not answer; that is
+/// written to stderr, and the log's own positions count then.
+pub async fn stored_positions<B: Backend>(log: &B, config: &Config) -> anyhow::Result<Option<Stored>> {
+    if open::store_file(&open::store_url(config)).is_some_and(|file| !file.exists()) {
+        return Ok(None);
+    }
+    match job_status::stored(log, &open::job_status(config)?).await {
+        Ok(stored) => Ok(Some(stored)),
+        Err(StoredError::Store(error)) => {
+            eprintln!(
+                "laneway: the reporter's positions cannot be read from the store, those that it told the log are shown: {error}"
+            );
+            Ok(None)
+        }
+        Err(StoredError::Log(error)) => Err(error.into()),
     }
 }
 

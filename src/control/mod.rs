@@ -34,4 +34,12 @@ impl Current {
     pub fn get(&self) -> Arc<Workspace> {
         Arc::clone(&self.0.borrow())
     }
+
+    /// Returns when the workspace is another one than at the last call of this clone, or at its making. Never, where nothing
+    /// changes it any more.
+    pub async fn changed(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
 }

@@ -33,7 +33,7 @@ use std::time::Duration;
 use crate::clock::Timestamp;
 use crate::log::topic::TopicSpec;
 use crate::model::id::InstanceId;
-use crate::model::record::{Addressed, Epoch, Offset, Partition, Record, Topic};
+use crate::model::record::{Addressed, Epoch, Offset, Partition, Record, Topic, TopicId};
 
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -262,6 +262,10 @@ pub trait Admin: Send + Sync + 'static {
 
     /// Creates a topic; one that exists is left as it is. Returns when each of its partitions can be written and read.
     fn create(&self, topic: &TopicSpec) -> impl Future<Output = Result<(), LogError>> + Send;
+
+    /// The identity of a topic. Kafka: the cluster's id and the full name, so a topic that was deleted and created again keeps its id.
+    /// Pulsar: an id that was given at its creation, else the full name. Embedded: an id of the file.
+    fn topic_id(&self, topic: &Topic) -> impl Future<Output = Result<TopicId, LogError>> + Send;
 
     /// Sets configuration entries of a topic that exists.
     fn configure(

@@ -44,6 +44,27 @@ impl fmt::Debug for Topic {
     }
 }
 
+/// Identifies one topic of one log: another cluster, prefix or file has another id, whatever the topic's name is. What is stored
+/// outside the log carries it, because an offset means nothing in another log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicId(String);
+
+impl TopicId {
+    pub fn new(id: impl Into<String>) -> Self {
+        TopicId(id.into())
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for TopicId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// A partition's number inside its topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]

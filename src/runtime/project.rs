@@ -4,7 +4,13 @@
 //! Whoever gets a partition takes it over in the store first: what an earlier owner has under way is refused there, however
 //! late it wakes up. The log's committed offsets follow for tools that show lag; nothing is ever read from them.
 //!
+//! A stored position names the topic that it was stored for. One of another topic, or one beyond the log's end, says nothing about
+//! this log: reading from it would pass records over, reading from the beginning could count records twice. The partition is then
+//! held: nothing of it is written until an operator sets its position, or the log fits it again. The other partitions go on.
+//!
 //! The store may be away for as long as it likes: what was read waits in bounded memory, the rest in the log.
+
+mod position;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -14,14 +20,16 @@ use std::time::Duration;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::clock::Clock;
-use crate::log::{Admin, Backend, Commit, Committed, Limit, LogError, Polled, Session};
-use crate::model::record::{Epoch, Offset, Partition, Record, Topic};
+use crate::log::{Backend, Commit, Committed, Limit, LogError, Polled, Session};
+use crate::model::record::{Epoch, Offset, Partition, Record, Topic, TopicId};
 use crate::runtime::driver::{self, Serve, Settings};
 use crate::runtime::shutdown::Shutdown;
-use crate::store::{Move, StoreError};
+use crate::store::{Move, Position, StoreError};
 use crate::telemetry::metrics::metrics;
 use crate::telemetry::seldom;
 use crate::telemetry::server::Ready;
+
+use position::{TakenOver, take_over};
 
 /// One poll.
 const READ: Limit = Limit { records: 2_000, bytes: 4 << 20 };
@@ -36,9 +44,16 @@ const AGAIN: Duration = Duration::from_secs(1);
 
 /// A stage's logic.
 pub trait Project: Send + Sync + 'static {
-    /// Makes this process the owner of a partition, as far as the store goes: its epoch there, and where it goes on.
-    fn take_over(&self, partition: Partition)
-    -> impl Future<Output = Result<(i64, Option<Offset>), StoreError>> + Send;
+    /// The stored position of a partition.
+    fn position(&self, partition: Partition) -> impl Future<Output = Result<Option<Position>, StoreError>> + Send;
+
+    /// Makes this process the owner of a partition, as far as the store goes: its epoch there, and its position. `topic`: what a
+    /// position of no known topic belongs to from now on.
+    fn take_over(
+        &self,
+        partition: Partition,
+        topic: &TopicId,
+    ) -> impl Future<Output = Result<(i64, Option<Position>), StoreError>> + Send;
 
     /// Writes what records mean, and moves their partitions on: both or nothing.
     fn write(&self, moves: &[Move], records: &[Record]) -> impl Future<Output = Result<(), StoreError>> + Send;
@@ -148,13 +163,13 @@ impl<B: Backend, P: Project> Projecting<B, P> {
                 biased;
                 () = self.shutdown.begun() => {}
                 Some(done) = parts.tasks.join_next() => self.done(session, parts, done)?,
-                polled = session.poll(READ) => self.polled(parts, polled?),
+                polled = session.poll(READ) => self.polled(session, parts, polled?)?,
                 () = self.clock.sleep_until(tell_at) => {}
             }
         }
     }
 
-    fn polled(&self, parts: &mut Parts, polled: Polled) {
+    fn polled(&self, session: &mut B::Session, parts: &mut Parts, polled: Polled) -> Result<(), LogError> {
         match polled {
             Polled::Assigned(given) => {
                 for assignment in given {
@@ -162,14 +177,22 @@ impl<B: Backend, P: Project> Projecting<B, P> {
                 }
             }
             Polled::Records(records) => {
+                let mut rewound = BTreeMap::new();
                 for record in records {
-                    let Some(part) = parts.all.get_mut(&record.partition) else { continue };
-                    // What had been read before it was sought elsewhere.
-                    if part.owner.is_none() || part.written.is_some_and(|written| record.offset < written) {
+                    let Some(part) = parts.all.get_mut(&record.partition).filter(|part| part.owner.is_some()) else {
+                        continue;
+                    };
+                    if part.written.is_some_and(|written| record.offset < written) {
+                        rewound.insert(record.partition, part.epoch);
                         continue;
                     }
                     part.bytes += record.weight();
                     part.records.push(record);
+                }
+                // The log begins anew below what is written: it may be another one by now.
+                for (partition, epoch) in rewound {
+                    session.pause(&[partition])?;
+                    self.take_over(parts, partition, epoch);
                 }
             }
             // What is being written ends by itself, or is refused.
@@ -181,25 +204,16 @@ impl<B: Backend, P: Project> Projecting<B, P> {
             }
             Polled::Idle => {}
         }
+        Ok(())
     }
 
     fn take_over(&self, parts: &mut Parts, partition: Partition, epoch: Epoch) {
         let (project, backend) = (Arc::clone(&self.project), self.backend.clone());
         let (topic, clock, stage) = (self.topic.clone(), self.clock.clone(), self.stage);
         let handle = parts.tasks.spawn(async move {
-            loop {
-                let taken = match project.take_over(partition).await {
-                    // What is in the log since before the store was there counts, too.
-                    Ok((owner, None)) => start(&backend, &topic, partition).await.map(|start| (owner, None, start)),
-                    Ok((owner, Some(next))) => Ok((owner, Some(next), next)),
-                    Err(error) => Err(error),
-                };
-                match taken {
-                    Ok((owner, next, start)) => return Done::TookOver { partition, epoch, owner, next, start },
-                    Err(error) => complain(stage, &error),
-                }
-                clock.sleep(AGAIN).await;
-            }
+            let TakenOver { owner, next, start } =
+                take_over(&backend, &*project, &topic, partition, stage, &clock).await;
+            Done::TookOver { partition, epoch, owner, next, start }
         });
         let part = Part {
             epoch,
@@ -404,12 +418,6 @@ async fn persistent<P: Project>(
         }
         clock.sleep(AGAIN).await;
     }
-}
-
-/// Where a partition of the log begins.
-async fn start<B: Backend>(backend: &B, topic: &Topic, partition: Partition) -> Result<Offset, StoreError> {
-    let marks = async { backend.admin()?.watermarks(topic, partition).await };
-    marks.await.map(|marks| marks.start).map_err(|error| StoreError::Away(error.to_string()))
 }
 
 fn complain(stage: &'static str, error: &StoreError) {

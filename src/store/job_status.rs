@@ -9,10 +9,14 @@ use crate::clock::Timestamp;
 use crate::model::id::JobRunId;
 use crate::model::job_status::{Counts, FailedRow, JobKey, JobStatus};
 
-use super::{Group, Migrations, Move, Store, StoreError, advance};
+use super::position::advance;
+use super::{Group, Migrations, Move, Store, StoreError};
 
 const SCHEMA: &str = "job_status";
-const MIGRATIONS: &Migrations = &[(1, "counts", include_str!("../../migrations/job_status/0001_counts.sql"))];
+const MIGRATIONS: &Migrations = &[
+    (1, "counts", include_str!("../../migrations/job_status/0001_counts.sql")),
+    (2, "topic_id", include_str!("../../migrations/job_status/0002_topic_id.sql")),
+];
 
 /// Rows that one statement deletes.
 const STEP: u64 = 5_000;

@@ -4,6 +4,7 @@
 //! catches up when it is back.
 
 pub mod job_status;
+mod position;
 
 use std::borrow::Cow;
 use std::future::Future;
@@ -14,7 +15,7 @@ use sqlx::any::{AnyPoolOptions, install_default_drivers};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Executor, SqlSafeStr};
 
-use crate::model::record::{Offset, Partition, Topic};
+pub use position::{Group, Mismatch, Move, Position};
 
 /// Connections at a time of one process.
 const CONNECTIONS: u32 = 4;
@@ -57,7 +58,7 @@ impl From<sqlx::Error> for StoreError {
                     || matches!(number, Some(18..=20));
                 match code.as_ref() {
                     "42P01" | "42703" | "3F000" => StoreError::Unmigrated(unmigrated(refused.message())),
-                    "1" if refused.message().contains("no such table") => {
+                    "1" if ["no such table", "no such column"].iter().any(|what| refused.message().contains(what)) => {
                         StoreError::Unmigrated(unmigrated(refused.message()))
                     }
                     _ if is_data => StoreError::Refused(error.to_string()),
@@ -81,24 +82,6 @@ fn unmigrated(why: &str) -> String {
 
 /// Number, name and text of each.
 type Migrations = [(i64, &'static str, &'static str)];
-
-/// How far a partition is written, from one place to the next.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Move {
-    pub partition: Partition,
-    /// Of whoever writes.
-    pub epoch: i64,
-    /// Where the last write ended. None: it is the first.
-    pub from: Option<Offset>,
-    pub to: Offset,
-}
-
-/// Whose positions are meant.
-#[derive(Clone, Debug)]
-pub struct Group {
-    pub name: String,
-    pub topic: Topic,
-}
 
 /// One database. Clones share their connections.
 #[derive(Clone)]
@@ -238,66 +221,10 @@ impl Store {
         }
     }
 
-    /// Makes the caller the owner of a partition: who was it before writes nothing more. Its epoch, and where it goes on.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn take_over(&self, group: &Group, partition: Partition) -> Result<(i64, Option<Offset>), StoreError> {
-        let taking = sqlx::query_as(
-            "insert into positions (group_id, topic, number, next_offset, epoch) values ($1, $2, $3, '', 1) \
-             on conflict (group_id, topic, number) do update set epoch = positions.epoch + 1 \
-             returning epoch, next_offset",
-        )
-        .bind(group.name.as_str())
-        .bind(group.topic.as_str().to_owned())
-        .bind(i64::from(partition.0));
-        let pool = self.pool();
-        let row: (i64, String) = self.call(async { Ok(taking.fetch_one(&pool).await?) }).await?;
-        Ok((row.0, Offset::parse(&row.1)))
-    }
-
-    /// How far a partition is written.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn position(&self, group: &Group, partition: Partition) -> Result<Option<Offset>, StoreError> {
-        let asking =
-            sqlx::query_as("select next_offset from positions where group_id = $1 and topic = $2 and number = $3")
-                .bind(group.name.as_str())
-                .bind(group.topic.as_str().to_owned())
-                .bind(i64::from(partition.0));
-        let pool = self.pool();
-        let row: Option<(String,)> = self.call(async { Ok(asking.fetch_optional(&pool).await?) }).await?;
-        Ok(row.and_then(|(next,)| Offset::parse(&next)))
-    }
-
     /// A file, not a server.
     pub fn is_sqlite(&self) -> bool {
         self.is_sqlite
     }
-}
-
-/// Moves positions on, within a transaction: nothing of it holds where one of them has another owner, or has moved.
-async fn advance(connection: &mut AnyConnection, group: &Group, moves: &[Move]) -> Result<(), StoreError> {
-    for it in moves {
-        let from = it.from.map_or_else(String::new, |from| from.to_string());
-        let moved = sqlx::query(
-            "update positions set next_offset = $1 \
-             where group_id = $2 and topic = $3 and number = $4 and epoch = $5 and next_offset = $6",
-        )
-        .bind(it.to.to_string())
-        .bind(group.name.clone())
-        .bind(group.topic.as_str().to_owned())
-        .bind(i64::from(it.partition.0))
-        .bind(it.epoch)
-        .bind(from)
-        .execute(&mut *connection)
-        .await?;
-        if moved.rows_affected() != 1 {
-            return Err(StoreError::Stale);
-        }
-    }
-    Ok(())
 }
 
 fn migrator(all: &Migrations) -> Migrator {

@@ -84,8 +84,11 @@ catalogue! {
     sessions: IntCounterVec "laneway_runtime_sessions_total" ["stage", "cause"] "Sessions opened: start, transient, broken or fenced.";
     stalled: IntCounterVec "laneway_runtime_stalled_total" ["stage"] "Sessions built anew because reading stood still before records that were there.";
     hanging: IntCounterVec "laneway_runtime_hanging_transactions_total" ["topic"] "Transactions found that the broker left undecided and that no instance here can end: offsets that were passed over, records that readers stand before.";
+    log_damaged: IntCounterVec "laneway_log_damaged_batches_total" ["topic"] "Times that a batch of the embedded log could not be decoded and was passed over.";
+    log_free_bytes: IntGaugeVec "laneway_log_free_bytes" ["where"] "Bytes that are free for the embedded log: on its disk, and in its file.";
     unclean_stops: IntCounterVec "laneway_runtime_unclean_stops_total" ["stage"] "Partitions whose last owner ended while records were under way.";
     schema_lookups: IntCounterVec "laneway_schema_registry_lookups_total" ["what", "outcome"] "Questions to the schema registry: of an id or a subject; ok, refused or failed.";
+    projected_held: IntGaugeVec "laneway_runtime_held_partitions" ["stage"] "Partitions of which nothing is written into the store: their stored position belongs to another log, or lies beyond the log's end.";
     projected: IntCounterVec "laneway_runtime_projected_records_total" ["stage"] "Records written into the store: of job status, by the reporter.";
     store_failures: IntCounterVec "laneway_store_failures_total" ["stage"] "Tries to write job status into the store that failed, and are made again.";
     publishers: IntCounterVec "laneway_runtime_publishers_replaced_total" [] "Kafka producers replaced because their records timed out and nothing was acknowledged meanwhile.";

@@ -180,6 +180,56 @@ async fn what_is_under_way_is_not_completed_and_a_drain_ends_it() {
     .await;
 }
 
+/// The store outlives the log: what was counted of the old one says nothing about the new one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_made_anew_is_counted_once_the_positions_are_set() {
+    let run = Run::new(Flow::embedded(), &[]);
+    run.sink().await;
+    let running = run.flow.start_all().await;
+    run.send("run-1", 1, 7).await;
+    eventually("the rows are counted", SOON, async || taken(&run.status("run-1").await) == (6, true)).await;
+    for mut process in running {
+        process.terminate();
+        assert!(process.ended(SOON).await.success());
+    }
+    let data = run.flow.folder.path().join("data");
+    for file in ["log.sqlite", "log.sqlite-wal", "log.sqlite-shm"] {
+        let _ = std::fs::remove_file(data.join(file));
+    }
+
+    let running = run.flow.start_all().await;
+    run.send("run-1", 1, 4).await;
+    let problem = async || {
+        let lag = run.flow.command(&["lag", "reporter", "--over", "0", "--output", "json"]);
+        let rows: Value = serde_json::from_slice(&lag.stdout).expect("JSON");
+        rows[0]["behind"].as_u64() > Some(0) && rows[0]["problem"].as_str().is_some_and(|it| it.contains("another log"))
+    };
+    eventually("the lag tells it", SOON, problem).await;
+    assert_eq!(
+        taken(&run.status("run-1").await),
+        (6, false),
+        "nothing of the new log is counted, and nothing completed"
+    );
+    let check = run.flow.command(&["check"]);
+    let told = String::from_utf8_lossy(&check.stdout).into_owned();
+    assert!(told.contains("belongs to another log") && told.contains("offsets reset reporter"), "{told}");
+    assert!(running.iter().any(|process| process.said().contains("belongs to another log")));
+
+    let would = run.flow.command(&["offsets", "reset", "reporter", "--to-earliest"]);
+    assert!(would.status.success(), "{would:?}");
+    assert_eq!(taken(&run.status("run-1").await), (6, false), "nothing was changed");
+    let done = run.flow.command(&["offsets", "reset", "reporter", "--to-earliest", "--execute"]);
+    assert!(done.status.success(), "{done:?}");
+    eventually("the rest is counted, too", SOON, async || taken(&run.status("run-1").await) == (9, true)).await;
+    assert!(!run.flow.command(&["check"]).stdout.windows(11).any(|it| it == b"another log"));
+}
+
+/// How many rows of a run were counted in, and whether it counts as completed.
+fn taken(status: &Value) -> (u64, bool) {
+    let source = &status["tasks"][0]["sources"][0];
+    (source["stats"]["in"].as_u64().unwrap_or(0), source["completed"] == true)
+}
+
 /// The long form: `JOB_RECORDS=100000`.
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_of_the_reporter_and_restarts_of_the_store_count_nothing_twice() {
@@ -196,7 +246,10 @@ async fn counts_nothing_twice(flow: Flow) {
     let postgres = Postgres::start();
     let run = Run::new(flow, &[("LANEWAY_STORE__URL", &postgres.url())]);
     let migrated = run.flow.command(&["migrate", "--output", "json"]);
-    assert_eq!(String::from_utf8_lossy(&migrated.stdout).trim(), r#"{"executed":true,"job_status":["counts"]}"#);
+    assert_eq!(
+        String::from_utf8_lossy(&migrated.stdout).trim(),
+        r#"{"executed":true,"job_status":["counts","topic_id"]}"#
+    );
     run.sink().await;
     let _running = run.flow.start_all().await;
     let mut reporter = run.flow.start("reporter", "reporter-1");

@@ -141,6 +141,33 @@ async fn a_dead_destination_delays_nobody_and_comes_back_in_order_on_pulsar() {
     dead_and_back(Flow::on_pulsar(), "router").await;
 }
 
+/// A pause makes the router meet a destination before the workspace has it: its type, and the type's rules, come later.
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_of_a_type_hold_for_a_destination_that_was_met_before_it() {
+    let mut flow = Flow::embedded();
+    flow.set("LANEWAY_ROUTER__DESTINATIONS__WEBHOOK__RETRY_WINDOW", "1s");
+    let running = flow.start_all().await;
+    steer(&flow, &["pause", "late", "--unknown"]);
+    let paused = r#"laneway_router_paused{destination="late"} 1"#;
+    eventually("the pause holds", SOON, async || metric(&running[0], paused).await).await;
+    steer(&flow, &["resume", "late"]);
+    let nobody = format!("http://127.0.0.1:{}/", crate::support::process::free_port());
+    let workspace = crate::support::process::workspace(&[("late", &nobody)]);
+    std::fs::write(flow.folder.path().join("workspace.json"), workspace).expect("written");
+    let is_in_force = async || running[0].said().contains("workspace configuration changed");
+    eventually("the workspace is in force", SOON, is_in_force).await;
+    crate::support::sink::publish(&flow, 1);
+    eventually("it is given up within its window", SOON, async || lane(&flow, "late")["ledger"]["aborted"] == 1).await;
+
+    // What the router knows needs no workspace; of others nothing can be told without one.
+    std::fs::write(flow.folder.path().join("workspace.json"), "{").expect("written");
+    steer(&flow, &["pause", "late"]);
+    let unknown = flow.command(&["lanes", "pause", "other"]);
+    let said = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    assert!(!unknown.status.success() && said.contains("the workspace cannot be read"), "{said}");
+    assert!(!said.contains("there is no destination"), "{said}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_pauses_resumes_and_drains() {
     let (flow, destinations) = flow(Flow::embedded()).await;

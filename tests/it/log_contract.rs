@@ -72,6 +72,7 @@ contract! {
     a_compacted_topic_keeps_the_last_value_of_each_key
     a_topic_that_is_not_there_is_a_clear_error
     topics_are_created_once_and_configured
+    a_topic_has_an_id_that_stays
     many_publishers_write_at_once
     positions_are_reset_where_nobody_is_in_the_group
 }
@@ -488,6 +489,19 @@ async fn topics_are_created_once_and_configured<B: Backend>(log: B) {
         }
         assert!(Instant::now() < until, "{config:?}");
     }
+}
+
+async fn a_topic_has_an_id_that_stays<B: Backend>(log: B) {
+    let (one, two) = (topic(&log, "one", 1).await, topic(&log, "two", 1).await);
+    let admin = log.admin().unwrap();
+    let id = admin.topic_id(&one).await.unwrap();
+    assert_ne!(id, admin.topic_id(&two).await.unwrap());
+    // Neither a second creation nor other settings change it.
+    admin.create(&spec("one", 1)).await.unwrap();
+    let more: BTreeMap<String, String> = [("retention.ms".to_owned(), "2000000".to_owned())].into();
+    admin.configure(&one, &more).await.unwrap();
+    log.publisher().unwrap().publish(vec![addressed(&one, 0, "a")]).await.expect("published");
+    assert_eq!(log.admin().unwrap().topic_id(&one).await.unwrap(), id);
 }
 
 async fn many_publishers_write_at_once<B: Backend>(log: B) {

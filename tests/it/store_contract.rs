@@ -4,12 +4,20 @@ use std::collections::BTreeMap;
 
 use laneway::clock::Timestamp;
 use laneway::model::job_status::{Counts, FailedRow, JobKey, JobStatus};
-use laneway::model::record::{Offset, Partition, Topic};
+use laneway::model::record::{Offset, Partition, Topic, TopicId};
 use laneway::store::job_status::{JobStatusStore, Place};
-use laneway::store::{Group, Move, StoreError};
+use laneway::store::{Group, Mismatch, Move, Position, StoreError};
 
 fn group() -> Group {
     Group { name: "laneway.reporter".into(), topic: Topic::JOB_STATUS }
+}
+
+fn topic() -> TopicId {
+    TopicId::new("a-log/job-status")
+}
+
+fn position(offset: u128) -> Option<Position> {
+    Some(Position { offset: Offset::new(offset), topic_id: Some(topic()) })
 }
 
 fn at(seconds: i64) -> Timestamp {
@@ -48,8 +56,8 @@ async fn prepared(url: &str) -> JobStatusStore {
 async fn tables_are_made_once(url: &str) {
     let store = JobStatusStore::new(url).expect("a URL of a store");
     assert!(matches!(store.counts(&"r".into()).await, Err(StoreError::Unmigrated(_))), "there is nothing yet");
-    assert_eq!(store.pending().await.expect("known"), ["counts"]);
-    assert_eq!(store.migrate().await.expect("migrated"), ["counts"]);
+    assert_eq!(store.pending().await.expect("known"), ["counts", "topic_id"]);
+    assert_eq!(store.migrate().await.expect("migrated"), ["counts", "topic_id"]);
     assert!(store.migrate().await.expect("migrated").is_empty() && store.pending().await.expect("known").is_empty());
     assert_eq!(store.counts(&"r".into()).await.expect("counts"), BTreeMap::new());
 }
@@ -57,7 +65,7 @@ async fn tables_are_made_once(url: &str) {
 async fn counts_and_positions_move_together(url: &str) {
     let store = prepared(url).await;
     let (group, run) = (group(), "run".into());
-    let (first, next) = store.store().take_over(&group, Partition(3)).await.expect("taken over");
+    let (first, next) = store.store().take_over(&group, Partition(3), &topic()).await.expect("taken over");
     assert_eq!(next, None);
     let both =
         || vec![status(key("run", "s", None), Counts::taken(5)), status(key("run", "s", Some("d")), Counts::passed())];
@@ -71,21 +79,50 @@ async fn counts_and_positions_move_together(url: &str) {
     let counts = store.counts(&run).await.expect("counts");
     assert_eq!(counts[&key("run", "s", None)], Counts { taken: 10, ..Counts::default() });
     assert_eq!(counts[&key("run", "s", Some("d"))], Counts { passed: 2, ..Counts::default() });
-    assert_eq!(store.store().position(&group, Partition(3)).await.expect("known"), Some(Offset::new(9)));
+    assert_eq!(store.store().position(&group, Partition(3)).await.expect("known"), position(9));
 
     // Who had it before writes nothing more, and another partition or group has nothing to do with it.
-    let (second, next) = store.store().take_over(&group, Partition(3)).await.expect("taken over");
-    assert_eq!((second > first, next), (true, Some(Offset::new(9))));
+    let (second, next) = store.store().take_over(&group, Partition(3), &topic()).await.expect("taken over");
+    assert_eq!((second > first, next), (true, position(9)));
     assert!(matches!(store.add(&group, &step(first, Some(9), 10), both(), at(3)).await, Err(StoreError::Stale)));
     store.add(&group, &step(second, Some(9), 10), Vec::new(), at(3)).await.expect("added");
     assert_eq!(store.store().position(&group, Partition(4)).await.expect("known"), None);
     assert_eq!(store.counts(&run).await.expect("counts"), counts);
 }
 
+async fn a_position_carries_its_topic(url: &str) {
+    let store = prepared(url).await;
+    let (group, other) = (group(), TopicId::new("another-log/job-status"));
+    // Nothing was written yet: the position belongs to whatever is written first.
+    store.store().take_over(&group, Partition(3), &other).await.expect("taken over");
+    let (first, next) = store.store().take_over(&group, Partition(3), &topic()).await.expect("taken over");
+    assert_eq!(next, None);
+    let one = || vec![status(key("run", "s", None), Counts::taken(1))];
+    store.add(&group, &step(first, None, 7), one(), at(1)).await.expect("added");
+    let (second, next) = store.store().take_over(&group, Partition(3), &other).await.expect("taken over");
+    assert_eq!(next, position(7), "it stays one of the log that it was written for");
+    let next = next.expect("a position");
+    assert!(matches!(next.mismatch(&other, Offset::new(9)), Some(Mismatch::AnotherTopic { .. })));
+    assert_eq!((next.mismatch(&topic(), Offset::new(9)), next.mismatch(&topic(), Offset::new(7))), (None, None));
+    assert!(matches!(next.mismatch(&topic(), Offset::new(6)), Some(Mismatch::BeyondEnd { .. })));
+
+    // A reset makes it one of the other log, and its owner writes nothing more.
+    let to = BTreeMap::from([(Partition(3), Offset::new(2)), (Partition(4), Offset::new(5))]);
+    store.store().reset(&group, &other, &to).await.expect("reset");
+    assert!(matches!(store.add(&group, &step(second, Some(7), 9), one(), at(2)).await, Err(StoreError::Stale)));
+    let found = store.store().positions(&group).await.expect("known");
+    let of_other = |offset| Position { offset: Offset::new(offset), topic_id: Some(other.clone()) };
+    assert_eq!(found, BTreeMap::from([(Partition(3), of_other(2)), (Partition(4), of_other(5))]));
+    let (third, next) = store.store().take_over(&group, Partition(3), &other).await.expect("taken over");
+    assert_eq!(next, Some(of_other(2)));
+    store.add(&group, &step(third, Some(2), 3), one(), at(3)).await.expect("added");
+    assert_eq!(store.counts(&"run".into()).await.expect("counts")[&key("run", "s", None)].taken, 2);
+}
+
 async fn two_owners_at_once_count_once(url: &str) {
     let store = prepared(url).await;
     let group = group();
-    let (epoch, _) = store.store().take_over(&group, Partition(3)).await.expect("taken over");
+    let (epoch, _) = store.store().take_over(&group, Partition(3), &topic()).await.expect("taken over");
     let (group, store) = (&group, &store);
     let tries = (0..8).map(|_| async move {
         let one = vec![status(key("run", "s", None), Counts::taken(1))];
@@ -100,7 +137,7 @@ async fn two_owners_at_once_count_once(url: &str) {
 async fn failed_rows_are_kept_once_and_told_in_pages(url: &str) {
     let store = prepared(url).await;
     let (group, run) = (group(), "run".into());
-    let (epoch, _) = store.store().take_over(&group, Partition(3)).await.expect("taken over");
+    let (epoch, _) = store.store().take_over(&group, Partition(3), &topic()).await.expect("taken over");
     let long = format!("\"{}\"", "x".repeat(4_000));
     let all = vec![
         status(key("run", "s", Some("d")), failed(&["1", "2", "2", &long])),
@@ -144,7 +181,7 @@ async fn failed_rows_are_kept_once_and_told_in_pages(url: &str) {
 async fn old_runs_are_forgotten_as_a_whole(url: &str) {
     let store = prepared(url).await;
     let group = group();
-    let (epoch, _) = store.store().take_over(&group, Partition(3)).await.expect("taken over");
+    let (epoch, _) = store.store().take_over(&group, Partition(3), &topic()).await.expect("taken over");
     let all = |run: &str| {
         vec![status(key(run, "s", None), Counts::taken(1)), status(key(run, "s", Some("d")), failed(&["1"]))]
     };
@@ -188,6 +225,7 @@ macro_rules! contract {
 contract! {
     tables_are_made_once
     counts_and_positions_move_together
+    a_position_carries_its_topic
     two_owners_at_once_count_once
     failed_rows_are_kept_once_and_told_in_pages
     old_runs_are_forgotten_as_a_whole
@@ -199,7 +237,7 @@ async fn what_is_locked_in_postgres_is_not_refused() {
     use sqlx::{Connection, Executor};
     let url = crate::support::postgres::database().await;
     let store = prepared(&url).await;
-    let (epoch, _) = store.store().take_over(&group(), Partition(3)).await.expect("taken over");
+    let (epoch, _) = store.store().take_over(&group(), Partition(3), &topic()).await.expect("taken over");
     let mut other = sqlx::PgConnection::connect(&url).await.expect("connected");
     other.execute("begin").await.expect("begun");
     other.execute("lock table job_status.counts in exclusive mode").await.expect("locked");

@@ -24,7 +24,7 @@ const LAYERS: [&[&str]; 10] = [
 const OWNED: [(&str, &[&str]); 6] = [
     ("rdkafka", &["src/log/kafka/"]),
     ("pulsar", &["src/log/pulsar/"]),
-    ("sqlx", &["src/log/embedded/sqlite.rs", "src/store/"]),
+    ("sqlx", &["src/log/embedded/sqlite.rs", "src/log/embedded/sqlite/", "src/store/"]),
     ("apache_avro", &["src/model/codec/"]),
     ("schema_registry_converter", &["src/log/registry/"]),
     (

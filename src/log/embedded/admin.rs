@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::clock::Timestamp;
 use crate::log::topic::TopicSpec;
 use crate::log::{Admin, Committed, LogError, TopicConfig, TopicInfo, Watermarks};
-use crate::model::record::{Offset, Partition, Topic};
+use crate::model::record::{Offset, Partition, Topic, TopicId};
 
 use super::Embedded;
 use super::store::Position;
@@ -36,6 +36,11 @@ impl Admin for EmbeddedAdmin {
         let found = self.0.0.store.ends().await.map_err(LogError::transient)?;
         self.0.0.ends.note(found);
         Ok(())
+    }
+
+    async fn topic_id(&self, topic: &Topic) -> Result<TopicId, LogError> {
+        let id = self.0.0.store.id().await.map_err(LogError::transient)?;
+        Ok(TopicId::new(format!("embedded:{id}/{topic}")))
     }
 
     async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), LogError> {

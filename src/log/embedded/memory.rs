@@ -44,6 +44,7 @@ struct State {
     commits: HashMap<String, u64>,
     faults: Faults,
     random: StdRng,
+    id: String,
 }
 
 #[derive(Default)]
@@ -79,6 +80,7 @@ impl MemoryStore {
             commits: HashMap::new(),
             faults,
             random: StdRng::seed_from_u64(faults.seed),
+            id: uuid::Uuid::new_v4().simple().to_string(),
         })))
     }
 
@@ -210,6 +212,10 @@ impl MemoryStore {
             state.partitions.insert((spec.topic(), Partition(number)), Kept::default());
         }
         Ok(())
+    }
+
+    pub async fn id(&self) -> Result<String, BoxError> {
+        Ok(self.state().id.clone())
     }
 
     pub async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), BoxError> {

@@ -6,6 +6,7 @@ use crate::log::{Limit, LogError, Read, Reader};
 use crate::model::record::{Offset, Partition, Topic};
 
 use super::Embedded;
+use super::store::read_error;
 
 /// A read at the end waits so long for more.
 const WAIT: Duration = Duration::from_millis(100);
@@ -29,8 +30,7 @@ impl Reader for EmbeddedReader {
         let until = self.log.0.clock.instant() + WAIT;
         loop {
             let store = &self.log.0.store;
-            let records =
-                store.read(&self.topic, self.partition, self.next, limit).await.map_err(LogError::transient)?;
+            let records = store.read(&self.topic, self.partition, self.next, limit).await.map_err(read_error)?;
             if let Some(last) = records.last() {
                 self.next = last.offset.just_after();
                 return Ok(Read::Records(records));

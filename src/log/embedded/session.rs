@@ -12,7 +12,7 @@ use crate::model::record::{Epoch, Offset, Partition, Record};
 
 use super::Embedded;
 use super::coordinator::{Event, GroupKey, SessionId};
-use super::store::Position;
+use super::store::{Position, read_error};
 
 /// A poll without anything to tell ends after so long.
 const IDLE: Duration = Duration::from_millis(200);
@@ -145,7 +145,7 @@ impl EmbeddedSession {
             let share =
                 Limit { records: limit.records.div_ceil(ready.len()), bytes: limit.bytes.div_ceil(ready.len()) };
             let read = self.own.log.0.store.read(&self.own.member.topic, partition, from, share).await;
-            records.push((partition, read.map_err(LogError::transient)?));
+            records.push((partition, read.map_err(read_error)?));
         }
         // From here on nothing waits: either all positions move and the records are returned, or neither.
         let mut all = Vec::new();

@@ -2,9 +2,16 @@
 //!
 //! A batch's row id is its partition's id and its first offset in one number, so that reading a partition is a range of the
 //! one b-tree and appending goes to its end.
+//!
+//! A row that cannot be decoded is passed over with an error line: its records are lost whatever is done, and a stage that stopped
+//! before it would stop everything behind it, too. It stays in the file. A file that SQLite itself finds damaged ends the process:
+//! nothing that is read from it can be trusted.
+
+mod maintenance;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{Connection, Row, SqlitePool};
@@ -13,19 +20,27 @@ use crate::clock::Timestamp;
 use crate::log::topic::TopicSpec;
 use crate::log::{BoxError, Committed, Limit, Watermarks};
 use crate::model::record::{Addressed, Offset, Partition, Record, Topic};
+use crate::telemetry::metrics::metrics;
+use crate::telemetry::seldom;
 
 use super::frame;
-use super::store::{NoSuchPartition, Position, StoredTopic, Transaction, compacted};
+use super::store::{DamagedFile, NoSuchPartition, Position, StoredTopic, Transaction};
 
 /// Bits of a batch id that hold the offset: a partition may hold 10^12 records.
 const OFFSET_BITS: u32 = 40;
 /// A row is at most so many records: a reader of one record reads its row.
 const BATCH_RECORDS: usize = 500;
 const BATCH_BYTES: usize = 256 * 1024;
-/// A compacted partition is rewritten when it has gained so many rows.
-const COMPACT_ROWS: i64 = 200;
+/// Another process that writes is waited for.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Rows that a reader fetches at a time, at most.
+const PAGE_ROWS: usize = 8;
+/// Another process that reads may delay a reset of the WAL for this long, and then the reset is given up.
+const WAL_RESET_TIMEOUT: Duration = Duration::from_millis(100);
+/// Connections that read. Maintenance takes all of them for a moment to reset the WAL.
+const READERS: u32 = 3;
 
-const SCHEMA: [&str; 5] = [
+const SCHEMA: [&str; 7] = [
     "create table if not exists topics (
         name text primary key, partitions integer not null, config text not null) without rowid",
     "create table if not exists partitions (
@@ -37,6 +52,8 @@ const SCHEMA: [&str; 5] = [
         group_id text not null, topic text not null, number integer not null, next_offset integer not null,
         metadata text not null, primary key (group_id, topic, number)) without rowid",
     "create table if not exists commits (session text primary key, number integer not null) without rowid",
+    "create table if not exists log (id text primary key) without rowid",
+    "insert into log select lower(hex(randomblob(16))) where not exists (select 1 from log)",
 ];
 
 #[derive(Clone)]
@@ -44,6 +61,9 @@ pub struct SqliteStore {
     readers: SqlitePool,
     /// One connection writes; the writer task is its only user but for topic changes and maintenance.
     writer: SqlitePool,
+    /// Moves the WAL into the file beside the writer.
+    checkpoints: SqlitePool,
+    path: PathBuf,
 }
 
 impl SqliteStore {
@@ -54,7 +74,7 @@ impl SqliteStore {
             .page_size(16_384)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(std::time::Duration::from_secs(10))
+            .busy_timeout(BUSY_TIMEOUT)
             .pragma("wal_autocheckpoint", "1000")
             .pragma("cache_size", "-16000");
         let writer = SqlitePoolOptions::new().max_connections(1).connect_with(options.clone()).await?;
@@ -63,12 +83,15 @@ impl SqliteStore {
             sqlx::query(statement).execute(&mut *connection).await?;
         }
         drop(connection);
-        let readers = SqlitePoolOptions::new().max_connections(3).connect_with(options.read_only(true)).await?;
-        Ok(Self { readers, writer })
+        let checkpoints = SqlitePoolOptions::new().max_connections(1);
+        let checkpoints = checkpoints.connect_lazy_with(options.clone().busy_timeout(WAL_RESET_TIMEOUT));
+        let readers = SqlitePoolOptions::new().max_connections(READERS).connect_with(options.read_only(true)).await?;
+        Ok(Self { readers, writer, checkpoints, path: path.to_owned() })
     }
 
     pub async fn close(&self) {
         self.readers.close().await;
+        self.checkpoints.close().await;
         self.writer.close().await;
     }
 
@@ -115,7 +138,19 @@ impl SqliteStore {
         from: Offset,
         limit: Limit,
     ) -> Result<Vec<Record>, BoxError> {
+        self.read_rows(topic, partition, from, limit).await.map_err(|error| self.judged(error))
+    }
+
+    async fn read_rows(
+        &self,
+        topic: &Topic,
+        partition: Partition,
+        from: Offset,
+        limit: Limit,
+    ) -> Result<Vec<Record>, BoxError> {
         let mut connection = self.readers.acquire().await?;
+        // One snapshot: compaction may put the records of several rows into one between two statements.
+        let mut connection = connection.begin().await?;
         let (id, _) = partition_row(&mut connection, topic, partition).await?;
         let low = batch_id(id, Offset::START);
         let high = batch_id(id + 1, Offset::START);
@@ -127,22 +162,30 @@ impl SqliteStore {
             .fetch_optional(&mut *connection)
             .await?
             .map_or(wanted, |row| row.get::<i64, _>(0));
+        // Whoever wants one record gets one row.
+        let page = if limit.records <= 1 { 1 } else { (limit.bytes / BATCH_BYTES).clamp(1, PAGE_ROWS) };
         let mut records = Vec::new();
         let mut bytes = 0;
         let mut next = start;
         while records.len() < limit.records && bytes < limit.bytes {
-            let rows = sqlx::query("select id, body from batches where id >= ? and id < ? order by id limit 8")
-                .bind(next)
-                .bind(high)
-                .fetch_all(&mut *connection)
-                .await?;
+            let rows =
+                sqlx::query("select id, body, last_offset from batches where id >= ? and id < ? order by id limit ?")
+                    .bind(next)
+                    .bind(high)
+                    .bind(page as i64)
+                    .fetch_all(&mut *connection)
+                    .await?;
             let Some(last) = rows.last() else { break };
             next = last.get::<i64, _>(0) + 1;
             for row in rows {
-                let first = Offset::new(u128::from((row.get::<i64, _>(0) - low) as u64));
-                let body: Vec<u8> = row.get(1);
-                let batch = frame::decode(body, partition, first)
-                    .ok_or_else(|| format!("the batch at {topic}/{partition}/{first} is damaged"))?;
+                let (first, last) = (offset(row.get::<i64, _>(0) - low), offset(row.get(2)));
+                let Some(batch) = frame::decode(row.get(1), partition, first) else {
+                    // What was asked for may lie behind it.
+                    if last >= from {
+                        passed_over(topic, partition, first, last);
+                    }
+                    continue;
+                };
                 for record in batch {
                     if record.offset >= from && records.len() < limit.records && bytes < limit.bytes {
                         bytes += record.weight();
@@ -152,6 +195,18 @@ impl SqliteStore {
             }
         }
         Ok(records)
+    }
+
+    /// Marks errors that no repetition will mend.
+    fn judged(&self, error: BoxError) -> BoxError {
+        let code = error.downcast_ref::<sqlx::Error>().and_then(|error| match error {
+            sqlx::Error::Database(error) => error.code()?.parse::<u32>().ok(),
+            _ => None,
+        });
+        match code.map(|code| code & 0xFF) {
+            Some(11 | 26) => DamagedFile { path: self.path.clone(), error }.into(),
+            _ => error,
+        }
     }
 
     pub async fn bounds(&self, topic: &Topic, partition: Partition) -> Result<Watermarks, BoxError> {
@@ -236,6 +291,10 @@ impl SqliteStore {
         Ok(())
     }
 
+    pub async fn id(&self) -> Result<String, BoxError> {
+        Ok(sqlx::query("select id from log").fetch_one(&self.readers).await?.get(0))
+    }
+
     pub async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), BoxError> {
         sqlx::query("update topics set config = json_patch(config, ?) where name = ?")
             .bind(serde_json::to_string(config)?)
@@ -244,84 +303,16 @@ impl SqliteStore {
             .await?;
         Ok(())
     }
+}
 
-    pub async fn maintain(&self, now: Timestamp) -> Result<(), BoxError> {
-        for info in self.topics().await? {
-            let setting = |name: &str| info.config.get(name).and_then(|text| text.parse::<i64>().ok());
-            let compact = info.config.get("cleanup.policy").is_some_and(|policy| policy.contains("compact"));
-            for number in 0..info.partitions {
-                if compact {
-                    let keep = setting("delete.retention.ms").unwrap_or(900_000);
-                    let horizon = Timestamp::from_millis(now.millis() - keep);
-                    self.compact(&info.topic, Partition(number), horizon).await?;
-                } else if let Some(keep) = setting("retention.ms").filter(|keep| *keep >= 0) {
-                    let horizon = Timestamp::from_millis(now.millis() - keep);
-                    self.expire(&info.topic, Partition(number), horizon).await?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn expire(&self, topic: &Topic, partition: Partition, horizon: Timestamp) -> Result<(), BoxError> {
-        let mut connection = self.writer.acquire().await?;
-        let (id, _) = partition_row(&mut connection, topic, partition).await?;
-        sqlx::query("delete from batches where id >= ? and id < ? and at < ?")
-            .bind(batch_id(id, Offset::START))
-            .bind(batch_id(id + 1, Offset::START))
-            .bind(horizon.micros())
-            .execute(&mut *connection)
-            .await?;
-        Ok(())
-    }
-
-    async fn compact(&self, topic: &Topic, partition: Partition, horizon: Timestamp) -> Result<(), BoxError> {
-        let mut connection = self.writer.acquire().await?;
-        let mut transaction = connection.begin_with("begin immediate").await?;
-        let (id, _) = partition_row(&mut transaction, topic, partition).await?;
-        let (low, high) = (batch_id(id, Offset::START), batch_id(id + 1, Offset::START));
-        let rows = sqlx::query("select id, body from batches where id >= ? and id < ? order by id")
-            .bind(low)
-            .bind(high)
-            .fetch_all(&mut *transaction)
-            .await?;
-        let before: i64 = sqlx::query("select compacted_rows from partitions where id = ?")
-            .bind(id)
-            .fetch_one(&mut *transaction)
-            .await?
-            .get(0);
-        if (rows.len() as i64) < before + COMPACT_ROWS {
-            return Ok(());
-        }
-        let mut records = Vec::new();
-        for row in rows {
-            let first = offset(row.get::<i64, _>(0) - low);
-            let batch = frame::decode(row.get(1), partition, first);
-            records.extend(batch.ok_or_else(|| format!("the batch at {topic}/{partition}/{first} is damaged"))?);
-        }
-        sqlx::query("delete from batches where id >= ? and id < ?")
-            .bind(low)
-            .bind(high)
-            .execute(&mut *transaction)
-            .await?;
-        let kept = compacted(records, horizon);
-        let mut rows = 0_i64;
-        for chunk in
-            kept.chunk_by(|a, b| b.offset.raw() - a.offset.raw() < 1_000_000).flat_map(|c| c.chunks(BATCH_RECORDS))
-        {
-            let first = chunk[0].offset;
-            let body = frame::encode_sparse(chunk, first);
-            let last = &chunk[chunk.len() - 1];
-            insert_batch(&mut transaction, batch_id(id, first), last.offset, last.timestamp, body).await?;
-            rows += 1;
-        }
-        sqlx::query("update partitions set compacted_rows = ? where id = ?")
-            .bind(rows)
-            .bind(id)
-            .execute(&mut *transaction)
-            .await?;
-        transaction.commit().await?;
-        Ok(())
+/// Reports a batch that cannot be decoded.
+fn passed_over(topic: &Topic, partition: Partition, first: Offset, last: Offset) {
+    metrics().log_damaged.with_label_values(&[topic.as_str()]).inc();
+    if let Some(left_out) = seldom::due("a damaged batch", &format!("{topic}/{partition}/{first}")) {
+        tracing::error!(
+            %topic, partition = partition.0, %first, %last, left_out,
+            "a batch of the embedded log is damaged, its records are lost and are passed over; it stays in the file"
+        );
     }
 }
 
@@ -415,3 +406,6 @@ fn batch_id(partition: i64, offset: Offset) -> i64 {
 fn offset(raw: i64) -> Offset {
     Offset::new(raw.max(0) as u128)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,15 +1,17 @@
 //! The one task that writes. What waits while a transaction runs goes into the next one together: group commit.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::clock::Clock;
 use crate::log::LogError;
 use crate::model::record::{Addressed, Partition, Topic};
+use crate::telemetry::metrics::metrics;
 
 use super::store::{NoSuchPartition, Position, Store, Transaction};
 use super::{Access, Ends, FOREIGN_POLL};
@@ -18,7 +20,12 @@ use super::{Access, Ends, FOREIGN_POLL};
 const QUEUE: usize = 1_024;
 /// One transaction takes at most so much: a larger one would make everybody wait for its sync.
 const TRANSACTION_BYTES: usize = 8 << 20;
-const MAINTENANCE: Duration = Duration::from_secs(30);
+/// Expired records stay for this long at most, beside what their retention says.
+const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(30);
+/// At 100 MB/s the WAL grows by that much beyond its bound, and the disk's reserve lasts.
+const SPACE_CHECK_INTERVAL: Duration = Duration::from_millis(500);
+/// A WAL that another process keeps from being reset is left alone for this long.
+const WAL_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Is the sender still the owner? Asked when the request's turn has come.
 pub type Fence = Box<dyn FnOnce() -> Result<(), LogError> + Send>;
@@ -36,6 +43,10 @@ pub struct Writer {
     ends: Arc<Ends>,
     queue: Mutex<Option<mpsc::Sender<Request>>>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// New events are refused, so that room is left for commits and for deleting.
+    is_short: Arc<AtomicBool>,
+    /// Dropped to stop what runs beside the writer.
+    running: Mutex<Option<watch::Sender<()>>>,
 }
 
 impl Writer {
@@ -43,9 +54,18 @@ impl Writer {
         let (queue, requests) = mpsc::channel(QUEUE);
         let known = Arc::clone(&ends);
         let turn = run(store.clone(), Arc::clone(&ends), clock.clone(), requests);
-        let look = look_around(store, ends, clock, access, queue.downgrade());
-        let tasks = vec![tokio::spawn(turn), tokio::spawn(look)];
-        Self { ends: known, queue: Mutex::new(Some(queue)), tasks: Mutex::new(tasks) }
+        let (is_short, running) = (Arc::<AtomicBool>::default(), watch::Sender::new(()));
+        let foreign = watch_foreign(store.clone(), ends, clock.clone());
+        let mut tasks = vec![tokio::spawn(turn), tokio::spawn(until_closed(running.subscribe(), foreign))];
+        if access == Access::Engine && matches!(store, Store::Memory(_)) {
+            tasks.push(tokio::spawn(until_closed(running.subscribe(), maintain(store, clock))));
+        } else if access == Access::Engine {
+            let bounding = bound(store.clone(), Arc::clone(&is_short), clock.clone());
+            tasks.push(tokio::spawn(until_closed(running.subscribe(), bounding)));
+            tasks.push(tokio::spawn(until_closed(running.subscribe(), maintain(store, clock))));
+        }
+        let (queue, tasks) = (Mutex::new(Some(queue)), Mutex::new(tasks));
+        Self { ends: known, queue, tasks, is_short, running: Mutex::new(Some(running)) }
     }
 
     /// Hands a request over and waits until it is on disk.
@@ -61,6 +81,10 @@ impl Writer {
             let (topic, partition) = (stray.topic.clone(), stray.partition);
             return Err(LogError::fatal(NoSuchPartition { topic, partition }));
         }
+        // A session's commit ends what the log has already, and is taken.
+        if commit.is_none() && !records.is_empty() && self.is_short.load(Ordering::Relaxed) {
+            return Err(LogError::transient("the disk of the embedded log is nearly full: it takes no new records"));
+        }
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let closed = || LogError::transient("the embedded log is closed");
         let queue = queue.ok_or_else(closed)?;
@@ -73,6 +97,7 @@ impl Writer {
     /// Takes no more, and waits for what was taken.
     pub async fn close(&self) {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
         let tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         for task in tasks {
             // A panic of the task has been reported by the runtime; there is nothing left to close then.
@@ -147,19 +172,90 @@ async fn settle(store: &Store, ends: &Ends, commit: &Option<(String, u64)>, erro
     }
 }
 
-/// Notices what other processes write into the file and, for the engine, keeps the file small.
-async fn look_around(store: Store, ends: Arc<Ends>, clock: Clock, access: Access, alive: mpsc::WeakSender<Request>) {
-    let mut maintained = clock.instant();
-    while alive.upgrade().is_some() {
+/// Runs until the log is closed. A transaction that is cut off is rolled back.
+async fn until_closed(mut running: watch::Receiver<()>, task: impl Future<Output = ()>) {
+    tokio::select! {
+        () = task => {}
+        _ = running.changed() => {}
+    }
+}
+
+/// Notices what other processes write into the file.
+async fn watch_foreign(store: Store, ends: Arc<Ends>, clock: Clock) {
+    loop {
         clock.sleep(FOREIGN_POLL).await;
         if let Ok(found) = store.ends().await {
             ends.note(found);
         }
-        if access == Access::Engine && maintained.elapsed() >= MAINTENANCE {
-            maintained = clock.instant();
-            if let Err(error) = store.maintain(clock.now()).await {
-                tracing::warn!(%error, "maintenance of the embedded log failed");
+    }
+}
+
+/// Keeps the file small.
+async fn maintain(store: Store, clock: Clock) {
+    loop {
+        clock.sleep(MAINTENANCE_INTERVAL).await;
+        if let Err(error) = store.maintain(clock.now()).await {
+            tracing::warn!(%error, "maintenance of the embedded log failed, trying again in {MAINTENANCE_INTERVAL:?}");
+        }
+    }
+}
+
+/// Keeps the WAL within its bound, and tells when the disk is nearly full.
+async fn bound(store: Store, is_short: Arc<AtomicBool>, clock: Clock) {
+    let mut reset_at = clock.instant();
+    loop {
+        clock.sleep(SPACE_CHECK_INTERVAL).await;
+        if clock.instant() >= reset_at {
+            let reset = store.bound_wal().await;
+            if !matches!(reset, Ok(true)) {
+                reset_at = clock.instant() + WAL_RETRY_INTERVAL;
+                let error = reset.err().map_or_else(|| "another process reads".to_owned(), |error| error.to_string());
+                tracing::warn!(error, "the WAL of the embedded log cannot be reset, it grows until it can");
             }
         }
+        let Ok(Some(space)) = store.space().await else { continue };
+        for (place, bytes) in [("disk", space.disk), ("file", space.file)] {
+            metrics().log_free_bytes.with_label_values(&[place]).set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
+        let (short, before) = (space.is_short(), is_short.swap(space.is_short(), Ordering::Relaxed));
+        if short && !before {
+            let (disk, file) = (space.disk, space.file);
+            tracing::error!(
+                disk,
+                file,
+                "the disk of the embedded log is nearly full: new events are refused with 503 until there is room"
+            );
+        } else if before && !short {
+            tracing::info!("the embedded log takes new events again");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Embedded;
+    use super::super::memory::Faults;
+    use super::*;
+    use crate::log::topic::Topics;
+    use crate::log::{Admin, Backend};
+    use crate::model::record::Headers;
+
+    #[tokio::test]
+    async fn a_nearly_full_disk_refuses_events_and_takes_commits() {
+        let log = Embedded::in_memory(Faults::none(), Clock::system()).await.expect("a log");
+        for spec in Topics::load(None).expect("the topics").iter() {
+            log.admin().expect("an admin").create(spec).await.expect("created");
+        }
+        let writer = &log.0.writer;
+        let one = || {
+            let (topic, value) = (Topic::EVENTS, Some("e".into()));
+            vec![Addressed { topic, partition: Partition(0), key: None, value, headers: Headers::new() }]
+        };
+        writer.is_short.store(true, Ordering::Relaxed);
+        let refused = writer.write(one(), Vec::new(), None, None).await;
+        assert!(matches!(refused, Err(LogError::Transient(_))), "{refused:?}");
+        writer.write(one(), Vec::new(), Some(("s".into(), 1)), None).await.expect("a commit is taken");
+        writer.is_short.store(false, Ordering::Relaxed);
+        writer.write(one(), Vec::new(), None, None).await.expect("there is room again");
     }
 }

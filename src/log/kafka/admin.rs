@@ -17,7 +17,7 @@ use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 use crate::clock::Timestamp;
 use crate::log::topic::TopicSpec;
 use crate::log::{Admin, Committed, LogError, TopicConfig, TopicInfo, Watermarks};
-use crate::model::record::{Offset, Partition, Topic};
+use crate::model::record::{Offset, Partition, Topic, TopicId};
 
 use super::config::KafkaConfig;
 use super::membership::Described;
@@ -203,6 +203,12 @@ impl Admin for KafkaAdmin {
         self.ask(&self.0.committed, move |client| leaders::wait_for_all(client, &name, LEADERS_TIMEOUT))
             .await?
             .map_err(LogError::transient)
+    }
+
+    async fn topic_id(&self, topic: &Topic) -> Result<TopicId, LogError> {
+        let cluster = self.ask(&self.0.committed, |client| Ok(client.client().fetch_cluster_id(CALL))).await?;
+        let silent = || self.explain(KafkaError::MetadataFetch(Code::OperationTimedOut));
+        Ok(TopicId::new(format!("kafka:{}/{}", cluster.ok_or_else(silent)?, self.0.config.topic(topic))))
     }
 
     async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), LogError> {

@@ -36,6 +36,7 @@ pub fn offsets_for_times<C: ConsumerContext>(
 /// will lead its partitions, or even its own listener, know of it.
 ///
 /// The inner error says what still has none after `timeout`.
+#[allow(clippy::disallowed_methods, reason = "it runs where librdkafka's calls block")]
 pub fn wait_for_all<C: ConsumerContext>(
     client: &BaseConsumer<C>,
     topic: &str,

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use crate::clock::Timestamp;
 use crate::log::topic::TopicSpec;
 use crate::log::{Admin, Committed, LogError, TopicConfig, TopicInfo, Watermarks};
-use crate::model::record::{Offset, Partition, Topic};
+use crate::model::record::{Offset, Partition, Topic, TopicId};
 
 use super::config::{Alone, Client};
 use super::floor;
@@ -25,6 +25,8 @@ use super::rest::Rest;
 /// Compaction begins when so much has been written since the last one.
 const COMPACT_AFTER: u64 = 16 << 20;
 const MINUTE: i64 = 60_000;
+/// The property of a topic that identifies it. It is set once, when the topic is created.
+const TOPIC_ID: &str = "laneway.topic.id";
 
 #[derive(Clone)]
 pub struct PulsarAdmin {
@@ -148,9 +150,21 @@ impl Admin for PulsarAdmin {
         let topic = spec.topic();
         let path = format!("{}/partitions", self.rest.topic(&topic));
         if self.rest.put(&path, &spec.partitions).await? {
-            self.set(&topic, &spec.config).await?;
+            let mut config = spec.config.clone();
+            config.insert(TOPIC_ID.to_owned(), uuid::Uuid::new_v4().simple().to_string());
+            self.set(&topic, &config).await?;
         }
         Ok(())
+    }
+
+    async fn topic_id(&self, topic: &Topic) -> Result<TopicId, LogError> {
+        let path = self.rest.topic(topic);
+        let properties: Option<BTreeMap<String, String>> = self.rest.get(&format!("{path}/properties")).await?;
+        let properties = properties.ok_or_else(|| self.missing(topic))?;
+        // Topics that other tools created have a name only.
+        let config = &self.client.config;
+        let (name, id) = (config.name(topic), properties.get(TOPIC_ID).map_or("", String::as_str));
+        Ok(TopicId::new(format!("pulsar:{}/{}/{name}/{id}", config.tenant, config.namespace)))
     }
 
     async fn configure(&self, topic: &Topic, config: &BTreeMap<String, String>) -> Result<(), LogError> {

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -23,10 +23,11 @@ use super::memory::DestinationUse;
 /// Who was refused by a breaker or a pause looks again after this at the latest: another partition may have found out more.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// What a destination wants of us.
+/// What a destination wants of us. Rules that change apply from the next request or failure on, except for `ordered`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rules {
-    /// Deliveries of a user go out one after the other.
+    /// Deliveries of a user go out one after the other. It decides which key a record has, in memory and in progress, so it stays
+    /// what it was when the process met the destination's first record.
     pub ordered: bool,
     /// So many deliveries of a user may share one request.
     pub batch: usize,
@@ -59,7 +60,9 @@ struct Shared {
 
 pub struct Destination {
     pub id: DestinationId,
-    pub rules: Rules,
+    rules: Mutex<Rules>,
+    /// [`Rules::ordered`] as it was when the first record got its key.
+    ordered: OnceLock<bool>,
     /// The partitions its deliveries are spread over.
     shard: Vec<Partition>,
     in_flight: AtomicUsize,
@@ -99,7 +102,7 @@ impl Destinations {
         }))
     }
 
-    /// The destination of this id; `rules` are asked for once.
+    /// The destination of this id. `rules` are asked for where it is new, see [`Destinations::refresh`].
     pub fn get(&self, id: &DestinationId, rules: impl FnOnce(&DestinationId) -> Rules) -> Arc<Destination> {
         let mut known = lock(&self.0.known);
         if let Some(destination) = known.get(id) {
@@ -107,7 +110,8 @@ impl Destinations {
         }
         let destination = Arc::new(Destination {
             id: id.clone(),
-            rules: rules(id),
+            rules: Mutex::new(rules(id)),
+            ordered: OnceLock::new(),
             shard: self.0.placement.shard_of(id.as_str()),
             in_flight: AtomicUsize::new(0),
             memory: Arc::default(),
@@ -117,6 +121,18 @@ impl Destinations {
         });
         known.insert(id.clone(), Arc::clone(&destination));
         destination
+    }
+
+    /// Asks for the rules of all destinations again, because the configuration has changed. One that is met meanwhile has its rules
+    /// from before the change or after it, and in the first case gets them again here: both happen under one lock.
+    pub fn refresh(&self, rules: impl Fn(&DestinationId) -> Rules) {
+        let mut changed = false;
+        for (id, destination) in lock(&self.0.known).iter() {
+            changed |= destination.follow(rules(id));
+        }
+        if changed {
+            self.0.freed.send_modify(|version| *version += 1);
+        }
     }
 
     /// These are paused, and no others.
@@ -149,6 +165,34 @@ impl Destinations {
 }
 
 impl Destination {
+    /// The rules in force, but for [`Destination::is_ordered`].
+    pub fn rules(&self) -> Rules {
+        *lock(&self.rules)
+    }
+
+    /// Whether deliveries of a user go out one after the other. The first call fixes it for the process: records that wait under
+    /// one kind of key would not be found under the other.
+    pub fn is_ordered(&self) -> bool {
+        *self.ordered.get_or_init(|| self.rules().ordered)
+    }
+
+    /// Whether these rules are others than those in force until now.
+    fn follow(&self, rules: Rules) -> bool {
+        let before = std::mem::replace(&mut *lock(&self.rules), rules);
+        if before == rules {
+            return false;
+        }
+        tracing::info!(destination = %self.id, ?rules, "the rules of a destination have changed");
+        if self.ordered.get().is_some_and(|ordered| *ordered != rules.ordered) {
+            tracing::warn!(
+                destination = %self.id,
+                ordered = rules.ordered,
+                "the rule `ordered` of a destination that has deliveries applies from the next start on"
+            );
+        }
+        true
+    }
+
     /// A permit for one request, if it may start now.
     ///
     /// # Errors
@@ -157,17 +201,18 @@ impl Destination {
         if self.paused.load(Ordering::Relaxed) {
             return Err(Refused::Until(now.plus(AGAIN)));
         }
+        let rules = self.rules();
         let mut circuit = lock(&self.circuit);
         if let Some(until) = circuit.breaker.shut_until(now) {
             return Err(Refused::Until(until.min(now.plus(AGAIN))));
         }
         let (all, own) = (self.shared.in_flight.load(Ordering::Relaxed), self.in_flight.load(Ordering::Relaxed));
         let fair = (self.shared.total.saturating_sub(all) + own) / 2;
-        let most = fair.min(self.shared.per_destination).min(self.concurrency()).min(circuit.breaker.limit());
+        let most = fair.min(self.shared.per_destination).min(self.concurrency(&rules)).min(circuit.breaker.limit());
         if own > 0 && own >= most {
             return Err(Refused::Permits);
         }
-        if let Some(rate) = self.rules.rate {
+        if let Some(rate) = rules.rate {
             circuit.take(rate * self.share(), now)?;
         }
         let probe = circuit.breaker.start();
@@ -178,8 +223,8 @@ impl Destination {
     }
 
     /// Its limit, by how many of its partitions are here; at least one.
-    fn concurrency(&self) -> usize {
-        self.rules.concurrency.map_or(usize::MAX, |limit| ((limit as f64 * self.share()) as usize).max(1))
+    fn concurrency(&self, rules: &Rules) -> usize {
+        rules.concurrency.map_or(usize::MAX, |limit| ((limit as f64 * self.share()) as usize).max(1))
     }
 
     fn share(&self) -> f64 {
@@ -324,6 +369,46 @@ mod tests {
         assert_eq!(at.since(later).as_millis(), 100);
         let held: Vec<Permit> = (1..100).flat_map(|n| limited.try_start(later.plus(Duration::from_secs(n)))).collect();
         assert_eq!(held.len(), 20, "half of the concurrency");
+    }
+
+    #[test]
+    fn rules_follow_the_configuration() {
+        let all = destinations(10_000, 1_000);
+        // Met before its type is known, as by a pause or a record that is ahead of the configuration.
+        let one = all.get(&"one".into(), |_| Rules::default());
+        all.own(one.shard[0], true);
+        let later = |seconds: u64| NOW.plus(Duration::from_secs(seconds));
+        assert_eq!(take(&one, NOW).len(), 1_000, "no limit of its own");
+        let mut freed = all.subscribe();
+        let limited = Rules { concurrency: Some(40), rate: Some(20.0), ordered: false, ..Rules::default() };
+        all.refresh(|_| limited);
+        assert!(freed.has_changed().expect("the destinations are there"), "who waits looks again");
+        freed.mark_unchanged();
+        assert_eq!(one.rules(), limited);
+        assert_eq!(take(&one, later(1)).len(), 5, "a fourth of the rate");
+        let held: Vec<Permit> = (2..100).flat_map(|n| one.try_start(later(n))).collect();
+        assert_eq!(held.len(), 10, "a fourth of the concurrency");
+        all.refresh(|_| Rules { concurrency: Some(8), ..limited });
+        assert_eq!(
+            one.try_start(later(200)).err(),
+            Some(Refused::Permits),
+            "more are under way than the new limit allows"
+        );
+        drop(held);
+        assert!(one.try_start(later(200)).is_ok());
+        freed.mark_unchanged();
+        all.refresh(|_| Rules { concurrency: Some(8), ..limited });
+        assert!(!freed.has_changed().expect("the destinations are there"), "nothing is new");
+    }
+
+    #[test]
+    fn order_stays_as_it_was_for_the_first_record() {
+        let all = destinations(100, 100);
+        let unordered = Rules { ordered: false, ..Rules::default() };
+        let (one, two) = (all.get(&"one".into(), |_| Rules::default()), all.get(&"two".into(), |_| Rules::default()));
+        assert!(one.is_ordered(), "its first record gets its key");
+        all.refresh(|_| unordered);
+        assert_eq!((one.is_ordered(), two.is_ordered()), (true, false));
     }
 
     #[test]

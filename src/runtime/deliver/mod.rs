@@ -100,7 +100,8 @@ pub trait Deliver: Send + Sync + 'static {
     /// `records` are as they lie in the log; there is more than one only where [`Rules::batch`] allows it.
     fn attempt(&self, records: Vec<Arc<Record>>) -> impl Future<Output = Vec<Verdict>> + Send;
 
-    /// What a destination wants. Asked once for each.
+    /// What a destination wants. Asked when the process meets it, and again by whoever knows that it has changed
+    /// ([`Destinations::refresh`]).
     fn rules(&self, destination: &DestinationId) -> Rules;
 }
 

@@ -317,7 +317,7 @@ impl PartitionState {
     }
 
     fn key_of(&self, lane: usize, record: &Record) -> KeyId {
-        let user = record.headers.text(header::USER).filter(|_| self.lanes.at(lane).destination.rules.ordered);
+        let user = record.headers.text(header::USER).filter(|_| self.lanes.at(lane).destination.is_ordered());
         let user: Arc<str> = match user {
             Some(user) => user.into(),
             // Nobody to keep in order: the record is a key of its own.
@@ -420,7 +420,7 @@ impl PartitionState {
 
     /// The records of the key's next request; none where the first one has to be read before.
     fn take_batch(&mut self, id: &KeyId, now: Timestamp) -> Option<Vec<Arc<Record>>> {
-        let batch = self.lanes.at(id.lane).destination.rules.batch;
+        let batch = self.lanes.at(id.lane).destination.rules().batch;
         let key = self.lanes.key(id)?;
         let most = if key.careful || key.failing().is_some() { 1 } else { batch.max(1) };
         let mut records: Vec<Arc<Record>> =

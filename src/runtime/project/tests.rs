@@ -7,7 +7,7 @@ use super::*;
 use crate::log::embedded::Embedded;
 use crate::log::embedded::memory::Faults;
 use crate::log::topic::Topics;
-use crate::log::{Member, Publisher};
+use crate::log::{Admin, Member, Publisher};
 use crate::model::record::{Addressed, Headers};
 use crate::telemetry::server::Readiness;
 
@@ -15,6 +15,8 @@ use crate::telemetry::server::Readiness;
 #[derive(Default)]
 struct Stored {
     owners: BTreeMap<Partition, (i64, Option<Offset>)>,
+    /// Which topic the positions belong to.
+    topic: Option<TopicId>,
     values: Vec<String>,
     refused: Vec<String>,
     /// What becomes of the next writes.
@@ -38,11 +40,18 @@ impl Numbers {
 }
 
 impl Project for Numbers {
-    async fn take_over(&self, partition: Partition) -> Result<(i64, Option<Offset>), StoreError> {
+    async fn position(&self, partition: Partition) -> Result<Option<Position>, StoreError> {
+        let stored = self.stored();
+        let offset = stored.owners.get(&partition).and_then(|(_, offset)| *offset);
+        Ok(offset.map(|offset| Position { offset, topic_id: stored.topic.clone() }))
+    }
+
+    async fn take_over(&self, partition: Partition, topic: &TopicId) -> Result<(i64, Option<Position>), StoreError> {
         let mut stored = self.stored();
+        let topic_id = Some(stored.topic.get_or_insert_with(|| topic.clone()).clone());
         let owner = stored.owners.entry(partition).or_insert((0, None));
         owner.0 += 1;
-        Ok(*owner)
+        Ok((owner.0, owner.1.map(|offset| Position { offset, topic_id })))
     }
 
     async fn write(&self, moves: &[Move], records: &[Record]) -> Result<(), StoreError> {
@@ -112,6 +121,76 @@ async fn until(numbers: &Numbers, count: usize) {
         assert!(clock.instant() < deadline, "{} of {count} are written", numbers.stored().values.len());
         clock.sleep(Duration::from_millis(10)).await;
     }
+}
+
+async fn log_of(numbers: std::ops::Range<u32>) -> Embedded {
+    let log = Embedded::in_memory(Faults::none(), Clock::system()).await.expect("a log");
+    for spec in Topics::load(None).expect("the topics").iter() {
+        log.admin().expect("an admin").create(spec).await.expect("created");
+    }
+    publish(&log, numbers).await;
+    log
+}
+
+async fn topic_id(log: &Embedded) -> TopicId {
+    log.admin().expect("an admin").topic_id(&Topic::JOB_STATUS).await.expect("an id")
+}
+
+/// Positions 4, 4 and 3 of a first log meet a second one that is longer, or shorter: nothing of it is written until they are set.
+async fn waits_for_its_positions(records: u32, is_known: bool) {
+    let numbers = Arc::new(Numbers::default());
+    let first = log_of(0..6).await;
+    let (shutdown, running) = start(&first, &numbers);
+    until(&numbers, 6).await;
+    shutdown.begin();
+    running.await.expect("no panic").expect("no error");
+
+    let second = log_of(100..100 + records).await;
+    if !is_known {
+        // It was stored before topics were.
+        numbers.stored().topic = None;
+    }
+    let (shutdown, running) = start(&second, &numbers);
+    let held = || metrics().projected_held.with_label_values(&["test"]).get();
+    // Partitions without a position are taken over.
+    let owners = || {
+        let mut owners = numbers.stored().owners.clone();
+        owners.retain(|_, (_, position)| position.is_some());
+        owners
+    };
+    let (clock, before) = (Clock::system(), owners());
+    let deadline = clock.instant() + Duration::from_secs(20);
+    while held() < 3 {
+        assert!(clock.instant() < deadline, "{} partitions are held", held());
+        clock.sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(numbers.stored().values.len(), 6, "nothing is written");
+    assert_eq!(owners(), before, "a held partition is not taken over");
+    let committed = second.admin().expect("an admin").committed("g", &Topic::JOB_STATUS).await.expect("an answer");
+    assert!(committed.is_empty(), "positions of another log are not told to this one: {committed:?}");
+
+    // An operator sets them.
+    let id = topic_id(&second).await;
+    {
+        let mut stored = numbers.stored();
+        stored.topic = Some(id);
+        for owner in stored.owners.values_mut().filter(|(_, position)| position.is_some()) {
+            *owner = (owner.0 + 1, Some(Offset::START));
+        }
+    }
+    let count = 6 + (100..100 + records).filter(|n| n % 10 != 7).count();
+    until(&numbers, count).await;
+    assert_eq!((numbers.stored().values.len(), held()), (count, 0));
+    shutdown.begin();
+    running.await.expect("no panic").expect("no error");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn positions_of_another_log_hold_their_partitions() {
+    // A longer log, which hides that the positions are not its own; then a shorter one, with and without a stored topic.
+    waits_for_its_positions(60, true).await;
+    waits_for_its_positions(3, true).await;
+    waits_for_its_positions(3, false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

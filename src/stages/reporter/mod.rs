@@ -3,10 +3,10 @@
 use crate::clock::Clock;
 use crate::model::codec;
 use crate::model::job_status::JobStatus;
-use crate::model::record::{Offset, Partition, Record};
+use crate::model::record::{Partition, Record, TopicId};
 use crate::runtime::project::Project;
 use crate::store::job_status::JobStatusStore;
-use crate::store::{Group, Move, StoreError};
+use crate::store::{Group, Move, Position, StoreError};
 use crate::telemetry::metrics::metrics;
 
 /// A name that is longer is not counted: no index would take it.
@@ -19,8 +19,12 @@ pub struct Reporter {
 }
 
 impl Project for Reporter {
-    async fn take_over(&self, partition: Partition) -> Result<(i64, Option<Offset>), StoreError> {
-        self.store.store().take_over(&self.group, partition).await
+    async fn position(&self, partition: Partition) -> Result<Option<Position>, StoreError> {
+        self.store.store().position(&self.group, partition).await
+    }
+
+    async fn take_over(&self, partition: Partition, topic: &TopicId) -> Result<(i64, Option<Position>), StoreError> {
+        self.store.store().take_over(&self.group, partition, topic).await
     }
 
     async fn write(&self, moves: &[Move], records: &[Record]) -> Result<(), StoreError> {

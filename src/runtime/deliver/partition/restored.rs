@@ -37,7 +37,7 @@ impl PartitionState {
         let has_items = !offsets.is_empty();
         let failing = stored.head.map(|head| {
             // The last owner's clock may have been ahead: no wait is longer than the longest one that is ever begun.
-            let longest = self.lanes.at(lane).destination.rules.retry.cap.max(RETRY_AFTER_CAP);
+            let longest = self.lanes.at(lane).destination.rules().retry.cap.max(RETRY_AFTER_CAP);
             let next_try_at = self.steady(head.next_try_at).min(now.plus(longest));
             let first_at = self.steady(head.first_failed_at);
             let first = Try { at: first_at, code: head.first_code, message: head.first_message };

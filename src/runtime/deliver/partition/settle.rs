@@ -106,7 +106,7 @@ impl PartitionState {
     }
 
     fn retry_later(&mut self, id: &KeyId, code: u16, message: String, not_before: Option<Duration>, now: Timestamp) {
-        let retry = self.lanes.at(id.lane).destination.rules.retry;
+        let retry = self.lanes.at(id.lane).destination.rules().retry;
         let Some(key) = self.lanes.key(id) else { return };
         let last = Try { at: now, code, message: shorten(message) };
         let trying = now.since(key.started_at());
