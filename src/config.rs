@@ -517,6 +517,8 @@ mod tests {
             load("", &steered, &[]).expect("valid").router.destinations["WEBHOOK"].request_from_event,
             Some(true)
         );
+        let tried = [("LANEWAY_ROUTER__DESTINATIONS__d__RETRY_MIN_ATTEMPTS", "1")];
+        assert_eq!(load("", &tried, &[]).expect("valid").router.destinations["d"].retry_min_attempts, Some(1));
         let wrong = load("[router.destinations.d1]\nrat = 1", &[], &[]).unwrap_err().to_string();
         assert!(wrong.contains("rat"), "{wrong}");
     }

@@ -16,10 +16,11 @@ use crate::app::standing::{self, Standing};
 use crate::clock::{Clock, Timestamp};
 use crate::control::commands;
 use crate::log::embedded::Access;
-use crate::log::{Backend, Publisher};
+use crate::log::{Admin, Backend, Publisher};
 use crate::model::command::{Action, Command};
 use crate::model::id::{DestinationId, User};
 use crate::model::progress::Target;
+use crate::model::record::{Offset, Partition, Topic};
 use crate::with_log;
 
 #[derive(Args)]
@@ -201,10 +202,11 @@ async fn command<B: Backend>(
     clock: &Clock,
 ) -> anyhow::Result<()> {
     let id = uuid::Uuid::new_v4().simple().to_string();
-    let command = Command { id, action, target, at: clock.now(), by: operator() };
+    let ends = if action == Action::Drain { delivery_ends(log).await? } else { BTreeMap::new() };
+    let command = Command { id, action, target, at: clock.now(), by: operator(), ends };
     let record = commands::record(&command.to_control());
     log.publisher()?.publish(vec![record]).await?;
-    let Command { id, action, target, at, by } = command;
+    let Command { id, action, target, at, by, .. } = command;
     match output {
         Output::Json => line(
             &json!({"id": id, "action": action, "target": target.to_string(), "at": at.to_string(), "by": by})
@@ -213,6 +215,18 @@ async fn command<B: Backend>(
         Output::Table => line(&format!("{} {target}: told (id {id}, by {by})", action.as_str())),
     };
     Ok(())
+}
+
+/// Where the partitions of `deliveries` end: what is pending now lies before.
+async fn delivery_ends<B: Backend>(log: &B) -> anyhow::Result<BTreeMap<Partition, Offset>> {
+    let admin = log.admin()?;
+    let found = admin.topics().await?;
+    let partitions = found.iter().find(|info| info.topic == Topic::DELIVERIES).map_or(0, |info| info.partitions);
+    let mut ends = BTreeMap::new();
+    for partition in (0..partitions).map(Partition) {
+        ends.insert(partition, admin.watermarks(&Topic::DELIVERIES, partition).await?.end);
+    }
+    Ok(ends)
 }
 
 async fn list<B: Backend>(log: &B, over: u64, output: Output, clock: &Clock) -> anyhow::Result<()> {

@@ -170,7 +170,9 @@ impl Layers {
         let is_limit = key.starts_with("gateway.limits.own.");
         let as_default = match (get(&self.table, key), own) {
             _ if is_limit => text.parse().ok().map(Value::Integer),
-            (Some(Value::Integer(_)), _) | (_, Some("concurrency")) => text.parse().ok().map(Value::Integer),
+            (Some(Value::Integer(_)), _) | (_, Some("concurrency" | "retry_min_attempts")) => {
+                text.parse().ok().map(Value::Integer)
+            }
             (Some(Value::Boolean(_)), _) | (_, Some("ordered" | "request_from_event")) => {
                 text.parse().ok().map(Value::Boolean)
             }

@@ -200,7 +200,7 @@ mod tests {
     fn told(action: Action, target: &str, at: i64) -> Record {
         let target = Target::parse(target).expect("a target");
         let (id, at) = (format!("{}-{at}", action.as_str()), Timestamp::from_millis(at));
-        let control = Command { id, action, target, at, by: "me".into() }.to_control();
+        let control = Command { id, action, target, at, by: "me".into(), ends: BTreeMap::new() }.to_control();
         Record {
             partition: PARTITION,
             offset: Offset::START,

@@ -1,9 +1,12 @@
 //! What the operator wants of the running stages, as it lies in the `control` topic (schemas/control.avsc).
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Timestamp;
 use crate::model::progress::Target;
+use crate::model::record::{Offset, Partition};
 
 /// A record of `control`. Its key is `<kind>/<id>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +26,7 @@ pub enum Action {
     /// Start nothing for the destination. Retry windows stop.
     Pause,
     Resume,
-    /// End everything that was taken before the command's time without sending it.
+    /// End everything that was written before the command without sending it.
     Drain,
     /// Try what waits for a retry now.
     Retry,
@@ -48,6 +51,9 @@ pub struct Command {
     pub target: Target,
     pub at: Timestamp,
     pub by: String,
+    /// Of a drain: where the partitions of `deliveries` ended when it was given. A partition that is not here is drained up to the first
+    /// record that was written at `at` or later, by the clock of who wrote it.
+    pub ends: BTreeMap<Partition, Offset>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -57,6 +63,8 @@ struct Payload {
     target: String,
     at_micros: i64,
     by: String,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    ends: BTreeMap<u32, String>,
 }
 
 impl Command {
@@ -73,6 +81,7 @@ impl Command {
             target: self.target.to_string(),
             at_micros: self.at.micros(),
             by: self.by.clone(),
+            ends: self.ends.iter().map(|(partition, end)| (partition.0, end.to_string())).collect(),
         };
         let payload = serde_json::to_vec(&payload).unwrap_or_default().into();
         Control { kind: kind.into(), id, version: self.at.micros().max(0).unsigned_abs(), payload }
@@ -89,7 +98,12 @@ impl Command {
         let payload: Payload = serde_json::from_slice(&control.payload).map_err(|error| error.to_string())?;
         let target = Target::parse(&payload.target).ok_or_else(|| format!("no target: {}", payload.target))?;
         let (action, at) = (payload.action, Timestamp::from_micros(payload.at_micros));
-        Ok(Some(Command { id: payload.id, action, target, at, by: payload.by }))
+        let end = |(partition, end): (u32, String)| {
+            let offset = Offset::parse(&end).ok_or_else(|| format!("no offset: {end}"))?;
+            Ok::<_, String>((Partition(partition), offset))
+        };
+        let ends = payload.ends.into_iter().map(end).collect::<Result<_, _>>()?;
+        Ok(Some(Command { id: payload.id, action, target, at, by: payload.by, ends }))
     }
 }
 
@@ -103,7 +117,8 @@ mod tests {
         for target in targets {
             for action in [Action::Pause, Action::Resume, Action::Drain, Action::Retry] {
                 let (at, by) = (Timestamp::from_micros(5), "me@here".to_owned());
-                let command = Command { id: "i".into(), action, target: target.clone(), at, by };
+                let ends = BTreeMap::from([(Partition(3), Offset::new(7)), (Partition(0), Offset::of_entry(1, 2, 3))]);
+                let command = Command { id: "i".into(), action, target: target.clone(), at, by, ends };
                 assert_eq!(Command::of_control(&command.to_control()), Ok(Some(command)));
             }
         }
@@ -117,7 +132,7 @@ mod tests {
         let command = |action| {
             let target = Target::Destination("d".into());
             let (id, at) = ("i".into(), Timestamp::from_micros(1));
-            Command { id, action, target, at, by: String::new() }.to_control()
+            Command { id, action, target, at, by: String::new(), ends: BTreeMap::new() }.to_control()
         };
         let key = |control: Control| (control.kind, control.id);
         assert_eq!(key(command(Action::Pause)), key(command(Action::Resume)));

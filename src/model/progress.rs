@@ -134,6 +134,14 @@ pub struct KeyProgress {
     pub parked: Option<Offset>,
 }
 
+impl KeyProgress {
+    /// The lowest offset that the mark covers.
+    pub fn lowest(&self) -> Option<Offset> {
+        let head = self.head.as_ref().map(|head| head.offset);
+        head.into_iter().chain(self.followers.first().copied()).chain(self.parked).min()
+    }
+}
+
 /// `c/<partition>/<lane>`: the ledger. taken = delivered + filtered + aborted + drained + pending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Ledger {

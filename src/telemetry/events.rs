@@ -77,6 +77,25 @@ pub fn deliveries_deleted(partition: Partition, destination: &str, count: u64) {
     metrics().router_aborted.with_label_values(&[destination, Reason::Retention.as_str()]).inc_by(count);
 }
 
+/// The input topic ends before what was read of it.
+pub fn log_cut(
+    stage: &str,
+    partition: Partition,
+    live: &dyn std::fmt::Display,
+    end: &dyn std::fmt::Display,
+    from: &dyn std::fmt::Display,
+) {
+    error!(
+        stage,
+        partition = partition.0,
+        read_until = %live,
+        %end,
+        %from,
+        "the log ends before what was read: it has lost records, or the topic was created anew; reading on from what is an hour \
+         older than the last commit, repeats are possible"
+    );
+}
+
 /// Behind the progress that the committed offset names lies some of a commit that does not count.
 pub fn progress_behind(stage: &str, partition: Partition, records: usize) {
     warn!(stage, partition = partition.0, records, "progress of a commit that does not count is passed over");

@@ -324,3 +324,33 @@ async fn partitions_that_were_added_by_hand_stop_nothing() {
     let told = String::from_utf8_lossy(&checked.stdout).into_owned();
     assert!(told.contains("partitions is declared as 12 and is 14"), "{told}");
 }
+
+/// A topic that is deleted and created again under a router that reads it, as an operator may do: what comes then is delivered.
+#[tokio::test(flavor = "multi_thread")]
+async fn deliveries_of_a_topic_that_was_made_anew_are_sent() {
+    let flow = Flow::on_kafka();
+    let mut running = flow.start_all().await;
+    let deliver = async |count: usize| {
+        let count = count.to_string();
+        let report = flow.load(&["--events", &count, "--users", "50"]).report().await;
+        assert_nothing_lost(&report, count.parse().expect("a number"));
+    };
+    let clients: rdkafka::admin::AdminClient<rdkafka::client::DefaultClientContext> =
+        rdkafka::ClientConfig::new().set("bootstrap.servers", kafka_address()).create().expect("a client");
+    let name = format!("{}deliveries", flow.setting("LANEWAY_LOG__TOPIC_PREFIX"));
+    deliver(1_000).await;
+    running[1].terminate();
+    assert!(running[1].ended(Duration::from_secs(30)).await.success());
+    let deleted = clients.delete_topics(&[&name], &rdkafka::admin::AdminOptions::new()).await.expect("an answer");
+    assert!(deleted.iter().all(Result::is_ok), "{deleted:?}");
+    eventually("the topic can be created", Duration::from_secs(60), async || {
+        let applied = flow.command(&["topics", "apply"]);
+        String::from_utf8_lossy(&applied.stdout).contains("created")
+    })
+    .await;
+    running[1] = flow.start("processor", "processor-1");
+    running[1].ready().await;
+    deliver(200).await;
+    let said = running[2].said();
+    assert!(said.contains("before what was read"), "{said}");
+}

@@ -374,7 +374,16 @@ impl Engine {
     async fn command(&self, action: Action, destination: usize) {
         let target = Target::Destination(format!("d{destination}").as_str().into());
         let at = self.world.clock.now();
-        let command = Command { id: format!("{action:?}-{}", at.micros()), action, target, at, by: "sim".into() };
+        let (id, by, mut ends) = (format!("{action:?}-{}", at.micros()), "sim".into(), BTreeMap::new());
+        // Every other drain knows where the partitions end, as one of the command line does.
+        if action == Action::Drain && at.micros() % 2 == 0 {
+            let admin = self.log.admin().expect("an admin");
+            for number in (0..self.world.plan.partitions).map(Partition) {
+                let marks = admin.watermarks(&Topic::DELIVERIES, number).await.expect("watermarks");
+                ends.insert(number, marks.end);
+            }
+        }
+        let command = Command { id, action, target, at, by, ends };
         let control = command.to_control();
         let key = Some(format!("{}/{}", control.kind, control.id).into());
         let value = Some(codec::encode(&control).into());

@@ -2,7 +2,7 @@
 //! breaker, its limits. A destination may hold half of what is free at that moment, and one request is always kept for each:
 //! one that only answers slowly cannot take the process.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -54,7 +54,8 @@ struct Shared {
     placement: Placement,
     in_flight: AtomicUsize,
     known: Mutex<HashMap<DestinationId, Arc<Destination>>>,
-    owned: Mutex<BTreeSet<Partition>>,
+    /// The partitions that are here, each with how many workers have it: a new one may begin before the last one has ended.
+    owned: Mutex<BTreeMap<Partition, usize>>,
     freed: watch::Sender<u64>,
 }
 
@@ -152,10 +153,11 @@ impl Destinations {
     /// A partition is ours from now on, or no longer.
     pub fn own(&self, partition: Partition, is_ours: bool) {
         let mut owned = lock(&self.0.owned);
-        match is_ours {
-            true => owned.insert(partition),
-            false => owned.remove(&partition),
-        };
+        let workers = owned.entry(partition).or_default();
+        *workers = if is_ours { *workers + 1 } else { workers.saturating_sub(1) };
+        if *workers == 0 {
+            owned.remove(&partition);
+        }
     }
 
     /// Tells when permits are given back, or a breaker or pause has changed.
@@ -229,7 +231,7 @@ impl Destination {
 
     fn share(&self) -> f64 {
         let owned = lock(&self.shared.owned);
-        let here = self.shard.iter().filter(|partition| owned.contains(partition)).count();
+        let here = self.shard.iter().filter(|partition| owned.contains_key(partition)).count();
         here as f64 / self.shard.len().max(1) as f64
     }
 
@@ -369,6 +371,10 @@ mod tests {
         assert_eq!(at.since(later).as_millis(), 100);
         let held: Vec<Permit> = (1..100).flat_map(|n| limited.try_start(later.plus(Duration::from_secs(n)))).collect();
         assert_eq!(held.len(), 20, "half of the concurrency");
+        // Assigned again before the worker of the last assignment has ended.
+        all.own(limited.shard[0], true);
+        all.own(limited.shard[0], false);
+        assert_eq!(limited.share(), 0.5);
     }
 
     #[test]

@@ -151,6 +151,8 @@ pub struct PartitionState {
     /// The wall clock reads so many microseconds more than the steady one, on which everything here runs. What is stored or shown
     /// has the wall clock's times.
     wall_offset: i64,
+    /// Live reading brought what lies below its position.
+    has_gone_back: bool,
     /// For the metrics.
     pending: u64,
     failing: usize,
@@ -211,6 +213,7 @@ impl PartitionState {
             waiting: None,
             random: SmallRng::seed_from_u64(seed),
             wall_offset,
+            has_gone_back: false,
             pending: 0,
             failing: 0,
             parked: 0,
@@ -292,7 +295,8 @@ impl PartitionState {
     fn admit(&mut self, record: Record, now: Timestamp) {
         let offset = record.offset;
         if offset < self.window.live() {
-            // A position before what was taken: the log was reset under us, or the seek is still on its way.
+            // Taken already: the seek is still on its way, or the log has lost records and gives others their places.
+            self.has_gone_back = true;
             return;
         }
         self.changed = true;
@@ -314,6 +318,11 @@ impl PartitionState {
         let id = self.key_of(index, &record);
         self.hand(&id, record, Some(place), now);
         self.bound_lane(index, now);
+    }
+
+    /// Whether live reading has brought what lies below its position since this was asked last.
+    pub fn take_gone_back(&mut self) -> bool {
+        std::mem::take(&mut self.has_gone_back)
     }
 
     fn key_of(&self, lane: usize, record: &Record) -> KeyId {

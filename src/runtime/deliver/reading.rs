@@ -33,7 +33,7 @@ pub enum Wanted {
     Close {
         cursor: CursorId,
     },
-    /// Where a drain ends: at the first record that was written after the command.
+    /// Where a drain ends: where the partition ended when the command was given, or at the first record that was written after it.
     Bound {
         command: Command,
     },
@@ -46,6 +46,10 @@ pub enum Wanted {
     /// The first record that was written no earlier.
     Expired {
         before: Timestamp,
+    },
+    /// Whether the log still reaches to where live reading is.
+    End {
+        live: Offset,
     },
 }
 
@@ -94,7 +98,8 @@ impl<B: Backend> Reading<B> {
     /// Serves one wish after the other, until nobody wishes any more.
     ///
     /// # Errors
-    /// What only a person can mend.
+    /// [`LogError::Broken`] where the log ends before what was read of it: the partition has to be restored. What only a person can
+    /// mend.
     pub async fn run(
         self,
         mut wanted: mpsc::UnboundedReceiver<Wanted>,
@@ -132,7 +137,10 @@ impl<B: Backend> Reading<B> {
                 Found::Stretch { cursor, records, passed }
             }
             Wanted::Bound { command } => {
-                let bound = self.bound(command.at).await?;
+                let bound = match command.ends.get(&self.partition) {
+                    Some(end) => *end,
+                    None => self.bound(command.at).await?,
+                };
                 Found::Bound { drain: Drain { id: command.id, target: command.target, bound } }
             }
             Wanted::Age { from, pending, rate } => match self.age(single, from).await? {
@@ -143,6 +151,17 @@ impl<B: Backend> Reading<B> {
             Wanted::Close { cursor } => {
                 cursors.remove(&cursor);
                 return Ok(None);
+            }
+            Wanted::End { live } => {
+                let marks = self.backend.admin()?.watermarks(&self.topic, self.partition).await;
+                return match marks {
+                    Ok(marks) if marks.end < live => Err(LogError::broken(format!(
+                        "partition {} of {} ends at {}, before what was read of it ({live})",
+                        self.partition, self.topic, marks.end
+                    ))),
+                    Ok(_) | Err(LogError::Transient(_)) => Ok(None),
+                    Err(error) => Err(error),
+                };
             }
         };
         Ok(Some(answer))

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::log::{Admin, Assignment, Backend, Committed, Limit, LogError, Read, Reader};
 use crate::model::codec;
 use crate::model::progress::{
@@ -23,6 +23,11 @@ const READ: Limit = Limit { records: 1_000, bytes: 4 << 20 };
 const PATIENCE: Duration = Duration::from_secs(5);
 /// A transaction that is undecided for so long is told.
 const OVERDUE: Duration = Duration::from_secs(30);
+/// A log that ends before what was read of it is looked at again for so long.
+const CUT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Where a log has lost what was read last, records from so long before the last commit on are read again: clocks of those who wrote them
+/// may differ by as much.
+const CUT_MARGIN: Duration = Duration::from_secs(3_600);
 /// How often is looked whether the last owner's transaction has been decided.
 const UNDECIDED: Duration = Duration::from_millis(20);
 
@@ -45,6 +50,36 @@ pub struct Restored {
     pub floor: Option<Offset>,
     /// Progress records that are not to be believed: these take their place in the first commit.
     pub corrections: Vec<(Bytes, Option<Bytes>)>,
+}
+
+impl Restored {
+    /// Nothing at or above `from` is known any more: other records may lie there now. What marks say below it holds.
+    fn cut(mut self, partition: Partition, from: Offset) -> Self {
+        let clipped = |runs: Vec<Run>| -> Vec<Run> {
+            let below = runs.into_iter().filter(|run| run.first < from);
+            below.map(|run| Run { last: run.last.min(from.back(1)), ..run }).collect()
+        };
+        (self.base, self.live) = (self.base.min(from), from);
+        self.runs = clipped(std::mem::take(&mut self.runs));
+        let (lanes, lost_lanes) = self.lanes.into_iter().partition(|lane| lane.tail < from);
+        let (keys, lost_keys) = self.keys.into_iter().partition(|key| key.lowest().is_some_and(|lowest| lowest < from));
+        let (lost_lanes, lost_keys): (Vec<LaneProgress>, Vec<KeyProgress>) = (lost_lanes, lost_keys);
+        let lanes: Vec<LaneProgress> = lanes;
+        self.lanes = lanes.into_iter().map(|lane| LaneProgress { done: clipped(lane.done), ..lane }).collect();
+        let keys: Vec<KeyProgress> = keys;
+        self.keys = keys
+            .into_iter()
+            .map(|mut key| {
+                key.followers.retain(|offset| *offset < from);
+                key.parked = key.parked.filter(|parked| *parked < from);
+                key
+            })
+            .collect();
+        let lanes = lost_lanes.iter().map(|lane| ProgressKey::Lane(&lane.lane).encode(partition));
+        let keys = lost_keys.iter().map(|key| ProgressKey::Key(&key.lane, key.user.as_str()).encode(partition));
+        self.corrections.extend(lanes.chain(keys).map(|key| (key.into(), None)));
+        self
+    }
 }
 
 /// What stands with a committed position: the number of its commit and, after `from`, where an operator has put the position last. Nothing
@@ -84,6 +119,8 @@ pub(super) struct Found {
     /// The last record of each key, up to the named commit; all of them as long as that has not come.
     records: BTreeMap<Bytes, Bytes>,
     is_named: bool,
+    /// When the partition's own record was written that counts, or the last one.
+    written_at: Option<Timestamp>,
     /// What was written behind it.
     behind: BTreeMap<Bytes, Option<Bytes>>,
     /// The highest number that was seen.
@@ -98,7 +135,7 @@ impl Found {
         Self { own_key, seq, ..Self::default() }
     }
 
-    pub fn take(&mut self, key: Bytes, value: Option<Bytes>) {
+    pub fn take(&mut self, key: Bytes, value: Option<Bytes>, at: Timestamp) {
         let seq = value.as_ref().filter(|_| key == self.own_key).and_then(|value| match codec::decode(value) {
             Ok(Progress::Partition(stored)) => Some(stored.seq),
             _ => None,
@@ -106,6 +143,9 @@ impl Found {
         self.highest = self.highest.max(seq);
         self.behind.insert(key, value);
         let is_named = seq.is_some() && seq == self.seq;
+        if seq.is_some() && (is_named || !self.is_named) {
+            self.written_at = Some(at);
+        }
         if is_named || !self.is_named {
             for (key, value) in std::mem::take(&mut self.behind) {
                 match value {
@@ -159,7 +199,7 @@ pub async fn restore<B: Backend>(
                 for record in records {
                     bytes += record.weight();
                     if let Some(key) = record.key {
-                        found.take(key, record.value);
+                        found.take(key, record.value, record.timestamp);
                     }
                 }
             }
@@ -169,7 +209,16 @@ pub async fn restore<B: Backend>(
             }
         }
     }
+    let written_at = found.written_at;
     let mut restored = judge(found, assignment, settings)?;
+    if let Some(end) = cut_at(admin, settings, partition, restored.live, clock).await? {
+        let from = match written_at {
+            Some(at) => admin.offset_at(&settings.input, partition, at.minus(CUT_MARGIN)).await?.min(end),
+            None => admin.watermarks(&settings.input, partition).await?.start,
+        };
+        events::log_cut(settings.stage, partition, &restored.live, &end, &from);
+        restored = restored.cut(partition, from);
+    }
     if settings.repeats > 0 {
         restored.floor = assignment.committed.as_ref().and_then(|committed| Note::parse(committed).floor);
         let input = (&settings.input, partition);
@@ -177,6 +226,28 @@ pub async fn restore<B: Backend>(
     }
     events::restored(settings.stage, partition, bytes, restored.keys.len(), began.elapsed());
     Ok(restored)
+}
+
+/// Where the log ends, if that is before what was read of it: it has lost records, or the topic was created anew. A replica that has just
+/// taken over may not show the newest records yet, so it is waited for.
+async fn cut_at<A: Admin>(
+    admin: &A,
+    settings: &DeliverSettings,
+    partition: Partition,
+    live: Offset,
+    clock: &Clock,
+) -> Result<Option<Offset>, LogError> {
+    let until = clock.instant() + CUT_TIMEOUT;
+    loop {
+        let end = admin.watermarks(&settings.input, partition).await?.end;
+        if live <= end {
+            return Ok(None);
+        }
+        if clock.instant() >= until {
+            return Ok(Some(end));
+        }
+        clock.sleep(AGAIN).await;
+    }
 }
 
 /// What lies before the place where live reading begins. A log that cannot be looked at there keeps nobody from going on: what it does not
@@ -204,7 +275,7 @@ async fn known_before<B: Backend>(
 
 /// Believes the progress up to the commit that the committed offset names.
 pub(super) fn judge(found: Found, assignment: &Assignment, settings: &DeliverSettings) -> Result<Restored, LogError> {
-    let Found { own_key, seq, records, is_named, behind, highest } = found;
+    let Found { own_key, seq, records, is_named, behind, highest, written_at: _ } = found;
     let partition = assignment.partition;
     let stored = match records.get(&own_key).map(codec::decode::<Progress>) {
         Some(Ok(Progress::Partition(stored))) => Some(stored),
@@ -303,7 +374,11 @@ mod tests {
         let restored = |committed: Option<Committed>| {
             let assignment = Assignment { partition: Partition(0), epoch: crate::model::record::Epoch(1), committed };
             let mut found = Found::new(&assignment);
-            found.take(key.clone(), Some(codec::encode(&Progress::Ledger(lane.clone(), ledger)).into()));
+            found.take(
+                key.clone(),
+                Some(codec::encode(&Progress::Ledger(lane.clone(), ledger)).into()),
+                Timestamp::default(),
+            );
             judge(found, &assignment, &super::super::partition::test_settings()).expect("readable")
         };
         let reset = restored(Some(Committed { offset: Offset::new(40), metadata: String::new() }));
@@ -313,5 +388,47 @@ mod tests {
         assert_eq!(reset.corrections, [(key.clone(), Some(written))]);
         let never = restored(None);
         assert_eq!((never.ledgers, never.corrections), (Vec::new(), vec![(key.clone(), None)]));
+    }
+
+    #[test]
+    fn what_was_known_above_a_cut_is_forgotten() {
+        let lane = |destination: &str| Lane { destination: destination.into(), replay: None };
+        let stored = |destination: &str, tail: u128, done: &[(u128, u128)]| LaneProgress {
+            lane: lane(destination),
+            tail: Offset::new(tail),
+            done: runs(done),
+            pending: 0,
+            pending_bytes: 0,
+            oldest: Timestamp::default(),
+        };
+        fn runs(of: &[(u128, u128)]) -> Vec<Run> {
+            of.iter().map(|(first, last)| Run { first: Offset::new(*first), last: Offset::new(*last) }).collect()
+        }
+        let key = |user: &str, followers: &[u128], parked: Option<u128>| KeyProgress {
+            lane: lane("d"),
+            user: user.into(),
+            head: None,
+            followers: followers.iter().copied().map(Offset::new).collect(),
+            parked: parked.map(Offset::new),
+        };
+        let restored = Restored {
+            base: Offset::new(30),
+            live: Offset::new(90),
+            runs: runs(&[(32, 40), (45, 60), (70, 80)]),
+            lanes: vec![stored("a", 10, &[(11, 12), (48, 55)]), stored("b", 50, &[])],
+            keys: vec![key("u", &[20, 49, 50], Some(70)), key("v", &[], Some(40)), key("w", &[60], None)],
+            ..Restored::default()
+        };
+        let cut = restored.cut(Partition(2), Offset::new(50));
+        assert_eq!((cut.base, cut.live), (Offset::new(30), Offset::new(50)));
+        assert_eq!(cut.runs, runs(&[(32, 40), (45, 49)]));
+        assert_eq!(cut.lanes, [stored("a", 10, &[(11, 12), (48, 49)])]);
+        assert_eq!(cut.keys, [key("u", &[20, 49], None), key("v", &[], Some(40))]);
+        let tombstones: Vec<Bytes> = cut.corrections.into_iter().map(|(key, _)| key).collect();
+        let names = [
+            ProgressKey::Lane(&lane("b")).encode(Partition(2)),
+            ProgressKey::Key(&lane("d"), "w").encode(Partition(2)),
+        ];
+        assert_eq!(tombstones, names.map(Bytes::from));
     }
 }

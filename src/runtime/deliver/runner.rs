@@ -89,7 +89,7 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
             let room = self.has_room();
             let until = |at: Timestamp| clock.instant() + at.since(clock.steady());
             let wake = self.state.next_timer().map_or_else(|| clock.instant() + Duration::from_secs(3_600), until);
-            let look = self.retention.next_look().map(until);
+            let wake = self.retention.next_look().map_or(wake, |at| wake.min(until(at)));
             tokio::select! {
                 biased;
                 ask = from.asks.recv() => match ask {
@@ -106,12 +106,14 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
                 batch = from.records.recv(), if room => match batch {
                     Some(batch) => {
                         self.state.admit_all(batch, clock.steady());
+                        if self.state.take_gone_back() {
+                            drop(self.wanted.send(Wanted::End { live: self.state.live() }));
+                        }
                         self.bell.ring();
                     }
                     None => return Ok(()),
                 },
                 () = clock.sleep_until(wake), if !self.stopped => {}
-                () = clock.sleep_until(look.unwrap_or(wake)), if look.is_some() && !self.stopped => self.look(),
                 () = clock.sleep(ROOM_INTERVAL), if !room && !self.stopped => self.state.shed(clock.steady()),
             }
         }
@@ -126,6 +128,9 @@ impl<B: Backend, D: Deliver> Runner<B, D> {
         }
         if self.state.next_timer().is_some_and(|at| at <= now) {
             self.state.wake(now);
+        }
+        if self.retention.next_look().is_some_and(|at| at <= now) {
+            self.look();
         }
         if self.shed_at <= now {
             self.shed_at = now.plus(SHED_INTERVAL);

@@ -487,6 +487,7 @@ async fn drain_job<P: Publisher>(State(gateway): State<Arc<Gateway<P>>>, Path(ru
         target: Target::JobRun(run.as_str().into()),
         at: gateway.clock.now(),
         by: "gateway".into(),
+        ends: Default::default(),
     };
     match stored(gateway.admission.command(&command).await) {
         Ok(()) => StatusCode::CREATED.into_response(),

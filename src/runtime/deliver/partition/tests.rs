@@ -188,7 +188,7 @@ impl World {
 
     fn read_story(&self, assignment: &Assignment) -> Found {
         let mut found = Found::new(assignment);
-        self.story.iter().cloned().for_each(|(key, value)| found.take(key, value));
+        self.story.iter().cloned().for_each(|(key, value)| found.take(key, value, self.now));
         found
     }
 
