@@ -56,7 +56,7 @@ const FOUND: &[(Mistake, u64)] = &[
     (Mistake::SpendWhileOpen, 0),
     (Mistake::RestoreLaneBehindRuns, 0),
     (Mistake::ForgetLedger, 0),
-    (Mistake::ForgetEpoch, 22),
+    (Mistake::ForgetEpoch, 37),
     (Mistake::DropAfterFailedCommit, 14),
     (Mistake::CountRepeats, 2),
 ];
